@@ -1,0 +1,115 @@
+"""The native half of the driver ``iocp`` as Python sees it: is it there, its errors, its submissions.
+
+``_native/windows/iocp.c`` tells what its functions do.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from .driver import cancelled_error
+
+ffi: Any = None
+lib: Any = None
+_missing: ImportError | None = None
+try:
+    from .. import _iocp
+except ImportError as _error:
+    _missing = _error
+else:
+    ffi = _iocp.ffi  # type: ignore[attr-defined]  # a compiled module, which mypy does not see
+    _lib: Any = _iocp.lib  # type: ignore[attr-defined]  # as above
+    # The same functions and constants, in a plain object: looking one up in cffi's own takes as long as a call.
+    lib = SimpleNamespace(**{name: getattr(_lib, name) for name in dir(_lib)})
+
+__all__ = ["Submission", "error_of", "ffi", "lib", "probe"]
+
+# Windows' error codes (debug/system-error-codes, winsock/windows-sockets-error-codes-2).
+INVALID_HANDLE = 6
+END_OF_FILE = 38
+INVALID_PARAMETER = 87
+BROKEN_PIPE = 109
+PIPE_NOT_CONNECTED = 233
+MORE_DATA = 234
+ABORTED = 995
+PENDING = 997
+WSA_INVALID = 10022
+WSA_NOT_A_SOCKET = 10038
+
+
+def probe() -> str | None:
+    """None if the driver works here, else why not, with the way out."""
+    if sys.platform != "win32":
+        return "I/O completion ports exist on Windows only"
+    if _missing is not None:
+        return f"the extension module iocp_loop._iocp is missing ({_missing}); reinstall with a C compiler at hand"
+    code = lib.iocp_start()
+    return f"Winsock's extension functions can't be had: {error_of(code)}" if code else None
+
+
+def error_of(code: int) -> OSError:
+    """The exception for a Windows error code: of the subclass that fits, with `winerror` set."""
+    if code == ABORTED:
+        return cancelled_error()
+    return OSError(0, ffi.getwinerror(code)[1], None, code)
+
+
+def check(code: int) -> None:
+    """Raise the OSError of `code`, unless that is 0."""
+    if code:
+        raise error_of(code)
+
+
+class Submission:
+    """One request in the kernel's hands, and who takes its completion: ``finish(submission, bytes, error code)``.
+
+    `armed` is True while a completion is to be expected.  `keep` is what the kernel may read or write meanwhile: the
+    buffer or view itself.  cffi only tells its address (a ``from_buffer`` that lived on would lock a view, and Python's
+    collector does not survive clearing a locked view).
+    """
+
+    __slots__ = ("address", "armed", "finish", "keep", "native", "op")
+
+    def __init__(self) -> None:
+        self.native = ffi.new("iocp_submission *")
+        self.address = int(ffi.cast("uintptr_t", self.native))
+        self.armed = False
+        self.op: Any = None
+        self.finish: Callable[[Submission, int, int], None] = nobody
+        self.keep: Any = None
+
+    def set_address(self, family: int, address: Any) -> None:
+        """Write a socket address, whose host is numeric, for the request to come.  OSError if it is none."""
+        host, port, flow, scope = (*address, 0, 0)[:4]
+        if host == "":
+            host = "::" if family == socket.AF_INET6 else "0.0.0.0"
+        elif host == "<broadcast>":
+            host = "255.255.255.255"
+        check(lib.iocp_set_address(self.native, family, host.encode(), port, flow, scope))
+
+    def get_address(self) -> Any:
+        """The socket address that the kernel has written, as the socket module puts it; None for other families."""
+        text, numbers = ffi.new("char[]", lib.IOCP_HOST_SIZE), ffi.new("unsigned long[3]")
+        if lib.iocp_get_address(self.native, text, numbers):
+            return None
+        host = ffi.string(text).decode("ascii")
+        if ":" in host:
+            return host, numbers[0], numbers[1], numbers[2]
+        return host, numbers[0]
+
+
+def nobody(sub: Submission, count: int, code: int) -> None:
+    """The `finish` of a submission that is not in use."""
+
+
+def handle_of_file(descriptor: int) -> int:
+    """The HANDLE behind a descriptor of the C runtime."""
+    if sys.platform != "win32":
+        raise NotImplementedError("handles exist on Windows only")
+    import msvcrt
+
+    return msvcrt.get_osfhandle(descriptor)

@@ -1,0 +1,645 @@
+"""The driver ``poll``: a readiness poller that plays the part of a completion port.
+
+How it works
+------------
+The kernel tells which descriptors are ready (epoll on Linux, else what :mod:`selectors` finds: kqueue, poll, select);
+the driver then makes the call that was asked for, without blocking, and its result is the completion.  So a
+completion is *made* in ``dispatch``, at the moment that it is delivered.  This has two good consequences.  Data go
+from the kernel into one hot scratch buffer and on to the protocol before the next connection's data overwrite it: one
+buffer for all, none for an idle connection.  And nothing is ever half done in the background: cancelling and pausing
+are exact.
+
+Who owns what
+-------------
+Each descriptor with something in flight has a `_Watch`: a queue of operations that wait to read, one of operations
+that wait to write, and the events that the poller has been told.  The poller works level-triggered, so an operation
+that stays (a stream) is not armed again, and a short read needs no second call to learn that the socket is drained.
+
+What may complete out of order
+------------------------------
+Operations of one descriptor and one direction complete in the order of their submission.  Nothing else is promised.
+
+Descriptors that are closed behind the driver's back leave epoll by themselves.  Their watch is thrown away when the
+number comes back with another object, or when the poller refuses it.
+
+Manuals: epoll(7), epoll_ctl(2) (https://man7.org/linux/man-pages/man7/epoll.7.html), and the selectors module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import mmap
+import os
+import select
+import selectors
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .. import operations as ops
+from ..operations import READABLE, WRITABLE, HandleLike, Operation
+from .driver import Driver, cancelled_error
+
+__all__ = ["PollDriver"]
+
+#: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
+SCRATCH_SIZE = 256 * 1024
+
+#: What an attempt returns when the descriptor was not ready after all.
+NOT_YET = object()
+
+_AGAIN = (BlockingIOError, InterruptedError)
+
+# A hang-up or an error (POLLHUP, POLLERR) makes every attempt worthwhile: the call itself tells what happened.
+_READ_MASK = ~WRITABLE
+_WRITE_MASK = ~READABLE
+
+
+class _Watch:
+    """What is in flight on one descriptor, and which events the poller watches for it.
+
+    There is one for each idle connection, so it is kept small: the queues are tuples, made anew when they change.
+    """
+
+    __slots__ = ("events", "handle", "readers", "stream", "writers")
+
+    def __init__(self, handle: HandleLike) -> None:
+        self.handle = handle
+        self.events = 0
+        self.readers: tuple[Operation, ...] = ()
+        self.writers: tuple[Operation, ...] = ()
+        #: The one stream that receives here while nothing else reads: it has a short way through ``dispatch``.
+        self.stream: ops.ReceiveStream | None = None
+
+    def remove(self, op: Operation) -> None:
+        self.readers = tuple(other for other in self.readers if other is not op)
+        self.writers = tuple(other for other in self.writers if other is not op)
+
+    def wanted(self) -> int:
+        """The events to watch for now."""
+        wanted = WRITABLE if self.writers else 0
+        for op in self.readers:
+            if not getattr(op, "paused", False):
+                return wanted | READABLE
+        return wanted
+
+
+class PollDriver(Driver):
+    """The contract of :class:`~iocp_loop.ports.driver.Driver` over a readiness poller."""
+
+    name = "poll"
+
+    def __init__(self, concurrency: int = 1) -> None:
+        super().__init__(concurrency)
+        self._poller: _EpollPoller | _SelectorPoller = make_poller()
+        self._watches: dict[int, _Watch] = {}
+        self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
+        self._events: Iterator[tuple[int, int]] = iter(())
+        self._new: set[int] = set()  # descriptors whose watch is newer than the events
+        self._waker = make_waker()
+        self._poller.watch(self._waker.fileno(), 0, READABLE)
+        self._attempts: dict[type[Operation], Callable[[Any], Any]] = {
+            ops.Receive: _receive,
+            ops.ReceiveInto: _receive_into,
+            ops.Send: _send,
+            ops.SendAll: _send_all,
+            ops.Accept: _accept,
+            ops.Connect: _connect,
+            ops.ReceiveFrom: _receive_from,
+            ops.ReceiveFromInto: _receive_from_into,
+            ops.SendTo: _send_to,
+            ops.Read: _read,
+            ops.ReadInto: _read_into,
+            ops.Write: _write,
+        }
+        if hasattr(os, "sendfile"):
+            self._attempts[ops.SendFile] = _send_file
+        self._stream_steps: dict[type[Operation], Callable[[Any], None]] = {
+            ops.ReceiveStream: self._receive_while_others_read,
+            ops.ReceiveFromStream: self._receive_datagrams,
+            ops.AcceptStream: self._accept_some,
+        }
+
+    # -- submitting --------------------------------------------------------------------------------
+
+    def submit(self, op: Operation) -> None:
+        kind = type(op)
+        if kind is ops.Readiness or kind is ops.ReadinessStream:
+            events = op.events  # type: ignore[attr-defined]  # both kinds have it
+            if not events or events & ~(READABLE | WRITABLE):
+                raise ValueError(f"events must be READABLE, WRITABLE or both, not {events!r}")
+        elif kind in self._attempts:
+            events = WRITABLE if kind in _WRITING_KINDS else READABLE
+        elif kind in self._stream_steps:
+            events = READABLE
+        else:
+            raise NotImplementedError(f"the poll driver has no operation {op.kind}")
+        self._launch(op)
+        if kind is ops.Connect:
+            try:
+                if _start_connect(op):  # type: ignore[arg-type]  # its kind was looked at
+                    self._finish(op, None)
+                    return
+            except OSError as error:
+                self._finish(op, None, error)
+                return
+        elif kind in self._attempts and op.fd not in self._watches and self._attempt(op):
+            return
+        try:
+            self._add(op, events)
+        except OSError:  # epoll refuses regular files too, but no call on one waits: it was made above
+            self._retract(op)
+            raise
+
+    def _attempt(self, op: Operation) -> bool:
+        """Make the call of an ordinary operation; True when it is over, well or badly."""
+        try:
+            value = self._attempts[type(op)](op)
+        except _AGAIN:
+            return False
+        except OSError as error:
+            self._finish(op, None, error)
+            return True
+        if value is NOT_YET:
+            return False
+        self._finish(op, value)
+        return True
+
+    def _add(self, op: Operation, events: int) -> None:
+        watch = self._watches.get(op.fd)
+        if watch is None or (watch.handle is not op.handle and not self._still_watched(op.fd, watch)):
+            watch = self._watches[op.fd] = _Watch(op.handle)
+            self._new.add(op.fd)
+        if events & READABLE:
+            watch.readers += (op,)
+        if events & WRITABLE:
+            watch.writers += (op,)
+        try:
+            self._update(op.fd, watch)
+        except OSError:
+            watch.remove(op)
+            if not watch.readers and not watch.writers:
+                self._watches.pop(op.fd, None)
+            raise
+
+    def _still_watched(self, fd: int, watch: _Watch) -> bool:
+        """False where the watched descriptor was closed, and its number now means something else."""
+        if not watch.events:
+            return bool(watch.readers or watch.writers)
+        try:
+            self._poller.watch(fd, watch.events, watch.events)
+        except OSError:
+            for op in {*watch.readers, *watch.writers}:
+                if op.in_flight:
+                    self._finish(op, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            return False
+        return True
+
+    def _update(self, fd: int, watch: _Watch) -> None:
+        """Tell the poller what is wanted of `fd` now."""
+        wanted = watch.wanted()
+        only = watch.readers[0] if wanted & READABLE and len(watch.readers) == 1 else None
+        watch.stream = only if isinstance(only, ops.ReceiveStream) else None
+        if wanted != watch.events:
+            self._poller.watch(fd, watch.events, wanted)
+            watch.events = wanted
+            if self._poller.looks_once:
+                self.wake()  # the thread that waits, if it is another one, does not know of this
+
+    def _settle(self, fd: int, watch: _Watch) -> None:
+        """As `_update`, and drop the watch when nothing is in flight on it."""
+        try:
+            self._update(fd, watch)
+        except OSError:
+            watch.events = 0  # the descriptor was closed: the poller has forgotten it already
+        if not watch.readers and not watch.writers and self._watches.get(fd) is watch:
+            del self._watches[fd]
+
+    def cancel(self, op: Operation) -> None:
+        if not self._begin_cancel(op):
+            return
+        watch = self._watches.get(op.fd)
+        self._finish(op, None, cancelled_error())
+        if watch is not None:
+            watch.remove(op)
+            self._settle(op.fd, watch)
+
+    def pause(self, op: Any) -> None:
+        op.paused = True
+        watch = self._watches.get(op.fd)
+        if watch is not None and op.in_flight:
+            self._settle(op.fd, watch)
+
+    def resume(self, op: Any) -> None:
+        op.paused = False
+        watch = self._watches.get(op.fd)
+        if watch is None or not op.in_flight:
+            return
+        try:
+            self._update(op.fd, watch)
+        except OSError as error:  # the descriptor was closed meanwhile
+            watch.remove(op)
+            self._finish(op, None, error)
+            self._settle(op.fd, watch)
+
+    # -- waiting and dispatching -------------------------------------------------------------------
+
+    def wait(self, timeout: float | None) -> None:
+        self.waits += 1
+        self._sleeping = True
+        try:
+            if self.ready or (self.before_sleep is not None and self.before_sleep()):
+                timeout = 0
+            self._events = iter(self._poller.poll(timeout))
+            self._new.clear()
+        finally:
+            self._sleeping = False
+
+    def dispatch(self) -> None:
+        if self.ready:
+            self._drain_ready()
+        watches = self._watches
+        received = 0
+        try:
+            for fd, events in self._events:
+                watch = watches.get(fd)
+                if events == READABLE and watch is not None and watch.stream is not None:
+                    # Without a look at _new: a receive that finds nothing does no harm.
+                    received += 1
+                    self._receive_data(watch.stream)
+                else:
+                    self._dispatch_other(fd, watch, events)
+        finally:
+            self.completions += received
+        if self.ready:
+            self._drain_ready()
+
+    def _dispatch_other(self, fd: int, watch: _Watch | None, events: int) -> None:
+        """Whatever is not plain data for the one stream that receives on a descriptor."""
+        if watch is None:
+            if fd == self._waker.fileno():
+                self._waker.drain()
+            return
+        if fd in self._new:
+            return  # the event is that of an earlier file with the same number; the next wait tells about this one
+        held = (READABLE if events & _READ_MASK else 0) | (WRITABLE if events & _WRITE_MASK else 0)
+        if held & READABLE and watch.readers:
+            self._serve(fd, watch, watch.readers, READABLE, held)
+        if held & WRITABLE and watch.writers:
+            self._serve(fd, watch, watch.writers, WRITABLE, held)
+
+    def _serve(self, fd: int, watch: _Watch, queue: tuple[Operation, ...], direction: int, held: int) -> None:
+        """Advance the operations of one direction of a ready descriptor, in order, until one has to wait.
+
+        `held` are all the events that hold on it: one that waits for both is told of both at once.
+        """
+        for op in queue:
+            if op.state is ops.DONE:
+                continue
+            kind = type(op)
+            step = self._stream_steps.get(kind)
+            if step is not None:
+                step(op)
+            elif kind is ops.ReadinessStream:
+                events = held & op.events  # type: ignore[attr-defined]  # this kind has events
+                if direction == READABLE or not events & READABLE:  # else it was told as a reader
+                    self.completions += 1
+                    op.complete(events, None)
+            elif kind is ops.Readiness:
+                self._finish(op, held & op.events)  # type: ignore[attr-defined]  # as above
+                watch.remove(op)
+            elif self._attempt(op):
+                watch.remove(op)
+            else:
+                break
+        self._settle(fd, watch)
+
+    def _end_stream(self, op: Operation, value: Any, error: OSError | None) -> None:
+        watch = self._watches.get(op.fd)
+        self._land(op)
+        if watch is not None:
+            watch.remove(op)
+            self._settle(op.fd, watch)
+        self.completions += 1
+        op.complete(value, error)
+
+    def _receive_data(self, op: ops.ReceiveStream) -> None:
+        """One receive of a stream, delivered at once: the hottest function of this driver."""
+        if op.get_buffer is not None:
+            self._receive_into_buffer(op)
+            return
+        scratch = self._scratch
+        try:
+            count = op.handle.recv_into(scratch)
+        except _AGAIN:
+            return
+        except OSError as error:
+            self._end_stream(op, None, error)
+            return
+        if count:
+            op.complete(scratch[:count], None)
+        else:
+            self._end_stream(op, b"", None)
+
+    def _receive_into_buffer(self, op: ops.ReceiveStream) -> None:
+        """One receive of a stream whose owner lends the buffer."""
+        buffer = op.get_buffer()  # type: ignore[misc]  # its caller has looked
+        if buffer is None:
+            return
+        try:
+            count = op.handle.recv_into(buffer)
+        except _AGAIN:
+            return
+        except OSError as error:
+            self._end_stream(op, None, error)
+            return
+        if count:
+            op.complete(count, None)
+        else:
+            self._end_stream(op, 0, None)
+
+    def _receive_while_others_read(self, op: ops.ReceiveStream) -> None:
+        if not op.paused:
+            self.completions += 1
+            self._receive_data(op)
+
+    def _receive_datagrams(self, op: ops.ReceiveFromStream) -> None:
+        # A few per turn: one busy endpoint must not starve the others.
+        for _ in range(16):
+            if op.paused or not op.in_flight:
+                return
+            try:
+                data, address = op.handle.recvfrom(op.size)
+            except _AGAIN:
+                return
+            except OSError as error:
+                self._end_stream(op, None, error)
+                return
+            self.completions += 1
+            op.complete((data, address), None)
+
+    def _accept_some(self, op: ops.AcceptStream) -> None:
+        for _ in range(op.depth):
+            if not op.in_flight:
+                return
+            try:
+                value = _accept(op)
+            except (*_AGAIN, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._end_stream(op, None, error)
+                return
+            self.completions += 1
+            op.complete(value, None)
+
+    # -- waking and closing ------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        self._waker.wake()
+
+    def _release(self, timeout: float) -> None:
+        for op in list(self.in_flight.values()):
+            self._land(op)
+        self._watches.clear()
+        self._poller.close()
+        self._waker.close()
+        self._scratch.close()
+
+    def after_fork_in_child(self) -> None:
+        if not self.closed:
+            self._poller.close()
+            self._waker.close()
+        super().after_fork_in_child()
+
+
+# --------------------------------------------------------------------------------------------------
+# The calls.  Each makes one attempt, without blocking, and returns a value, NOT_YET, or raises.
+# --------------------------------------------------------------------------------------------------
+
+
+def _receive(op: ops.Receive) -> Any:
+    return op.handle.recv(op.size)  # type: ignore[union-attr]  # socket operations hold sockets
+
+
+def _receive_into(op: ops.ReceiveInto) -> Any:
+    return op.handle.recv_into(op.buffer)  # type: ignore[union-attr]  # as above
+
+
+def _send(op: ops.Send) -> Any:
+    return op.handle.send(op.data)  # type: ignore[union-attr]  # as above
+
+
+def _send_all(op: ops.SendAll) -> Any:
+    sock: Any = op.handle
+    gather = getattr(sock, "sendmsg", None)  # Windows has none
+    while op.buffers:
+        op.advance(gather(op.buffers[:_IOV_MAX]) if gather is not None else sock.send(op.buffers[0]))
+    return op.sent
+
+
+def _accept(op: ops.Accept | ops.AcceptStream) -> Any:
+    sock, address = op.handle.accept()
+    sock.setblocking(False)
+    return sock, address
+
+
+def _start_connect(op: ops.Connect) -> bool:
+    """Begin to connect; True when it is done already."""
+    try:
+        op.handle.connect(op.address)
+    except _AGAIN as exc:
+        if exc.errno == errno.EAGAIN:
+            raise  # a UNIX listener's backlog is full, or there are no ports left: nothing is under way
+        return False
+    return True
+
+
+def _connect(op: ops.Connect) -> Any:
+    code = op.handle.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, f"Connect call failed {op.address}")
+    return None
+
+
+def _receive_from(op: ops.ReceiveFrom) -> Any:
+    return op.handle.recvfrom(op.size)  # type: ignore[union-attr]  # as above
+
+
+def _receive_from_into(op: ops.ReceiveFromInto) -> Any:
+    return op.handle.recvfrom_into(op.buffer)  # type: ignore[union-attr]  # as above
+
+
+def _send_to(op: ops.SendTo) -> Any:
+    sock: Any = op.handle
+    return sock.send(op.data) if op.address is None else sock.sendto(op.data, op.address)
+
+
+def _send_file(op: ops.SendFile) -> Any:
+    # The descriptor is asked for anew: the socket may have been closed, and its number given to another.
+    return os.sendfile(op.handle.fileno(), op.file, op.offset, op.count)  # type: ignore[union-attr]  # as above
+
+
+def _read(op: ops.Read) -> Any:
+    return os.read(op.fd, op.size) if op.offset is None else os.pread(op.fd, op.size, op.offset)
+
+
+def _read_into(op: ops.ReadInto) -> Any:
+    return os.readv(op.fd, [op.buffer]) if op.offset is None else os.preadv(op.fd, [op.buffer], op.offset)
+
+
+def _write(op: ops.Write) -> Any:
+    return os.write(op.fd, op.data) if op.offset is None else os.pwrite(op.fd, op.data, op.offset)
+
+
+_WRITING_KINDS = frozenset({ops.Send, ops.SendAll, ops.SendFile, ops.SendTo, ops.Write, ops.Connect})
+_IOV_MAX = 1024  # Linux's and the BSDs' limit on buffers in one call, limits.h
+
+
+# --------------------------------------------------------------------------------------------------
+# The pollers: watch(fd, old events, new events), poll(timeout) -> [(fd, events)], close().
+# --------------------------------------------------------------------------------------------------
+
+
+class _EpollPoller:
+    """Linux's epoll; its event bits are those of poll(2), which are ours."""
+
+    #: True where a wait does not notice what another thread has begun to watch meanwhile.
+    looks_once = False
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+
+    def watch(self, fd: int, old: int, new: int) -> None:
+        epoll = self._epoll
+        if not new:
+            epoll.unregister(fd)
+        elif not old:
+            try:
+                epoll.register(fd, new)
+            except FileExistsError:
+                epoll.modify(fd, new)
+        else:
+            epoll.modify(fd, new)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        if timeout == 0:
+            return self._epoll.poll(0, 1024)
+        # epoll counts milliseconds: round up, so that a timer is never early.
+        seconds = -1 if timeout is None else math.ceil(timeout * 1000) / 1000
+        try:
+            return self._epoll.poll(seconds, 1024)
+        except InterruptedError:
+            return []
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+class _SelectorPoller:
+    """kqueue, poll or select, by way of :mod:`selectors`."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.looks_once = not hasattr(select, "kqueue")
+
+    def watch(self, fd: int, old: int, new: int) -> None:
+        bits = (selectors.EVENT_READ if new & READABLE else 0) | (selectors.EVENT_WRITE if new & WRITABLE else 0)
+        if not new:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(fd)
+        elif fd in self._selector.get_map():
+            self._selector.modify(fd, bits)
+        else:
+            self._selector.register(fd, bits)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        try:
+            ready = self._selector.select(timeout)
+        except OSError:
+            closed = self._closed()
+            if not closed:
+                raise
+            return closed
+        return [
+            (
+                key.fd,
+                (READABLE if bits & selectors.EVENT_READ else 0) | (WRITABLE if bits & selectors.EVENT_WRITE else 0),
+            )
+            for key, bits in ready
+        ]
+
+    def _closed(self) -> list[tuple[int, int]]:
+        """Descriptors closed behind our back, for which select() refuses all; as ready, so that their calls fail."""
+        closed = []
+        for key in list(self._selector.get_map().values()):
+            try:
+                select.select([key.fd], [], [], 0)
+            except OSError:
+                self._selector.unregister(key.fd)
+                closed.append((key.fd, READABLE | WRITABLE))
+        return closed
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+def make_poller() -> _EpollPoller | _SelectorPoller:
+    """The best poller of this system."""
+    return _EpollPoller() if hasattr(select, "epoll") else _SelectorPoller()
+
+
+# --------------------------------------------------------------------------------------------------
+# The wakers: a descriptor that becomes readable when another thread wants the wait to end.
+# --------------------------------------------------------------------------------------------------
+
+
+class _EventfdWaker:
+    """Linux's eventfd(2): one descriptor, a counter."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: then a wake is on its way already
+            os.eventfd_write(self._fd, 1)
+
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class _SocketWaker:
+    """A socket pair, for systems without eventfd; select() on Windows takes nothing but sockets."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: then a wake is on its way already
+            self._writer.send(b"\0")
+
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def close(self) -> None:
+        self._reader.close()
+        self._writer.close()
+
+
+def make_waker() -> _EventfdWaker | _SocketWaker:
+    """The cheapest waker of this system."""
+    return _EventfdWaker() if hasattr(os, "eventfd") else _SocketWaker()
