@@ -1,0 +1,336 @@
+"""The proactor: one method per operation, each returns an asyncio Future; and streams that call their owner directly.
+
+It joins the two worlds.  Below it a driver turns operations into completions and knows no loop.  Above it coroutines
+await Futures, and transports take data.  The proactor makes the operation, hands it to the driver, and ties the
+completion to one or the other:
+
+* a Future, where a user awaits one (``recv``, ``accept``, ...);
+* a callable, for a *stream* (``receive_stream``, ``accept_stream``, ...): a transport is called with each completion,
+  without a Future, a Handle or a turn of the ready queue between.
+
+Cancelling such a Future cancels it at once, as asyncio's users expect, and asks the driver to end the operation; the
+buffers stay in the in-flight table until it has.  If the operation had already got something (bytes, a connection,
+a datagram) that nobody awaits any more, it is not lost: the next call of the same kind on that socket returns it.
+Until the cancelled operation has ended, that next call stands in line behind it, or it would overtake those bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import operations as ops
+from .operations import READABLE, WRITABLE, Address, HandleLike, Operation
+from .ports.driver import Driver
+
+__all__ = ["Deliver", "Proactor"]
+
+#: What a stream calls with each completion: ``deliver(value, error)``.  The last call has an error or an empty value.
+Deliver = Callable[[Any, OSError | None], object]
+
+#: Kinds whose value would be lost if nobody took it.
+_PRECIOUS = (ops.Receive, ops.ReceiveInto, ops.Accept, ops.ReceiveFrom, ops.ReceiveFromInto)
+
+
+class _OperationFuture(asyncio.Future[Any]):
+    """The Future of one operation."""
+
+    def __init__(self, proactor: Proactor, op: Operation, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._proactor = proactor
+        self._op = op
+
+    def start(self) -> None:
+        """Submit the operation.  Raises OSError or ValueError if it is refused outright."""
+        self._op.complete = self._completed
+        self._proactor.driver.submit(self._op)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if not self.done():
+            self._proactor._cancel_precious(self._op)
+        return super().cancel(msg=msg)
+
+    def _completed(self, value: Any, error: OSError | None) -> None:
+        self._op.complete = _is_over  # the Future and the operation refer to each other: part them
+        if self.done():
+            self._proactor._ended_unawaited(self._op, value, error)
+        elif error is None:
+            self.set_result(value)
+        elif error.errno == errno.ECANCELED:
+            super().cancel()
+        else:
+            self.set_exception(error)
+
+
+def _is_over(value: Any, error: OSError | None) -> None:
+    """The `complete` of an operation that has ended."""
+
+
+class _Line:
+    """One handle's cancelled operations that have not ended, and what must wait until they have."""
+
+    __slots__ = ("ending", "waiting")
+
+    def __init__(self) -> None:
+        self.ending: set[Operation] = set()
+        self.waiting: deque[Callable[[], object]] = deque()
+
+
+class Proactor:
+    """Starts operations on a driver, for one event loop.
+
+    Each method that returns a Future may raise OSError or ValueError at once when the operation is refused outright;
+    else the error arrives in the Future.  Sockets must be non-blocking.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
+        self._loop = loop
+        self.driver = driver
+        # Bound once: transports call these, and another hop would buy nothing.
+        self.cancel = driver.cancel
+        self.pause = driver.pause
+        self.resume = driver.resume
+        self.wake = driver.wake
+        self.let_go = driver.let_go
+        self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
+        self._lines: dict[Any, _Line] = {}
+
+    # -- the turn of the loop ----------------------------------------------------------------------
+
+    def select(self, timeout: float | None) -> tuple[()]:
+        """Wait at most `timeout` seconds for completions (the name that BaseEventLoop calls)."""
+        self.driver.wait(timeout)
+        return ()
+
+    def dispatch(self) -> None:
+        """Deliver the completions that ``select`` gathered."""
+        self.driver.dispatch()
+
+    @property
+    def in_flight(self) -> dict[int, Operation]:
+        """The in-flight table: every operation that is submitted and not reaped, by its number."""
+        return self.driver.in_flight
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Cancel and reap everything, then free the port.  Bounded by about `timeout` seconds."""
+        self.driver.close(timeout)
+        for left in self._unclaimed.values():
+            for value in left:
+                if isinstance(value, tuple) and isinstance(value[0], socket.socket):
+                    value[0].close()  # a connection that nobody will take any more
+        self._unclaimed.clear()
+
+    # -- one request, one Future -------------------------------------------------------------------
+
+    def submit(self, op: Operation) -> asyncio.Future[Any]:
+        """Submit any operation; the Future of its completion."""
+        future = _OperationFuture(self, op, self._loop)
+        if (self._unclaimed or self._lines) and isinstance(op, _PRECIOUS):
+            self._submit_in_turn(future, op)
+        else:
+            future.start()
+        return future
+
+    def recv(self, sock: socket.socket, size: int) -> asyncio.Future[bytes]:
+        """Receive at most `size` bytes; empty at the end of the stream."""
+        return self.submit(ops.Receive(sock, size))
+
+    def recv_into(self, sock: socket.socket, buffer: Any) -> asyncio.Future[int]:
+        """Receive into a writable buffer; the number of bytes."""
+        return self.submit(ops.ReceiveInto(sock, buffer))
+
+    def send(self, sock: socket.socket, data: Any) -> asyncio.Future[int]:
+        """Send from `data`; the number of bytes taken, perhaps fewer than were given."""
+        return self.submit(ops.Send(sock, data))
+
+    def sendall(self, sock: socket.socket, *buffers: Any) -> asyncio.Future[int]:
+        """Send all of several buffers in order; the number of bytes."""
+        return self.submit(ops.SendAll(sock, buffers))
+
+    def accept(self, sock: socket.socket) -> asyncio.Future[tuple[socket.socket, Address]]:
+        """Accept one connection: ``(non-blocking socket, address)``."""
+        return self.submit(ops.Accept(sock))
+
+    def connect(self, sock: socket.socket, address: Address) -> asyncio.Future[None]:
+        """Connect to a resolved address."""
+        return self.submit(ops.Connect(sock, address))
+
+    def recvfrom(self, sock: socket.socket, size: int) -> asyncio.Future[tuple[bytes, Address]]:
+        """Receive one datagram of at most `size` bytes: ``(bytes, address)``."""
+        return self.submit(ops.ReceiveFrom(sock, size))
+
+    def recvfrom_into(self, sock: socket.socket, buffer: Any) -> asyncio.Future[tuple[int, Address]]:
+        """Receive one datagram into a writable buffer: ``(number of bytes, address)``."""
+        return self.submit(ops.ReceiveFromInto(sock, buffer))
+
+    def sendto(self, sock: socket.socket, data: Any, address: Address) -> asyncio.Future[int]:
+        """Send one datagram; the number of bytes."""
+        return self.submit(ops.SendTo(sock, data, address))
+
+    def read(self, handle: HandleLike, size: int, offset: int | None = None) -> asyncio.Future[bytes]:
+        """Read at most `size` bytes from a file or pipe; `offset` in bytes, None: from where it stands."""
+        return self.submit(ops.Read(handle, size, offset))
+
+    def read_into(self, handle: HandleLike, buffer: Any, offset: int | None = None) -> asyncio.Future[int]:
+        """Read from a file or pipe into a writable buffer; the number of bytes."""
+        return self.submit(ops.ReadInto(handle, buffer, offset))
+
+    def write(self, handle: HandleLike, data: Any, offset: int | None = None) -> asyncio.Future[int]:
+        """Write to a file or pipe; the number of bytes taken, perhaps fewer than were given."""
+        return self.submit(ops.Write(handle, data, offset))
+
+    def wait_readable(self, handle: HandleLike) -> asyncio.Future[int]:
+        """Wait until a read would not block."""
+        return self.submit(ops.Readiness(handle, READABLE))
+
+    def wait_writable(self, handle: HandleLike) -> asyncio.Future[int]:
+        """Wait until a write would not block."""
+        return self.submit(ops.Readiness(handle, WRITABLE))
+
+    # -- one request, many completions -------------------------------------------------------------
+
+    def start(self, op: Operation, deliver: Deliver) -> None:
+        """Submit `op` with `deliver` as the receiver of its completions, without a Future."""
+        op.complete = deliver
+        self.driver.submit(op)
+
+    def accept_stream(self, sock: socket.socket, deliver: Deliver) -> ops.AcceptStream:
+        """Accept until cancelled: ``deliver((socket, address), None)``."""
+        op = ops.AcceptStream(sock)
+        self.start(op, deliver)
+        return op
+
+    def receive_stream(
+        self, sock: socket.socket, deliver: Deliver, get_buffer: Callable[[], Any] | None = None
+    ) -> ops.ReceiveStream:
+        """Receive until the end: ``deliver(data, None)``; see :class:`~iocp_loop.operations.ReceiveStream`.
+
+        What a cancelled ``recv`` had left behind comes first, with the next turn of the loop.
+        """
+        op = ops.ReceiveStream(sock, get_buffer)
+        self.start(op, deliver)
+        if self._unclaimed or self._lines:
+            self._deliver_unclaimed(op)
+        return op
+
+    def receive_from_stream(self, sock: socket.socket, size: int, deliver: Deliver) -> ops.ReceiveFromStream:
+        """Receive datagrams until cancelled: ``deliver((bytes, address), None)``."""
+        op = ops.ReceiveFromStream(sock, size)
+        self.start(op, deliver)
+        return op
+
+    def readiness_stream(self, handle: HandleLike, events: int, deliver: Deliver) -> ops.ReadinessStream:
+        """Tell whenever one of `events` holds, level-triggered: ``deliver(events, None)``."""
+        op = ops.ReadinessStream(handle, events)
+        self.start(op, deliver)
+        return op
+
+    # -- results that nobody awaits any more -------------------------------------------------------
+
+    def _cancel_precious(self, op: Operation) -> None:
+        """Ask for the end of an operation whose Future is being cancelled."""
+        self.driver.cancel(op)
+        if isinstance(op, _PRECIOUS) and op.state is not ops.NEW:  # new: it stands in line itself
+            self._lines.setdefault(op.handle, _Line()).ending.add(op)
+
+    def _ended_unawaited(self, op: Operation, value: Any, error: OSError | None) -> None:
+        """The last completion of a cancelled operation: keep what it got, and let those behind it go on."""
+        if not isinstance(op, _PRECIOUS):
+            return
+        if error is None:
+            self._keep_unclaimed(op, value)
+        line = self._lines[op.handle]
+        line.ending.discard(op)
+        if not line.ending:
+            del self._lines[op.handle]
+            for go_on in line.waiting:
+                go_on()
+
+    def _submit_in_turn(self, future: _OperationFuture, op: Operation) -> None:
+        """Submit behind cancelled operations on the same handle, or answer with what one of them had got."""
+        line = self._lines.get(op.handle)
+        if line is not None:
+            line.waiting.append(lambda: self._go_on(future, op))
+        elif op.handle in self._unclaimed:
+            future.set_result(self._claim(op))
+        else:
+            future.start()
+
+    def _go_on(self, future: _OperationFuture, op: Operation) -> None:
+        if future.done():
+            return
+        if self.driver.closed:
+            future.cancel()
+            return
+        try:
+            self._submit_in_turn(future, op)
+        except (OSError, ValueError) as exc:
+            future.set_exception(exc)
+
+    def _deliver_unclaimed(self, op: ops.ReceiveStream) -> None:
+        """Give a new stream what cancelled operations had received, or will turn out to have."""
+
+        def deliver(complete: Callable[[bytes, None], object]) -> None:
+            data = b"".join(value for value in self._unclaimed.pop(op.handle, ()) if isinstance(value, bytes))
+            if data and op.in_flight:
+                complete(data, None)
+
+        deliver(lambda data, _: self.driver.ready.append((op, data, None)))  # with the next dispatch, not by recursion
+        line = self._lines.get(op.handle)
+        if line is not None:
+            line.waiting.append(lambda: deliver(op.complete))  # in a dispatch, before what came later
+
+    def keep(self, future: asyncio.Future[Any]) -> None:
+        """Keep what `future` got, if whoever awaited it was cancelled in the turn in which it came."""
+        got_something = future.done() and not future.cancelled() and future.exception() is None
+        if got_something and isinstance(future, _OperationFuture):
+            self._keep_unclaimed(future._op, future.result())
+
+    def _keep_unclaimed(self, op: Operation, value: Any) -> None:
+        if isinstance(op, ops.ReceiveInto):
+            value = bytes(op.buffer[:value])
+        elif isinstance(op, ops.ReceiveFromInto):
+            value = (bytes(op.buffer[: value[0]]), value[1])
+        self._unclaimed.setdefault(op.handle, deque()).append(value)
+
+    def _claim(self, op: Operation) -> Any:
+        """The value for `op` out of what an earlier, cancelled one of its kind had got."""
+        left = self._unclaimed[op.handle]
+        value = left.popleft()
+        if isinstance(op, (ops.Receive, ops.ReceiveInto)):
+            size = op.size if isinstance(op, ops.Receive) else op.buffer.nbytes
+            value, rest = value[:size], value[size:]
+            if rest:
+                left.appendleft(rest)
+        if not left:
+            del self._unclaimed[op.handle]
+        if isinstance(op, ops.ReceiveInto):
+            op.buffer[: len(value)] = value
+            return len(value)
+        if isinstance(op, ops.ReceiveFrom):
+            return value[0][: op.size], value[1]
+        if isinstance(op, ops.ReceiveFromInto):
+            data = value[0][: op.buffer.nbytes]
+            op.buffer[: len(data)] = data
+            return len(data), value[1]
+        return value
+
+    def claims(self, sock: socket.socket) -> bool:
+        """True if something is kept for `sock`, or may be soon, that goes before a new call into the kernel."""
+        return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)
+
+
+def advance(buffers: Sequence[Any], count: int) -> list[memoryview]:
+    """What is left of `buffers` after `count` bytes were sent."""
+    rest = [ops.readable_view(buffer) for buffer in buffers]
+    while rest and count >= rest[0].nbytes:
+        count -= rest[0].nbytes
+        del rest[0]
+    if rest and count:
+        rest[0] = rest[0][count:]
+    return rest

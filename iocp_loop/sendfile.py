@@ -1,0 +1,88 @@
+"""Sending a file over a socket without a copy through user space: chunk after chunk, each one an operation.
+
+Used by ``loop.sock_sendfile`` on plain sockets and by ``loop.sendfile`` on transports; they differ in who submits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from asyncio import SendfileNotAvailableError
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .operations import SendFile
+
+__all__ = ["send_file"]
+
+#: The most that one operation sends, bytes.  Linux takes 2 GiB - 4 KiB in one call, TransmitFile 2 GiB - 2.
+_CHUNK = 1 << 30
+
+#: Errors that are about the file or the system, not about the connection: copying may still work.
+_NOT_AVAILABLE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EOVERFLOW})
+
+
+async def send_file(
+    submit: Callable[[SendFile], Awaitable[int]], sock: socket.socket, file: Any, offset: int, count: int | None
+) -> int:
+    """Send `count` bytes of `file` (None: all) from `offset`, in bytes; the number of bytes sent.
+
+    Stops early at the end of the file.  Afterwards, also after an error, the file stands behind the last byte sent, or
+    at `offset` if there is none.
+    Raises SendfileNotAvailableError, with nothing sent, where the system can't do it for this file.
+    """
+    number = _regular_file(file)
+    sent = 0
+    try:
+        while count is None or sent < count:
+            chunk = _CHUNK if count is None else min(_CHUNK, count - sent)
+            op = SendFile(sock, number, offset + sent, chunk)
+            try:
+                taken = await submit(op)
+            except asyncio.CancelledError:
+                sent += await _sent_in_spite(op)
+                raise
+            if not taken:
+                break
+            sent += taken
+    except NotImplementedError as exc:
+        raise SendfileNotAvailableError(str(exc)) from exc
+    except OSError as exc:
+        if not sent and exc.errno in _NOT_AVAILABLE:
+            raise SendfileNotAvailableError(f"the system can't send this file by itself: {exc}") from exc
+        if exc.errno == errno.ENOTCONN and not isinstance(exc, ConnectionError):
+            raise ConnectionError(errno.ENOTCONN, "the connection was closed while a file was sent") from exc
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # a pipe, which the system did not send either, has no position
+            os.lseek(number, offset + sent, os.SEEK_SET)
+    return sent
+
+
+async def _sent_in_spite(op: SendFile) -> int:
+    """How many bytes a cancelled operation had sent, which is known when the kernel has given it back."""
+    if not op.in_flight:
+        return 0
+    count: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    complete = op.complete
+
+    def completed(value: Any, error: OSError | None) -> None:
+        complete(value, error)
+        if not count.done():
+            count.set_result(value or 0)
+
+    op.complete = completed
+    return await count
+
+
+def _regular_file(file: Any) -> int:
+    """The descriptor of `file`."""
+    try:
+        number: int = file.fileno()
+        os.fstat(number)
+    except (AttributeError, OSError) as exc:  # io.UnsupportedOperation is an OSError
+        raise SendfileNotAvailableError(f"not a regular file: {file!r}") from exc
+    return number

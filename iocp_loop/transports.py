@@ -1,0 +1,685 @@
+"""The stream transport: a socket on one side, an asyncio Protocol on the other.
+
+The way of one received byte: the driver reaps a completion of this transport's receive stream and calls
+``_received`` (or ``_received_into`` for a BufferedProtocol), which calls the protocol, in the same turn, without a
+Handle between.  The way back: ``write`` tries ``send`` at once; what the kernel does not take goes into a queue, and a
+``SendAll`` operation empties the queue.
+
+A transport's life is a small machine.  Two things move in it independently, so there are two states:
+
+====================  ==================================================================================
+reading               what it means
+====================  ==================================================================================
+``_receive`` is None  not begun: ``connection_made`` has not run yet, or nothing will be received any more
+in flight             data may come
+in flight, paused     data that still come are held in ``_held`` until ``resume_reading``
+====================  ==================================================================================
+
+====================  ==================================================================================
+writing               what it means
+====================  ==================================================================================
+open                  ``write`` is welcome
+eof asked             ``write_eof`` was called: when the queue is empty, the sending side is shut down
+closing               ``close`` was called: when the queue is empty, the connection is lost
+lost                  ``connection_lost`` is scheduled or done; ``write`` is a no-op
+====================  ==================================================================================
+
+Rules:
+
+1. ``connection_made`` first, then data, then at most one ``eof_received``, then ``connection_lost``, once.
+2. Data that the kernel had handed over before a pause are delivered after the resume, in order.
+3. The socket is closed when ``connection_lost`` has run *and* no operation is in flight on it: never under the kernel.
+4. An exception of the protocol closes its connection and is reported; it reaches nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import logging
+import socket
+import sys
+import warnings
+from asyncio import constants, transports, trsock
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from . import operations as ops
+from .debugging import context_for, unclosed
+from .proactor import Proactor, advance
+from .sendfile import send_file
+
+__all__ = ["FlowControl", "SocketTransport"]
+
+#: asyncio's own logger: where its users look.
+_logger = logging.getLogger("asyncio")
+
+#: Writes to a lost connection that are let pass before a warning is logged.
+_PATIENCE = 5
+
+#: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
+_WORTH_JOINING = 64
+
+
+class FlowControl(transports._FlowControlMixin):
+    """Pauses a protocol's writing above the high-water mark and resumes it at the low one (both in bytes).
+
+    asyncio's own, by whose class other parts of asyncio know a transport that has flow control.
+    """
+
+    __slots__ = ()
+
+    _loop: asyncio.AbstractEventLoop
+    _protocol: Any
+
+    if TYPE_CHECKING:  # typeshed leaves these out
+
+        def _maybe_pause_protocol(self) -> None: ...
+
+        def _maybe_resume_protocol(self) -> None: ...
+
+    def _init_flow_control(self) -> None:
+        """In place of the constructor, which wants to be the only one."""
+        self._protocol_paused = False
+        self.set_write_buffer_limits()
+
+    def release_protocol(self) -> None:
+        """Let a paused protocol write, because it is about to be replaced; its successor's first write pauses that."""
+        if self._protocol_paused:
+            self._protocol_paused = False
+            self._protocol.resume_writing()
+
+
+class SocketTransport(FlowControl):
+    """A connected stream socket as an asyncio transport (TCP, UNIX; TLS stands above it)."""
+
+    # There is one for each idle connection: everything has its slot, nothing is kept that the system can be asked for
+    # later.  The __dict__, which costs little while it is empty, is for those who put a method of their own over one of
+    # ours, as tests do.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_at_eof",
+        "_buffered",
+        "_closing",
+        "_context",
+        "_direct",
+        "_eof_asked",
+        "_file",
+        "_finished",
+        "_held",
+        "_lost",
+        "_paused",
+        "_peername",
+        "_proactor",
+        "_protocol",
+        "_queue",
+        "_queued",
+        "_receive",
+        "_sending",
+        "_server",
+        "_sock",
+        "_writes_after_loss",
+    )
+
+    _start_tls_compatible = True
+    _sendfile_compatible = constants._SendfileMode.TRY_NATIVE
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        proactor: Proactor,
+        sock: socket.socket,
+        protocol: asyncio.BaseProtocol,
+        waiter: asyncio.Future[None] | None = None,
+        extra: dict[str, Any] | None = None,
+        server: Any = None,
+        context: contextvars.Context | None = None,
+    ) -> None:
+        if server is not None:
+            # Before anything else: a server that has been closed meanwhile refuses.
+            loop._attach_to_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
+        # The peer's name can't be asked for any more once the peer has reset the connection.
+        self._peername = extra.pop("peername", None) if extra else _name_of(sock.getpeername)
+        self._extra: dict[str, Any] | None = extra or None
+        self._loop = loop
+        self._proactor = proactor
+        self._sock = sock
+        self._server = server
+        self._receive: ops.ReceiveStream | None = None
+        self._sending: ops.SendAll | ops.SendFile | None = None
+        self._file: asyncio.Future[int] | None = None  # while a file is sent: what its sender awaits
+        self._queue: list[Any] | None = None  # written and not yet submitted
+        self._queued = 0  # bytes in _queue
+        self._direct = True  # write may send at once: nothing is queued, nothing has ended
+        self._held: tuple[tuple[Any, OSError | None], ...] = ()  # completions that came while paused
+        self._paused = False
+        self._eof_asked = False
+        self._at_eof = False
+        self._closing = False
+        self._lost = False
+        self._finished = False  # connection_lost has run
+        self._writes_after_loss = 0
+        # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
+        self._context = context_for(loop, context)
+        self._init_flow_control()
+        self.set_protocol(protocol)
+        _send_without_delay(sock)
+        loop.call_soon(self._begin, waiter, context=self._context_of_the_ends())
+
+    def _context_of_the_ends(self) -> Any:
+        """The context of ``connection_made`` and ``connection_lost``; None: that of whoever brings them about."""
+        return self._context if sys.version_info >= (3, 15) else None
+
+    def owns(self, sock: socket.socket) -> bool:
+        """True if `sock` is the socket of this transport, which closes it."""
+        return self._sock is sock
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``socket``, ``sockname`` or ``peername``, as asyncio documents them; `default` for anything else."""
+        extra = self._extra
+        if extra is None:
+            extra = self._extra = {}
+        if name not in extra:
+            if name == "socket":
+                extra[name] = trsock.TransportSocket(self._sock)
+            elif name == "sockname":
+                extra[name] = _name_of(self._sock.getsockname)
+            elif name == "peername":
+                return self._peername
+        return extra.get(name, default)
+
+    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
+        try:
+            self._protocol.connection_made(self)
+            if self._receive is None and not self._closing and not self._paused:
+                self._arm_receive()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.connection_made() call failed.")
+            if waiter is not None and not waiter.cancelled():
+                waiter.set_exception(exc)
+            return
+        if waiter is not None and not waiter.cancelled():
+            waiter.set_result(None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._finished else "closing" if self._closing else "paused" if self._paused else "open"
+        return f"<{type(self).__name__} {state} fd={self._sock.fileno()} unsent={self.get_write_buffer_size()}>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        # Not set where the constructor failed.  The collector may have closed the socket before it came here.
+        if not getattr(self, "_finished", True):
+            _warn(unclosed(self, self._context), ResourceWarning, source=self)
+            self._sock.close()
+
+    # -- the protocol ------------------------------------------------------------------------------
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Switch protocols; the next data go to the new one."""
+        self._protocol = protocol
+        self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+        if self._receive is not None:
+            self._receive.get_buffer = self._get_buffer_of_protocol if self._buffered else None
+            self._choose_receiver()
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """The current protocol."""
+        return cast("asyncio.BaseProtocol", self._protocol)
+
+    # -- receiving ---------------------------------------------------------------------------------
+
+    def _arm_receive(self) -> None:
+        get_buffer = self._get_buffer_of_protocol if self._buffered else None
+        self._receive = self._proactor.receive_stream(self._sock, self._received, get_buffer)
+        self._choose_receiver()
+
+    def _choose_receiver(self) -> None:
+        """Who takes the next completion follows from the state, so that the common way has nothing to ask."""
+        receive = self._receive
+        if receive is None:
+            return
+        if self._closing:
+            receive.complete = self._received_while_closing
+        elif self._paused or self._held:
+            receive.complete = self._received_while_paused
+        elif self._buffered:
+            receive.complete = self._received_into
+        else:
+            receive.complete = self._received
+
+    def _received(self, data: bytes, error: OSError | None) -> None:
+        """A completion for a Protocol: data, the end (empty), or an error."""
+        if not data:
+            self._receive_ended(error)
+            return
+        try:
+            self._context.run(self._protocol.data_received, data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")
+
+    def _received_into(self, value: bytes | int, error: OSError | None) -> None:
+        """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
+        if not value:
+            self._receive_ended(error)
+        elif type(value) is int:
+            self._buffer_updated(value)
+        else:
+            self._copy_to_protocol(memoryview(cast("bytes", value)))
+
+    def _received_while_paused(self, value: Any, error: OSError | None) -> None:
+        self._held += ((value, error),)
+
+    def _received_while_closing(self, value: Any, error: OSError | None) -> None:
+        if self._receive is not None and not self._receive.in_flight:
+            self._receive = None
+            self._release_socket()
+
+    def _receive_ended(self, error: OSError | None) -> None:
+        self._receive = None
+        self._at_eof = True
+        if error is None:
+            self._end_of_stream()
+        elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
+            self._fatal_error(error, "Fatal read error on socket transport")
+
+    def _copy_to_protocol(self, data: memoryview) -> None:
+        """Feed data to a BufferedProtocol, as much as its buffer takes at a time."""
+        while data and not self._closing:
+            if self._paused:
+                self._held = ((bytes(data), None), *self._held)
+                return
+            buffer = self._get_buffer_of_protocol(len(data))
+            if buffer is None:
+                return
+            count = min(len(data), buffer.nbytes)
+            buffer[:count] = data[:count]
+            data = data[count:]
+            self._buffer_updated(count)
+
+    def _buffer_updated(self, count: int) -> None:
+        try:
+            self._context.run(self._protocol.buffer_updated, count)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.buffer_updated() call failed.")
+
+    def _get_buffer_of_protocol(self, size_hint: int = -1) -> memoryview | None:
+        """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
+        if self._paused or self._closing:
+            return None
+        try:
+            view = ops.writable_view(self._context.run(self._protocol.get_buffer, size_hint))
+            if not view.nbytes:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.get_buffer() call failed.")
+            return None
+        return view
+
+    def _end_of_stream(self) -> None:
+        try:
+            keep_open = self._context.run(self._protocol.eof_received)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.eof_received() call failed.")
+            return
+        if not keep_open:
+            self.close()
+
+    def is_reading(self) -> bool:
+        """False while paused or closing."""
+        return not self._paused and not self._closing
+
+    def pause_reading(self) -> None:
+        """Stop calling the protocol with data.  What the kernel had handed over is held, not lost."""
+        if self._closing or self._paused:
+            return
+        self._paused = True
+        if self._receive is not None:
+            self._choose_receiver()
+            self._proactor.pause(self._receive)
+
+    def unread(self, data: bytes) -> None:
+        """Give back data that the protocol got and did not use; the next ``resume_reading`` delivers them first.
+
+        For a protocol that is about to be replaced: pause, unread, set the new protocol, resume.
+        """
+        self._held = ((data, None), *self._held)
+        self._choose_receiver()
+
+    def resume_reading(self) -> None:
+        """Go on after ``pause_reading``."""
+        if self._closing or not self._paused:
+            return
+        self._paused = False
+        if self._held:
+            self._loop.call_soon(self._deliver_held)
+        else:
+            self._resume_receive()
+
+    def _deliver_held(self) -> None:
+        while self._held and not self._paused and not self._closing:
+            (value, error), *rest = self._held
+            self._held = tuple(rest)
+            if self._buffered:
+                self._received_into(value, error)
+            else:
+                self._received(value, error)
+        if not self._held and not self._paused and not self._closing:
+            self._resume_receive()
+
+    def _resume_receive(self) -> None:
+        if self._receive is not None:
+            self._choose_receiver()
+            if self._receive.in_flight:
+                self._proactor.resume(self._receive)
+        elif not self._at_eof:
+            self._arm_receive()
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    def get_write_buffer_size(self) -> int:
+        """How many bytes were written and not yet taken by the kernel."""
+        sending = self._sending
+        if sending is None or isinstance(sending, ops.SendFile):
+            return self._queued
+        return self._queued + sending.size - sending.sent
+
+    def write(self, data: Any) -> None:
+        """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
+        if not self._direct or type(data) is not bytes:
+            self._write_otherwise(data)
+            return
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as exc:
+            self._fatal_error(exc, "Fatal write error on socket transport")
+            return
+        if sent != len(data):
+            self._enqueue((memoryview(data)[sent:],))
+
+    def _write_otherwise(self, data: Any) -> None:
+        """A write that must queue, or comes too late, or brings something else than bytes."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self._eof_asked:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if self._file is not None:
+            raise RuntimeError("unable to write; sendfile is in progress")
+        if self._lost:
+            self._count_lost_write()
+            return
+        view = ops.readable_view(data)
+        if view.nbytes and self._direct:
+            view = view[self._send_some((view,)) :]
+        if view.nbytes and not self._lost:
+            # What stays is copied unless it is immutable: the caller may reuse its buffer.
+            self._enqueue((data if type(data) is bytes else bytes(view),))
+
+    def writelines(self, list_of_data: Iterable[Any]) -> None:
+        """Send several buffers in order, in one system call where that is possible."""
+        if self._eof_asked:
+            raise RuntimeError("Cannot call writelines() after write_eof()")
+        if self._file is not None:
+            raise RuntimeError("unable to writelines; sendfile is in progress")
+        buffers = [ops.readable_view(data) for data in list_of_data]
+        if self._lost:
+            if buffers:
+                self._count_lost_write()
+            return
+        buffers = [view for view in buffers if view.nbytes]
+        if buffers and self._direct:
+            buffers = advance(buffers, self._send_some(buffers))
+        if buffers and not self._lost:
+            self._enqueue(view if isinstance(view.obj, bytes) else bytes(view) for view in buffers)
+
+    def _send_some(self, buffers: Sequence[memoryview]) -> int:
+        """Try to send at once; the number of bytes taken.  A failure loses the connection."""
+        try:
+            if len(buffers) == 1:
+                return self._sock.send(buffers[0])
+            if hasattr(self._sock, "sendmsg"):
+                sent: int = self._sock.sendmsg(buffers[:1024])
+                return sent
+            return self._sock.send(b"".join(buffers))
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as exc:
+            self._fatal_error(exc, "Fatal write error on socket transport")
+            return 0
+
+    def _count_lost_write(self) -> None:
+        self._writes_after_loss += 1
+        if self._writes_after_loss >= _PATIENCE:
+            _logger.warning("socket.send() raised exception.")
+
+    def _enqueue(self, buffers: Iterable[Any]) -> None:
+        self._direct = False
+        queue = self._queue
+        if queue is None:
+            queue = self._queue = []
+        for data in buffers:
+            queue.append(data)
+            self._queued += len(data)
+        if self._sending is None:
+            self._submit_queue(queue)
+        self._maybe_pause_protocol()
+
+    def _submit_queue(self, queue: list[Any]) -> None:
+        if len(queue) > _WORTH_JOINING:
+            queue = [b"".join(queue)]
+        self._queue, self._queued = None, 0
+        op = ops.SendAll(self._sock, queue)
+        self._sending = op
+        try:
+            self._proactor.start(op, self._sent)
+        except OSError as exc:
+            self._sending = None
+            self._fatal_error(exc, "Fatal write error on socket transport")
+
+    def _sent(self, value: Any, error: OSError | None) -> None:
+        """The completion of the send that was in flight."""
+        self._sending = None
+        if self._lost:
+            self._release_socket()
+            return
+        if error is not None:
+            if error.errno != errno.ECANCELED:
+                self._fatal_error(error, "Fatal write error on socket transport")
+            return
+        self._go_on_sending()
+
+    def _go_on_sending(self) -> None:
+        """Nothing is in flight: send what was queued meanwhile, or tell those who wait for that."""
+        if self._queue is not None:
+            self._submit_queue(self._queue)
+        elif self._file is not None:
+            if not self._file.done():
+                self._file.set_result(0)
+        else:
+            self._direct = not self._eof_asked and not self._closing
+        self._maybe_resume_protocol()  # may call write() again, or abort()
+        self._end_writing_if_asked()
+
+    def _end_writing_if_asked(self) -> None:
+        """Do what waited for the queue to empty: the end of the sending side, or of the connection."""
+        if self._sending is None and not self._lost:
+            if self._closing:
+                self._lose_connection(None)
+            elif self._eof_asked:
+                self._shut_down_sending()
+
+    async def send_file(self, file: Any, offset: int, count: int | None) -> int:
+        """Send `count` bytes of `file` (None: all) from `offset` after what is queued; the number of bytes sent.
+
+        ``loop.sendfile`` is the way to call it.  Raises RuntimeError while another file is sent, ConnectionError if the
+        transport is closed meanwhile, SendfileNotAvailableError if the system can't send this file by itself.
+        """
+        if self._file is not None:
+            raise RuntimeError("another sendfile is in progress")
+        self._direct = False
+        self._file = drained = self._loop.create_future()
+        if self._sending is None:
+            drained.set_result(0)
+        try:
+            await drained
+            return await send_file(self._send_part, self._sock, file, offset, count)
+        finally:
+            self._file = None
+            if self._sending is None and not self._lost:
+                self._go_on_sending()
+
+    async def _send_part(self, op: ops.SendFile) -> int:
+        if self._closing:
+            raise _closed_while_sending_file()
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._file = future
+        self._proactor.start(op, self._part_sent)
+        self._sending = op
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._proactor.cancel(op)
+            raise
+
+    def _part_sent(self, value: Any, error: OSError | None) -> None:
+        """The completion of a part of a file.  An error is for the sender; the connection may be in order."""
+        self._sending = None
+        future = self._file
+        if future is not None and not future.done():
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+        if self._lost:
+            self._release_socket()
+        elif future is None:
+            self._go_on_sending()  # the sender was cancelled, and has left this to its last part
+        else:
+            self._end_writing_if_asked()
+
+    def can_write_eof(self) -> bool:
+        """True: a socket can close its sending side alone."""
+        return True
+
+    def write_eof(self) -> None:
+        """Close the sending side once everything written has been sent; receiving goes on."""
+        if self._closing or self._eof_asked:
+            return
+        self._eof_asked = True
+        self._direct = False
+        if self._sending is None:
+            self._shut_down_sending()
+
+    def _shut_down_sending(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as exc:
+            if exc.errno != errno.ENOTCONN:  # the peer has reset: the receive stream tells
+                self._fatal_error(exc, "Fatal write error on socket transport")
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def is_closing(self) -> bool:
+        """True once ``close`` or ``abort`` was called, or the connection was lost."""
+        return self._closing
+
+    def close(self) -> None:
+        """Send what is queued, then close; ``connection_lost(None)`` follows."""
+        if self._closing:
+            return
+        self._closing = True
+        self._stop_receiving()
+        if self._sending is None:
+            self._lose_connection(None)
+
+    def abort(self) -> None:
+        """Close at once; what is queued is dropped."""
+        self._force_close(None)
+
+    def _stop_receiving(self) -> None:
+        self._held = ()
+        if self._receive is not None:
+            self._choose_receiver()
+            self._proactor.cancel(self._receive)
+
+    def _force_close(self, exc: BaseException | None) -> None:
+        if self._lost:
+            return
+        self._queue, self._queued = None, 0
+        if self._sending is not None:
+            self._proactor.cancel(self._sending)
+        if not self._closing:
+            self._closing = True
+            self._stop_receiving()
+        self._lose_connection(exc)
+
+    def _lose_connection(self, exc: BaseException | None) -> None:
+        if not self._lost:
+            self._lost = True
+            self._direct = False
+            if self._file is not None and not self._file.done():
+                self._file.set_exception(_closed_while_sending_file())
+            self._loop.call_soon(self._call_connection_lost, exc, context=self._context_of_the_ends())
+
+    def _call_connection_lost(self, exc: BaseException | None) -> None:
+        try:
+            self._protocol.connection_lost(exc)
+        finally:
+            self._finished = True
+            self._release_socket()
+            server, self._server = self._server, None
+            if server is not None:
+                self._loop._detach_from_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
+
+    def _release_socket(self) -> None:
+        """Close the socket when the protocol is done with it and the kernel too."""
+        if not self._finished:
+            return
+        receive, sending = self._receive, self._sending
+        in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)
+        if not in_flight or self._proactor.let_go():
+            self.get_extra_info("sockname")  # can't be asked for afterwards
+            self._sock.close()
+
+    def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
+        if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost
+            if self._loop.get_debug():
+                _logger.debug("%r: %s", self, message, exc_info=True)
+        else:
+            self._loop.call_exception_handler(
+                {"message": message, "exception": exc, "transport": self, "protocol": self._protocol}
+            )
+        self._force_close(exc)
+
+
+def _closed_while_sending_file() -> ConnectionError:
+    return ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed while a file was sent")
+
+
+def _send_without_delay(sock: socket.socket) -> None:
+    """Set TCP_NODELAY, as asyncio does: a small write goes out before what is on its way is acknowledged."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto in (0, socket.IPPROTO_TCP):
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass  # the peer has reset the connection: receiving tells
+
+
+def _name_of(ask: Callable[[], Any]) -> Any:
+    """What getsockname or getpeername says; None where it says nothing."""
+    try:
+        return ask()
+    except OSError:
+        return None
