@@ -1,0 +1,228 @@
+"""IocpEventLoop: asyncio's event loop on a completion port.
+
+asyncio.BaseEventLoop brings the ready queue, the timers, tasks, executors, name lookup and the orchestration of
+connections and servers.  This class gives it the rest: a proactor to wait in, transports, and the socket methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import socket
+import ssl
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from .datagrams import DatagramTransport
+from .pipes import PipeMethods
+from .ports import make_driver
+from .proactor import Proactor
+from .readiness import ReadinessMethods
+from .servers import Listener
+from .signals import SignalMethods
+from .sockets import SocketMethods
+from .statistics import Statistics, statistics
+from .subprocesses import SubprocessMethods
+from .tls import TlsMethods
+from .transports import SocketTransport
+from .unix import UnixMethods
+
+__all__ = ["IocpEventLoop", "new_event_loop"]
+
+
+class _Completions:
+    """Stands in the ready queue like a Handle: all that the wait of this turn has gathered, to be delivered."""
+
+    __slots__ = ("_callback", "_run")
+    _cancelled = False
+
+    def __init__(self, dispatch: Callable[[], None]) -> None:
+        self._callback = self._run = dispatch
+
+    def __repr__(self) -> str:
+        return "<the completions of a turn>"
+
+
+class IocpEventLoop(
+    SocketMethods, ReadinessMethods, UnixMethods, TlsMethods, SignalMethods, PipeMethods, SubprocessMethods
+):
+    """An asyncio event loop whose I/O is operations on a completion port.
+
+    `driver`: ``"auto"``, ``"iocp"``, ``"uring"`` or ``"poll"``; None: what IOCP_LOOP_DRIVER says, else ``auto``.
+    Raises ValueError for an unknown driver, DriverUnavailable for one that can't work here.
+    """
+
+    def __init__(self, driver: str | None = None) -> None:
+        super().__init__()
+        try:
+            carrier = make_driver(driver)
+        except BaseException:
+            asyncio.BaseEventLoop.close(self)  # nothing was opened; without this __del__ would warn of an open loop
+            raise
+        self._proactor = Proactor(self, carrier)
+        self._proactor.driver.before_sleep = self._has_work
+        self._selector = self._proactor  # BaseEventLoop waits by self._selector.select(timeout)
+        self._completions = _Completions(self._proactor.dispatch)
+        self._listeners: dict[socket.socket, Listener] = {}
+        self._transports = weakref.WeakValueDictionary()
+
+    @property
+    def driver(self) -> str:
+        """The name of the driver that this loop runs on."""
+        return self._proactor.driver.name
+
+    def stats(self) -> Statistics:
+        """What the loop has done so far: operations by kind, completions, batches, wakes, in flight."""
+        return statistics(self._proactor.driver)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} driver={self.driver} running={self.is_running()} "
+            f"closed={self.is_closed()} debug={self.get_debug()}>"
+        )
+
+    # -- what BaseEventLoop asks for ---------------------------------------------------------------
+
+    def _has_work(self) -> bool:
+        return bool(self._ready)  # type: ignore[attr-defined]  # BaseEventLoop's ready queue
+
+    def _process_events(self, event_list: Any) -> None:
+        if self._ready:  # type: ignore[attr-defined]  # BaseEventLoop's ready queue
+            # What was ready before is to run before, as on asyncio's own loops.
+            self._ready.append(self._completions)  # type: ignore[attr-defined]  # as above
+        else:
+            self._proactor.dispatch()
+
+    def _write_to_self(self) -> None:
+        self._proactor.wake()
+
+    def close(self) -> None:
+        """Close the loop; bounded: what the kernel does not give back in time is leaked, with a warning.
+
+        Raises RuntimeError while the loop runs.
+        """
+        if self.is_running():
+            raise RuntimeError("Cannot close a running event loop")
+        if self.is_closed():
+            return
+        self._close_signals()
+        self._proactor.close()
+        super().close()
+
+    def _make_socket_transport(
+        self,
+        sock: socket.socket,
+        protocol: asyncio.BaseProtocol,
+        waiter: asyncio.Future[None] | None = None,
+        *,
+        extra: dict[str, Any] | None = None,
+        server: Any = None,
+        context: contextvars.Context | None = None,
+    ) -> SocketTransport:
+        transport = SocketTransport(self, self._proactor, sock, protocol, waiter, extra, server, context)
+        self._transports[sock.fileno()] = transport
+        return transport
+
+    async def _create_connection_transport(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
+        make: Any = super()._create_connection_transport  # type: ignore[misc]  # BaseEventLoop's
+        try:
+            return await make(sock, *arguments, **more)
+        except BaseException:
+            # Before Python 3.15 nobody closes the socket of a connection whose protocol factory raises.
+            transport = self._transports.get(sock.fileno())
+            if not isinstance(transport, SocketTransport) or not transport.owns(sock):
+                sock.close()
+            raise
+
+    def _make_datagram_transport(
+        self,
+        sock: socket.socket,
+        protocol: asyncio.BaseProtocol,
+        address: Any = None,
+        waiter: asyncio.Future[None] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> DatagramTransport:
+        transport = DatagramTransport(self, self._proactor, sock, protocol, address, waiter, extra)
+        self._transports[sock.fileno()] = transport
+        return transport
+
+    async def _sendfile_native(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
+        # What BaseEventLoop.sendfile tries first; it copies through memory if this is not available.
+        sent: int = await transp.send_file(file, offset, count)
+        return sent
+
+    # -- servers -----------------------------------------------------------------------------------
+
+    def _start_serving(
+        self,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        sock: socket.socket,
+        sslcontext: ssl.SSLContext | None = None,
+        server: Any = None,
+        backlog: int = 100,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        context: contextvars.Context | None = None,
+        **more: Any,
+    ) -> None:
+        def welcome(conn: socket.socket, address: Any) -> None:
+            protocol = protocol_factory()
+            extra = {"peername": address}
+            if sslcontext is None:
+                self._make_socket_transport(conn, protocol, extra=extra, server=server)
+            else:
+                self._make_ssl_transport(
+                    conn,
+                    protocol,
+                    sslcontext,
+                    server_side=True,
+                    extra=extra,
+                    server=server,
+                    ssl_handshake_timeout=ssl_handshake_timeout,
+                    ssl_shutdown_timeout=ssl_shutdown_timeout,
+                    **more,
+                )
+
+        self._listeners[sock] = Listener(self, self._proactor, sock, welcome, context)
+
+    def _stop_serving(self, sock: socket.socket) -> None:
+        self._remove_socket_file(sock)
+        listener = self._listeners.pop(sock, None)
+        if listener is not None:
+            listener.stop()
+        else:
+            sock.close()
+
+    def _attach_to_server(self, server: Any, transport: asyncio.BaseTransport) -> None:
+        """Tell `server` of a new connection, in the way of the running Python."""
+        _attach(server, transport)
+
+    def _detach_from_server(self, server: Any, transport: asyncio.BaseTransport) -> None:
+        _detach(server, transport)
+
+
+def _attach(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._attach(transport)
+
+
+def _detach(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._detach(transport)
+
+
+def _attach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._attach()
+
+
+def _detach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._detach()
+
+
+if asyncio.base_events.Server._attach.__code__.co_argcount == 1:  # type: ignore[attr-defined]  # not in typeshed
+    # Before Python 3.13 (and late 3.12) a server counts its connections, later ones know them.
+    _attach, _detach = _attach_counting, _detach_counting
+
+
+def new_event_loop(driver: str | None = None) -> IocpEventLoop:
+    """A new event loop; the ``loop_factory`` of asyncio.Runner and asyncio.run.  See :class:`IocpEventLoop`."""
+    return IocpEventLoop(driver)

@@ -1,0 +1,177 @@
+"""The loop's methods on plain sockets: ``sock_recv``, ``sock_sendall``, ``sock_accept`` and their kin.
+
+Each tries the call at once, because a socket is often ready; what would block becomes an operation.  Sockets must be
+non-blocking and stay the caller's: nobody else closes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import weakref
+from typing import Any, TypeVar
+
+from .operations import HandleLike, fileno
+from .proactor import Proactor
+from .sendfile import send_file
+
+__all__ = ["SocketMethods"]
+
+_T = TypeVar("_T")
+
+_WOULD_BLOCK = (BlockingIOError, InterruptedError)
+
+
+class SocketMethods(asyncio.BaseEventLoop):
+    """The part of the loop that works on sockets without transports.
+
+    Every method raises TypeError for an SSLSocket, ValueError for a blocking socket in debug mode, and RuntimeError for
+    a socket that a transport of this loop uses.
+    """
+
+    _proactor: Proactor
+    #: The open transports by descriptor, so that nobody else reads from or writes to what they own.
+    _transports: weakref.WeakValueDictionary[int, asyncio.BaseTransport]
+
+    def _check_sock(self, sock: socket.socket) -> None:
+        if isinstance(sock, ssl.SSLSocket):
+            raise TypeError("Socket cannot be of type SSLSocket")
+        if self.get_debug() and sock.gettimeout() != 0:
+            raise ValueError("the socket must be non-blocking")
+
+    def _ensure_fd_no_transport(self, handle: HandleLike) -> None:
+        """Refuse a descriptor that belongs to an open transport (RuntimeError) or is none at all (ValueError)."""
+        transport = self._transports.get(fileno(handle))
+        if transport is not None and not transport.is_closing():
+            raise RuntimeError(f"File descriptor {handle!r} is used by transport {transport!r}")
+
+    async def _keeping(self, future: asyncio.Future[_T]) -> _T:
+        """Await `future`; keep its result for the next caller if ours is cancelled in the turn in which it comes."""
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._proactor.keep(future)
+            raise
+
+    async def sock_recv(self, sock: socket.socket, n: int) -> bytes:
+        """Receive at most `n` bytes; empty at the end of the stream."""
+        self._check_sock(sock)
+        if not self._proactor.claims(sock):
+            try:
+                return sock.recv(n)
+            except _WOULD_BLOCK:
+                self._ensure_fd_no_transport(sock)
+        return await self._keeping(self._proactor.recv(sock, n))
+
+    async def sock_recv_into(self, sock: socket.socket, buf: Any) -> int:
+        """Receive into a writable buffer; the number of bytes, 0 at the end of the stream."""
+        self._check_sock(sock)
+        if not self._proactor.claims(sock):
+            try:
+                return sock.recv_into(buf)
+            except _WOULD_BLOCK:
+                self._ensure_fd_no_transport(sock)
+        return await self._keeping(self._proactor.recv_into(sock, buf))
+
+    async def sock_recvfrom(self, sock: socket.socket, bufsize: int) -> tuple[bytes, Any]:
+        """Receive one datagram of at most `bufsize` bytes: ``(bytes, address)``."""
+        self._check_sock(sock)
+        if not self._proactor.claims(sock):
+            try:
+                return sock.recvfrom(bufsize)
+            except _WOULD_BLOCK:
+                self._ensure_fd_no_transport(sock)
+        return await self._keeping(self._proactor.recvfrom(sock, bufsize))
+
+    async def sock_recvfrom_into(self, sock: socket.socket, buf: Any, nbytes: int = 0) -> tuple[int, Any]:
+        """Receive one datagram of at most `nbytes` bytes (0: as many as fit) into a buffer: ``(count, address)``."""
+        self._check_sock(sock)
+        view = memoryview(buf).cast("B")
+        if nbytes < 0 or nbytes > len(view):
+            raise ValueError(f"nbytes must be between 0 and the size of the buffer, {len(view)}, not {nbytes}")
+        if nbytes:
+            view = view[:nbytes]
+        if not self._proactor.claims(sock):
+            try:
+                return sock.recvfrom_into(view)
+            except _WOULD_BLOCK:
+                self._ensure_fd_no_transport(sock)
+        return await self._keeping(self._proactor.recvfrom_into(sock, view))
+
+    async def sock_sendall(self, sock: socket.socket, data: Any) -> None:
+        """Send all of `data`."""
+        self._check_sock(sock)
+        try:
+            sent = sock.send(data)
+        except _WOULD_BLOCK:
+            sent = 0
+        if type(data) is bytes and sent == len(data):
+            return
+        view = memoryview(data)
+        if sent < view.nbytes:
+            self._ensure_fd_no_transport(sock)
+            await self._proactor.sendall(sock, view.cast("B")[sent:])
+
+    async def sock_sendto(self, sock: socket.socket, data: Any, address: Any) -> int:
+        """Send one datagram to `address`; the number of bytes."""
+        self._check_sock(sock)
+        try:
+            return sock.sendto(data, address)
+        except _WOULD_BLOCK:
+            self._ensure_fd_no_transport(sock)
+        if sock.family == getattr(socket, "AF_UNIX", None):
+            return await self._send_to_unix(sock, data, address)
+        return await self._proactor.sendto(sock, data, address)
+
+    async def _send_to_unix(self, sock: socket.socket, data: Any, address: Any) -> int:
+        """Send one datagram when the receiver has room.  A socket without a peer is always writable: no event tells."""
+        delay = 0.001
+        while True:
+            await asyncio.sleep(delay)
+            try:
+                return sock.sendto(data, address)
+            except _WOULD_BLOCK:
+                delay = min(2 * delay, 0.1)
+
+    async def sock_connect(self, sock: socket.socket, address: Any) -> None:
+        """Connect to `address`, resolving it first where the family has names."""
+        self._check_sock(sock)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            resolved = await self._ensure_resolved(  # type: ignore[attr-defined]  # BaseEventLoop's
+                address, family=sock.family, type=sock.type, proto=sock.proto, loop=self
+            )
+            _, _, _, _, address = resolved[0]
+        elif sock.family == getattr(socket, "AF_UNIX", None):
+            await self._connect_unix(sock, address)
+            return
+        await self._proactor.connect(sock, address)
+
+    async def _connect_unix(self, sock: socket.socket, address: Any) -> None:
+        """Connect a UNIX socket: done at once, unless the listener's backlog is full; no event tells when it is not."""
+        delay = 0.001
+        while True:
+            try:
+                sock.connect(address)
+            except BlockingIOError:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, 0.1)
+            else:
+                return
+
+    async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, Any]:
+        """Accept one connection: ``(socket, address)``; the socket is non-blocking."""
+        self._check_sock(sock)
+        if not self._proactor.claims(sock):
+            try:
+                conn, address = sock.accept()
+            except _WOULD_BLOCK:
+                self._ensure_fd_no_transport(sock)
+            else:
+                conn.setblocking(False)
+                return conn, address
+        return await self._keeping(self._proactor.accept(sock))
+
+    async def _sock_sendfile_native(self, sock: socket.socket, file: Any, offset: int, count: int | None) -> int:
+        # What BaseEventLoop.sock_sendfile tries first; it copies through memory if this is not available.
+        return await send_file(lambda op: self._proactor.submit(op), sock, file, offset, count)
