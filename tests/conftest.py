@@ -1,0 +1,127 @@
+"""Fixtures that every test file shares, first of all `driver`: the test runs once on each driver of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+from hypothesis import settings
+
+import iocp_loop
+from iocp_loop.ports import DRIVERS, availability
+
+from .support import LIMIT, listening_socket, open_files, tcp_pair
+
+# A test that fails, fails again; and a busy machine is no failure.
+settings.register_profile("project", derandomize=True, database=None, deadline=None)
+settings.load_profile("project")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--driver",
+        action="append",
+        choices=DRIVERS,
+        help="run on this driver only; may be given several times (default: IOCP_LOOP_DRIVER, else all that work here)",
+    )
+
+
+def drivers_to_test(config: pytest.Config) -> list[str]:
+    """The names of the drivers that tests run on."""
+    named: list[str] | None = config.getoption("driver")
+    if named:
+        return named
+    forced = os.environ.get("IOCP_LOOP_DRIVER", "auto")
+    return [forced] if forced != "auto" else [name for name in DRIVERS if availability(name).available]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"drivers: {', '.join(drivers_to_test(config))}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "driver" in metafunc.fixturenames:
+        metafunc.parametrize("driver", drivers_to_test(metafunc.config), scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a coroutine test on its `loop`."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj) or "loop" not in pyfuncitem.fixturenames:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    cast("iocp_loop.IocpEventLoop", pyfuncitem.funcargs["loop"]).run_until_complete(
+        asyncio.wait_for(pyfuncitem.obj(**arguments), 3 * LIMIT)
+    )
+    return True
+
+
+@pytest.fixture
+def no_leak() -> Iterator[None]:
+    """Fails the test if it leaves descriptors open, where the system tells which are open."""
+    before = open_files()
+    yield
+    after = open_files()
+    if after is None or before is None:
+        return
+    if after - before:
+        gc.collect()
+        after = open_files() or set()
+    left = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in after - before}
+    assert not left, f"descriptors left open: {left}"
+
+
+@pytest.fixture
+def reports() -> list[dict[str, Any]]:
+    """What the loop's exception handler was told.  A test takes out what it expects; what stays is a failure."""
+    return []
+
+
+@pytest.fixture
+def loop(driver: str, no_leak: None, reports: list[dict[str, Any]]) -> Iterator[iocp_loop.IocpEventLoop]:
+    """A loop on `driver`.  At the end nothing may be in flight, reported or left open."""
+    loop = iocp_loop.new_event_loop(driver)
+    loop.set_exception_handler(lambda _, context: reports.append(context))
+    yield loop
+    settle(loop)
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    left = list(loop._proactor.in_flight.values())
+    loop.close()
+    assert not left, f"still in flight: {left}"
+    assert not reports, f"reported: {reports}"
+
+
+def settle(loop: iocp_loop.IocpEventLoop) -> None:
+    """End what tasks are left, and let what was cancelled come back."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=LIMIT))
+    deadline = time.monotonic() + 1
+    loop.run_until_complete(asyncio.sleep(0))
+    while loop._proactor.in_flight and time.monotonic() < deadline:
+        loop.run_until_complete(asyncio.sleep(0.001))
+
+
+@pytest.fixture
+def pair(no_leak: None) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two connected TCP sockets: ours, non-blocking, and the peer, blocking with a time limit."""
+    ours, peer = tcp_pair()
+    with ours, peer:
+        yield ours, peer
+
+
+@pytest.fixture
+def listener(no_leak: None) -> Iterator[socket.socket]:
+    """A non-blocking TCP socket that listens on the loopback interface."""
+    with listening_socket() as sock:
+        yield sock

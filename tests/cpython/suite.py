@@ -1,0 +1,217 @@
+"""CPython's own asyncio tests, made to run against IocpEventLoop.
+
+The tests are taken from the ``test`` package of the running interpreter; nothing of them is copied here.  They come in
+two shapes.
+
+*Mixins* are what CPython itself runs once for each of its loops.  Here each is subclassed once for each driver, and
+``create_event_loop`` or ``new_loop`` returns our loop.
+
+*Whole classes* make their loop by name: ``asyncio.new_event_loop()``, ``asyncio.run``, ``asyncio.SelectorEventLoop()``.
+While one of their tests runs, those names lead to our loop too.
+
+In both shapes every loop that runs is noted, and a test in which any loop but ours ran fails; and each class has a test
+of our own, that its loop is ours.  The suite cannot pass by testing something else.
+
+Left out are the tests that look into the private parts of one of CPython's loops (its selectors, its child watchers),
+and those that run on no loop at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import importlib
+import inspect
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+import iocp_loop.transports
+import iocp_loop.unix
+from iocp_loop.policy import IocpPolicy
+
+from .expected_failures import EXPECTED_FAILURES
+
+__all__ = ["Source", "make_case", "sources"]
+
+
+class Source(NamedTuple):
+    """One group of CPython's tests: `bases` of `module` make one test class together.
+
+    A class that an older Python lacks is named in `since`, with the first version that has it.
+    """
+
+    name: str
+    module: str
+    bases: tuple[str, ...]
+    since: tuple[int, int] = (3, 11)
+
+
+#: What CPython runs once per loop.
+MIXINS = (
+    Source("EventLoop", "test_events", ("EventLoopTestsMixin", "SubprocessTestsMixin", "test_utils.TestCase")),
+    Source("Sock", "test_sock_lowlevel", ("BaseSockTestsMixin", "test_utils.TestCase")),
+    Source("Sendfile", "test_sendfile", ("SendfileTestsBase", "test_utils.TestCase")),
+    Source("StartServer", "test_server", ("SelectorStartServerTests",)),
+    Source("BufferedProtocol", "test_buffered_proto", ("BaseTestBufferedProtocol", "unittest.TestCase")),
+    Source("StartTLS", "test_sslproto", ("BaseStartTLS", "unittest.TestCase")),
+    Source("Subprocess", "test_subprocess", ("SubprocessMixin", "test_utils.TestCase")),
+)
+
+#: What makes its loop by name.
+CLASSES = (
+    Source("Streams", "test_streams", ("StreamTests",)),
+    Source("TLS", "test_ssl", ("TestSSL",)),
+    Source("TLSHandshake", "test_sslproto", ("SslProtoHandshakeTests",)),
+    Source("Context", "test_context", ("DecimalContextTest",)),
+    Source("UnixSockets", "test_unix_events", ("SelectorEventLoopUnixSocketTests",)),
+    Source("UnixFunctional", "test_unix_events", ("TestFunctional",)),
+    Source("Fork", "test_unix_events", ("TestFork",), since=(3, 12)),
+    Source("Server", "test_server", ("TestServer2",), since=(3, 12)),
+    Source("UnixServerCleanup", "test_server", ("UnixServerCleanupTests",), since=(3, 13)),
+)
+
+
+def sources() -> Iterator[Source]:
+    """The groups that the running Python has."""
+    for source in (*MIXINS, *CLASSES):
+        if sys.version_info >= source.since:
+            yield source
+
+
+def make_case(source: Source, driver: str) -> Any:
+    """The test class of one group on one driver."""
+    module = importlib.import_module(f"test.test_asyncio.{source.module}")
+    bases: list[Any] = [functools.reduce(getattr, name.split("."), module) for name in source.bases]
+    name = f"{source.name}_{driver}"
+    case: Any = type(name, (_OnOurLoop, *bases), {"driver": driver, "__module__": __name__})
+    for listed, reason in EXPECTED_FAILURES.items():
+        group, _, test = listed.partition(".")
+        if group == source.name and hasattr(case, test):
+            setattr(case, test, _expected_to_fail(getattr(case, test), reason))
+    # What CPython's tests leave unclosed is their affair: warnings are shown, and end nothing.
+    case.pytestmark = [pytest.mark.filterwarnings("default")]
+    return case
+
+
+def _expected_to_fail(test: Any, reason: str) -> Any:
+    # A function of its own: the mark must not stick to the base class, which other drivers share.
+    if inspect.iscoroutinefunction(test):
+
+        @functools.wraps(test)
+        async def run(self: Any) -> Any:
+            return await test(self)
+    else:
+
+        @functools.wraps(test)
+        def run(self: Any) -> Any:
+            return test(self)
+
+    return pytest.mark.xfail(strict=True, reason=reason)(run)
+
+
+# What comes after it in the bases of a case; for the type checker only.
+_Case: Any = object
+
+
+class _OnOurLoop(_Case):  # type: ignore[misc]  # the base is any class of tests
+    """Goes before CPython's classes, and puts our loop under them."""
+
+    driver: str
+
+    def create_event_loop(self) -> asyncio.AbstractEventLoop:
+        return iocp_loop.new_event_loop(self.driver)
+
+    new_loop = create_event_loop
+
+    def run(self: Any, result: Any = None) -> Any:
+        # Here and not in setUp: IsolatedAsyncioTestCase makes its loop before it calls that.
+        with _our_loop_by_name(self.driver), _loops_that_run() as loops:
+            self.addCleanup(self._check_loops, loops)
+            return super().run(result)
+
+    def setUp(self: Any) -> None:
+        super().setUp()
+        if not hasattr(self, "loop") and hasattr(self, "set_event_loop"):
+            # A mixin that leaves the loop to the classes made of it.
+            self.loop = self.create_event_loop()
+            self.set_event_loop(self.loop)
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        # Some of CPython's tests make files where they stand.
+        cls.enterClassContext(contextlib.chdir(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        super().setUpClass()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        super().tearDownClass()
+        # Some of CPython's tests leave garbage that complains when it goes: let it go here, where that ends nothing.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+
+    def _check_loops(self: Any, loops: list[asyncio.AbstractEventLoop]) -> None:
+        for loop in loops:
+            self._check_loop(loop)
+
+    def _check_loop(self: Any, loop: Any) -> None:
+        assert type(loop) is iocp_loop.IocpEventLoop
+        assert loop.driver == self.driver
+
+    def test_the_loop_is_ours(self: Any) -> None:
+        """Not CPython's: what the others run on is an IocpEventLoop on the driver of this class."""
+        loop = getattr(self, "loop", None)
+        runner = getattr(self, "_asyncioRunner", None)
+        if loop is None and runner is not None:
+            loop = runner.get_loop()
+        if loop is not None:
+            self._check_loop(loop)
+
+        async def running_loop() -> asyncio.AbstractEventLoop:
+            return asyncio.get_running_loop()
+
+        self._check_loop(asyncio.run(running_loop()))
+
+
+class _SocketModule:
+    """The socket module as asyncio's own UNIX sockets see it: what a test puts in its place there comes in here too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio.unix_events.socket, name)  # type: ignore[attr-defined]  # not for everyone
+
+
+@contextlib.contextmanager
+def _our_loop_by_name(driver: str) -> Iterator[None]:
+    """Let the names by which loops are made lead to ours."""
+    make = functools.partial(iocp_loop.new_event_loop, driver)
+    with (
+        mock.patch.object(asyncio.events, "_event_loop_policy", IocpPolicy(driver)),
+        mock.patch.object(asyncio, "SelectorEventLoop", make),
+        mock.patch.object(iocp_loop.unix, "socket", _SocketModule()),
+        # By this name CPython 3.14 asks its transports whether they still read, before it slows their sending down.
+        mock.patch.object(iocp_loop.transports.SocketTransport, "_read_ready_cb", None, create=True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _loops_that_run() -> Iterator[list[Any]]:
+    """Note every loop that runs meanwhile."""
+    loops: list[Any] = []
+    really: Any = asyncio.events._set_running_loop
+
+    def set_running_loop(loop: Any) -> None:
+        if loop is not None and loop not in loops:
+            loops.append(loop)
+        really(loop)
+
+    with mock.patch.object(asyncio.events, "_set_running_loop", set_running_loop):
+        yield loops

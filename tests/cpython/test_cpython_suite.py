@@ -1,0 +1,45 @@
+"""Runs the tests that suite.py makes: one class for each group of CPython's tests and each driver.
+
+pytest tests/cpython -k poll               # one driver
+pytest tests/cpython -k "Sock_ and uring"  # one group on one driver
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from iocp_loop.ports import choice
+
+try:
+    importlib.import_module("test.test_asyncio")
+except ImportError as error:
+    pytest.skip(
+        f"this Python comes without its test package ({error}); Debian has it in libpython3.*-testsuite",
+        allow_module_level=True,
+    )
+
+from .expected_failures import EXPECTED_FAILURES
+from .suite import make_case, sources
+
+DRIVERS = [name for name in choice.DRIVERS if choice.availability(name).available]
+
+globals().update((f"{source.name}_{driver}", make_case(source, driver)) for driver in DRIVERS for source in sources())
+
+
+@pytest.mark.parametrize("name", choice.DRIVERS)
+def test_driver_is_covered(name: str) -> None:
+    """A driver that can't work here is named in the summary, not passed over in silence."""
+    driver = choice.availability(name)
+    if not driver.available:
+        pytest.skip(f"CPython's tests do not run on driver {name}: {driver.reason}")
+    assert f"EventLoop_{name}" in globals()
+
+
+def test_every_expected_failure_is_a_test() -> None:
+    """A name in the list that no group has any more must go."""
+    for listed in EXPECTED_FAILURES:
+        group, _, test = listed.partition(".")
+        case = globals().get(f"{group}_{DRIVERS[0]}")
+        assert hasattr(case, test), listed

@@ -1,0 +1,256 @@
+"""Choosing a driver is never silent: `auto` takes the best that works, a forced one works or raises with the cause."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+import iocp_loop
+from iocp_loop.ports import DRIVERS, CompletionPort, DriverUnavailable, availability, choice, make_driver
+
+from .support import run_python
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="io_uring and seccomp are Linux's")
+uring = pytest.mark.skipif(
+    sys.platform != "linux" or not availability("uring").available,
+    reason=f"a working io_uring is to be taken away: {availability('uring').reason}",
+)
+
+IMPOSSIBLE = "uring" if sys.platform == "win32" else "iocp"
+
+
+@pytest.fixture(autouse=True)
+def no_choice_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IOCP_LOOP_DRIVER", raising=False)
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nonsense", "POLL", "epoll", " poll"])
+def test_an_unknown_driver_raises_and_names_those_there_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for make in (make_driver, iocp_loop.new_event_loop, availability, lambda name: CompletionPort(driver=name)):
+        with pytest.raises(ValueError, match="auto, iocp, uring, poll"):
+            make(name)
+    monkeypatch.setenv("IOCP_LOOP_DRIVER", name)
+    with pytest.raises(ValueError, match="unknown driver"):
+        iocp_loop.new_event_loop()
+    gc.collect()  # a loop that could not be made must not complain that it was not closed
+
+
+def test_a_forced_driver_works_or_raises(driver: str) -> None:
+    for name in DRIVERS:
+        if availability(name).available:
+            loop = iocp_loop.new_event_loop(name)
+            assert loop.driver == name
+            loop.close()
+        else:
+            with pytest.raises(DriverUnavailable):
+                iocp_loop.new_event_loop(name)
+
+
+def test_poll_works_everywhere() -> None:
+    assert availability("poll") == ("poll", True, "")
+
+
+def test_the_cause_and_the_way_out_are_named() -> None:
+    reason = availability(IMPOSSIBLE).reason
+    assert reason
+    with pytest.raises(DriverUnavailable) as failure:
+        iocp_loop.new_event_loop(IMPOSSIBLE)
+    message = str(failure.value)
+    assert reason in message
+    assert f"driver={IMPOSSIBLE!r}" in message
+    assert "auto" in message
+    gc.collect()
+
+
+def test_unavailable_is_a_runtime_error_that_the_package_exports() -> None:
+    assert issubclass(DriverUnavailable, RuntimeError)
+    assert iocp_loop.DriverUnavailable is DriverUnavailable
+
+
+# -- the environment -------------------------------------------------------------------------------
+
+
+def test_the_environment_names_the_driver(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOCP_LOOP_DRIVER", driver)
+    loop = iocp_loop.new_event_loop()
+    assert loop.driver == driver
+    loop.close()
+    with CompletionPort() as port:
+        assert port.driver == driver
+
+
+def test_an_argument_outweighs_the_environment(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOCP_LOOP_DRIVER", IMPOSSIBLE)
+    loop = iocp_loop.new_event_loop(driver)
+    assert loop.driver == driver
+    loop.close()
+    loop = iocp_loop.new_event_loop("auto")
+    loop.close()
+
+
+@pytest.mark.parametrize("value", ["", "auto"])
+def test_auto_in_the_environment(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IOCP_LOOP_DRIVER", value)
+    loop = iocp_loop.new_event_loop()
+    assert loop.driver == next(name for name in DRIVERS if availability(name).available)
+    loop.close()
+
+
+def test_a_forced_choice_in_the_environment_that_cannot_work_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IOCP_LOOP_DRIVER", IMPOSSIBLE)
+    with pytest.raises(DriverUnavailable, match=f"IOCP_LOOP_DRIVER={IMPOSSIBLE}"):
+        iocp_loop.new_event_loop()
+    gc.collect()
+
+
+# -- auto ------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+
+    def why_not(name: str) -> str | None:
+        if name == "poll":
+            return None
+        refused.append(name)
+        return "not today"
+
+    monkeypatch.setattr(choice, "_why_not", why_not)
+    driver = make_driver("auto")
+    assert driver.name == "poll"
+    assert refused == ["iocp", "uring"]
+    driver.close()
+
+
+# -- io_uring refused ------------------------------------------------------------------------------
+
+#: A child's first lines: a seccomp filter that answers io_uring_setup with the errno in sys.argv[1].
+REFUSE_IO_URING = """
+import ctypes, struct, sys
+def refuse_io_uring(code):
+    LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
+    IO_URING_SETUP = 425  # on every architecture
+    ALLOW, REFUSE = 0x7FFF0000, 0x00050000
+    program = b"".join(struct.pack("HBBI", *line) for line in [
+        (LOAD, 0, 0, 0), (JUMP_IF_EQUAL, 0, 1, IO_URING_SETUP), (RETURN, 0, 0, REFUSE | code), (RETURN, 0, 0, ALLOW),
+    ])
+    lines = ctypes.create_string_buffer(program, len(program))
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_void_p)]
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 38, 22, 2
+    assert prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    filter = Program(len(program) // 8, ctypes.addressof(lines))
+    if prctl(PR_SET_SECCOMP, MODE_FILTER, ctypes.byref(filter), 0, 0) != 0:
+        print("no seccomp", ctypes.get_errno())
+        sys.exit()
+refuse_io_uring(int(sys.argv[1]))
+"""
+
+#: What the child then looks at: auto runs, and on what; forced raises, and why.
+LOOK = """
+import asyncio, iocp_loop
+async def main():
+    await asyncio.sleep(0)
+    return asyncio.get_running_loop().driver
+print(iocp_loop.run(main()))
+try:
+    iocp_loop.new_event_loop("uring")
+except iocp_loop.DriverUnavailable as exc:
+    print(exc)
+"""
+
+
+def look(before: str, *arguments: str, **environment: str) -> tuple[str, str]:
+    """Run LOOK in a child after `before`: the driver that auto took there, and why uring was refused."""
+    printed = run_python(before + LOOK, *arguments, **environment).stdout
+    if printed.startswith("no seccomp"):
+        pytest.skip(f"this machine lets us set no seccomp filter: {printed}")
+    driver, refusal = printed.splitlines()
+    return driver, refusal
+
+
+@uring
+def test_where_a_seccomp_filter_refuses_io_uring_auto_takes_poll_and_uring_names_the_cause() -> None:
+    driver, refusal = look(REFUSE_IO_URING, "1")  # EPERM, as containers have it by default
+    assert driver == "poll"
+    assert "EPERM" in refusal
+    assert "seccomp" in refusal
+    assert "allow" in refusal
+
+
+@uring
+def test_a_kernel_without_io_uring() -> None:
+    driver, refusal = look(REFUSE_IO_URING, "38")  # ENOSYS
+    assert driver == "poll"
+    assert "ENOSYS" in refusal
+    assert "Linux 6.1" in refusal
+
+
+@uring
+@pytest.mark.parametrize("setting", ["1", "2"])
+def test_io_uring_disabled_by_sysctl(setting: str) -> None:
+    fake = f"from iocp_loop.ports import uring_binding\nuring_binding._io_uring_disabled = lambda: {setting!r}\n"
+    driver, refusal = look(REFUSE_IO_URING + fake, "1")
+    assert driver == "poll"
+    assert f"kernel.io_uring_disabled={setting}" in refusal
+    assert "sysctl" in refusal
+
+
+@linux
+def test_without_the_compiled_binding() -> None:
+    driver, refusal = look("import sys\nsys.modules['iocp_loop._uring'] = None\n")
+    assert driver == "poll"
+    assert "iocp_loop._uring" in refusal
+    assert "compiler" in refusal
+
+
+@linux
+def test_a_forced_uring_in_the_environment_does_not_fall_back() -> None:
+    printed = run_python(
+        """
+        import sys
+        sys.modules['iocp_loop._uring'] = None
+        import iocp_loop
+        try:
+            iocp_loop.new_event_loop()
+        except iocp_loop.DriverUnavailable as exc:
+            print(exc)
+        """,
+        IOCP_LOOP_DRIVER="uring",
+    ).stdout
+    assert printed.startswith("IOCP_LOOP_DRIVER=uring can't work here")
+
+
+def test_the_package_imports_without_any_binding() -> None:
+    printed = run_python(
+        """
+        import sys
+        sys.modules['iocp_loop._uring'] = sys.modules['iocp_loop._iocp'] = sys.modules['cffi'] = None
+        import iocp_loop
+        loop = iocp_loop.new_event_loop()
+        print(loop.driver)
+        loop.close()
+        """
+    ).stdout
+    assert printed == "poll\n"
+
+
+@uring
+def test_running_out_of_descriptors_is_told_as_such() -> None:
+    printed = run_python(
+        """
+        import resource, iocp_loop.ports.uring
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        print(iocp_loop.ports.availability("uring").reason)
+        """
+    ).stdout
+    assert "EMFILE" in printed
+    assert "RLIMIT_NOFILE" in printed

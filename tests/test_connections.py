@@ -1,0 +1,347 @@
+"""create_connection and create_server with all that they offer: addresses, happy eyeballs, options, dual stack."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .support import Echo, Recorder, listening_socket, tcp_pair, until
+
+Loop = iocp_loop.IocpEventLoop
+
+Resolve = Callable[..., Any]
+
+
+@pytest.fixture
+def resolve(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``resolve(*addresses)``: what the name "somewhere" stands for from now on."""
+
+    def use(*addresses: tuple[Any, ...]) -> None:
+        async def getaddrinfo(*_: Any, **__: Any) -> list[tuple[Any, ...]]:
+            return [
+                (
+                    socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+                    socket.SOCK_STREAM,
+                    socket.IPPROTO_TCP,
+                    "",
+                    address,
+                )
+                for address in addresses
+            ]
+
+        monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+
+    return use
+
+
+@pytest.fixture
+def refused(no_leak: None) -> tuple[str, int]:
+    """An address where nobody listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        address: tuple[str, int] = sock.getsockname()
+    return address
+
+
+@pytest.fixture
+def silent(no_leak: None) -> Iterator[tuple[str, int]]:
+    """An address that does not answer: a listener with a full backlog."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listening_socket(backlog=0))
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        time.sleep(0.01)
+        yield listener.getsockname()
+
+
+async def close(*protocols: Recorder) -> None:
+    for protocol in protocols:
+        protocol.transport.close()
+        await until(lambda protocol=protocol: protocol.finished)  # type: ignore[misc]  # a default binds it
+
+
+async def end(server: asyncio.Server) -> None:
+    server.close()
+    await server.wait_closed()
+
+
+# --------------------------------------------------------------------------------------------------
+# Clients
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_the_next_address_is_tried(
+    loop: Loop, resolve: Resolve, refused: tuple[str, int], listener: socket.socket
+) -> None:
+    resolve(refused, refused, listener.getsockname())
+    _, protocol = await loop.create_connection(Recorder, "somewhere", 0)
+    assert protocol.transport.get_extra_info("peername") == listener.getsockname()
+    await close(protocol)
+
+
+async def test_no_address_answers(loop: Loop, resolve: Resolve, refused: tuple[str, int]) -> None:
+    resolve(refused)
+    with pytest.raises(ConnectionRefusedError) as caught:
+        await loop.create_connection(Recorder, "somewhere", 0)
+    assert str(refused[1]) in str(caught.value)
+    resolve(refused, (refused[0], 1))
+    with pytest.raises(OSError, match="Multiple exceptions") as several:
+        await loop.create_connection(Recorder, "somewhere", 0)
+    assert str(refused[1]) in str(several.value)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="all_errors is new in Python 3.12")
+async def test_all_errors(loop: Loop, resolve: Resolve, refused: tuple[str, int]) -> None:
+    resolve(refused, (refused[0], 1))
+    new: Any = {"all_errors": True}  # which types for older Pythons do not know
+    with pytest.raises(ExceptionGroup) as caught:
+        await loop.create_connection(Recorder, "somewhere", 0, **new)
+    assert [type(error) for error in caught.value.exceptions] == [ConnectionRefusedError] * 2
+
+
+async def test_happy_eyeballs(loop: Loop, resolve: Resolve, silent: tuple[str, int], listener: socket.socket) -> None:
+    """The second address is tried while the first keeps silent, and the first attempt leaves nothing behind."""
+    resolve(silent, listener.getsockname())
+    start = time.monotonic()
+    _, protocol = await loop.create_connection(Recorder, "somewhere", 0, happy_eyeballs_delay=0.05)
+    assert 0.04 < time.monotonic() - start < 0.9  # the kernel asks a silent address again after a second
+    assert protocol.transport.get_extra_info("peername") == listener.getsockname()
+    await close(protocol)
+
+
+async def test_without_it_the_first_address_decides(loop: Loop, resolve: Resolve, silent: tuple[str, int]) -> None:
+    resolve(silent, silent)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(loop.create_connection(Recorder, "somewhere", 0), 0.1)
+    await until(lambda: not loop.stats().in_flight)
+
+
+async def test_interleave(loop: Loop, resolve: Resolve, refused: tuple[str, int]) -> None:
+    """Families take turns: with one address of each first, the fourth of five is the second of its family."""
+    tried: list[str] = []
+    connect = loop.sock_connect
+
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        tried.append(address[0])
+        await connect(sock, refused) if sock.family == socket.AF_INET else None
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody there")
+
+    loop.sock_connect = sock_connect  # type: ignore[method-assign]  # what the test listens in by
+    resolve(("::1", 1, 0, 0), ("::2", 1, 0, 0), ("::3", 1, 0, 0), ("127.0.0.1", 1), ("127.0.0.2", 1))
+    with pytest.raises(OSError):
+        await loop.create_connection(Recorder, "somewhere", 0, interleave=1)
+    assert tried == ["::1", "127.0.0.1", "::2", "127.0.0.2", "::3"]
+
+
+async def test_local_address(loop: Loop, listener: socket.socket) -> None:
+    host, port = listener.getsockname()
+    _, protocol = await loop.create_connection(Recorder, host, port, local_addr=("127.0.0.3", 0))
+    conn, peer = await loop.sock_accept(listener)
+    conn.close()
+    assert peer[0] == "127.0.0.3"
+    assert protocol.transport.get_extra_info("sockname") == peer
+    await close(protocol)
+
+
+async def test_a_local_address_that_is_taken(loop: Loop, listener: socket.socket) -> None:
+    host, port = listener.getsockname()
+    with pytest.raises(OSError) as caught:
+        await loop.create_connection(Recorder, host, port, local_addr=(host, port))
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_a_connected_socket(loop: Loop) -> None:
+    ours, peer = tcp_pair()
+    ours.setblocking(True)
+    with peer:
+        _, protocol = await loop.create_connection(Recorder, sock=ours)
+        assert ours.gettimeout() == 0
+        peer.sendall(b"hello")
+        await until(lambda: protocol.data == b"hello")
+        await close(protocol)
+
+
+async def test_arguments_that_do_not_fit(loop: Loop) -> None:
+    ours, peer = tcp_pair()
+    with ours, peer:
+        with pytest.raises(ValueError, match="can not be specified at the same time"):
+            await loop.create_connection(Recorder, "127.0.0.1", 1, sock=ours)  # type: ignore[call-overload]  # the subject
+        with pytest.raises(ValueError, match="host and port was not specified"):
+            await loop.create_connection(Recorder)
+        with pytest.raises(ValueError, match="server_hostname is only meaningful with ssl"):
+            await loop.create_connection(Recorder, "127.0.0.1", 1, server_hostname="x")
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+        pytest.raises(ValueError, match="Stream Socket"),
+    ):
+        await loop.create_connection(Recorder, sock=datagrams)
+
+
+async def test_a_protocol_factory_that_raises(loop: Loop, listener: socket.socket) -> None:
+    def faulty() -> Recorder:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await loop.create_connection(faulty, *listener.getsockname())
+    ours, peer = tcp_pair()
+    with peer:
+        with pytest.raises(ZeroDivisionError):
+            await loop.create_connection(faulty, sock=ours)
+        assert ours.fileno() == -1
+    assert not loop.stats().in_flight
+
+
+async def test_cancelling_a_connection_closes_its_socket(loop: Loop, silent: tuple[str, int]) -> None:
+    task = asyncio.create_task(loop.create_connection(Recorder, *silent))
+    await until(lambda: loop.stats().in_flight)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: not loop.stats().in_flight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Servers
+# --------------------------------------------------------------------------------------------------
+
+
+async def echoed(host: str, port: int) -> bytes:
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"hello")
+    writer.write_eof()
+    got = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return got
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+
+
+@IPV6
+async def test_ipv6(loop: Loop) -> None:
+    server = await loop.create_server(Echo, "::1", 0)
+    address = server.sockets[0].getsockname()
+    assert await echoed(address[0], address[1]) == b"hello"
+    _, protocol = await loop.create_connection(Recorder, *address[:2])
+    assert protocol.transport.get_extra_info("peername") == address
+    await close(protocol)
+    await end(server)
+
+
+@IPV6
+async def test_both_families_on_one_port(loop: Loop) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    server = await loop.create_server(Echo, ["127.0.0.1", "::1"], port)
+    assert {sock.family for sock in server.sockets} == {socket.AF_INET, socket.AF_INET6}
+    assert await echoed("127.0.0.1", port) == b"hello"
+    assert await echoed("::1", port) == b"hello"
+    await end(server)
+
+
+async def test_every_interface(loop: Loop) -> None:
+    server = await loop.create_server(Echo, None, 0)
+    port = server.sockets[0].getsockname()[1]
+    host = "127.0.0.1" if server.sockets[0].family == socket.AF_INET else "::1"
+    assert await echoed(host, port) == b"hello"
+    await end(server)
+
+
+async def test_a_port_can_be_used_again_at_once(loop: Loop) -> None:
+    """Also while connections of the earlier server are in TIME_WAIT, which reuse_address is for."""
+    port = 0
+    for _ in range(5):
+        server = await loop.create_server(Echo, "127.0.0.1", port)
+        port = server.sockets[0].getsockname()[1]
+        assert await echoed("127.0.0.1", port) == b"hello"
+        await end(server)
+
+
+async def test_a_port_that_is_taken(loop: Loop, listener: socket.socket) -> None:
+    with pytest.raises(OSError) as caught:
+        await loop.create_server(Echo, *listener.getsockname())
+    assert caught.value.errno == errno.EADDRINUSE
+    assert str(listener.getsockname()[1]) in str(caught.value)
+
+
+async def test_reuse_port(loop: Loop) -> None:
+    if not hasattr(socket, "SO_REUSEPORT"):
+        pytest.skip("this system has no SO_REUSEPORT")
+    first = await loop.create_server(Echo, "127.0.0.1", 0, reuse_port=True)
+    address = first.sockets[0].getsockname()
+    second = await loop.create_server(Echo, *address, reuse_port=True)
+    await end(first)
+    assert await echoed(*address) == b"hello"
+    await end(second)
+
+
+async def test_start_serving_later(loop: Loop) -> None:
+    server = await loop.create_server(Echo, "127.0.0.1", 0, start_serving=False)
+    address = server.sockets[0].getsockname()
+    assert not server.is_serving()
+    with pytest.raises(ConnectionRefusedError):
+        await loop.create_connection(Recorder, *address)
+    await server.start_serving()
+    await server.start_serving()  # a second time does no harm
+    assert server.is_serving()
+    assert await echoed(*address) == b"hello"
+    await end(server)
+
+
+async def test_serve_forever(loop: Loop) -> None:
+    server = await loop.create_server(Echo, "127.0.0.1", 0, start_serving=False)
+    address = server.sockets[0].getsockname()
+    async with server:
+        serving = asyncio.create_task(server.serve_forever())
+        await until(server.is_serving)
+        assert await echoed(*address) == b"hello"
+        with pytest.raises(RuntimeError, match="already being awaited"):
+            await server.serve_forever()
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+    assert not server.is_serving()
+    assert server.sockets == ()
+    with pytest.raises(RuntimeError, match="is closed"):
+        await server.serve_forever()
+
+
+async def test_extra_info_of_tcp(loop: Loop, listener: socket.socket) -> None:
+    _, protocol = await loop.create_connection(Recorder, *listener.getsockname())
+    conn, address = await loop.sock_accept(listener)
+    with conn:
+        info = protocol.transport.get_extra_info
+        assert info("sockname") == address
+        assert info("peername") == listener.getsockname()
+        sock = info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.fileno() > 0
+        assert not hasattr(sock, "recv")
+        assert info("nothing") is None
+        assert info("nothing", "default") == "default"
+    await close(protocol)
+    assert info("sockname") == address
+    assert info("peername") == listener.getsockname()

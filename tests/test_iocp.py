@@ -1,0 +1,475 @@
+"""What only driver iocp has: overlapped files and pipes, sockets of other ports, console events, leaks."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform != "win32":
+    pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
+
+import _winapi
+import msvcrt
+
+from iocp_loop import CompletionPort
+from iocp_loop import operations as ops
+from iocp_loop.ports import iocp
+from iocp_loop.ports.iocp import IocpDriver
+from iocp_loop.ports.iocp_binding import ffi, lib
+
+from .support import (
+    LIMIT,
+    child_environment,
+    in_thread,
+    listening_socket,
+    python_command,
+    read_all,
+    read_exactly,
+    reset,
+    udp_socket,
+)
+
+Pair = tuple[socket.socket, socket.socket]
+
+FLAG_OVERLAPPED = 0x40000000  # FILE_FLAG_OVERLAPPED
+CREATE_ALWAYS = 2
+
+
+@pytest.fixture
+def port() -> Iterator[CompletionPort]:
+    with CompletionPort(driver="iocp") as port:
+        yield port
+    assert port.in_flight == 0
+
+
+class Handle:
+    """A HANDLE with a fileno(), as pipes of asyncio have it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fileno(self) -> int:
+        return self.number
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _winapi.CloseHandle(self.number)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[Handle, Handle]]:
+    """The two ends of an overlapped named pipe."""
+    name = rf"\\.\pipe\iocp_loop-test-{os.getpid()}-{time.perf_counter_ns()}"
+    server, client = ffi.new("uintptr_t *"), ffi.new("uintptr_t *")
+    assert lib.iocp_pipe_serve(name, 1, 65536, server) == 0
+    assert lib.iocp_pipe_connect(name, client) == 0
+    with Handle(server[0]) as one, Handle(client[0]) as other:
+        yield one, other
+
+
+def result(port: CompletionPort, operation: ops.Operation) -> Any:
+    """Submit `operation` and wait for its completion, which must be the next one."""
+    port.submit(operation)
+    completion = port.get(LIMIT)
+    assert completion is not None
+    assert completion.operation is operation
+    return completion.result()
+
+
+def overlapped_file(path: Path) -> Handle:
+    access = _winapi.GENERIC_READ | _winapi.GENERIC_WRITE
+    number = _winapi.CreateFile(str(path), access, 0, _winapi.NULL, CREATE_ALWAYS, FLAG_OVERLAPPED, _winapi.NULL)
+    return Handle(number)
+
+
+# -- files and pipes -------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_and_read_at_offsets(port: CompletionPort, tmp_path: Path) -> None:
+    with overlapped_file(tmp_path / "file") as file:
+        assert result(port, ops.Write(file, b"hello, world", 0)) == 12
+        assert result(port, ops.Write(file, b"W", 7)) == 1
+        assert result(port, ops.Read(file, 100, 7)) == b"World"
+        buffer = bytearray(5)
+        assert result(port, ops.ReadInto(file, buffer, 0)) == 5
+        assert buffer == b"hello"
+        assert result(port, ops.Read(file, 100, 12)) == b""
+
+
+def test_a_file_without_an_offset_is_read_on_from_where_it_stands(port: CompletionPort, tmp_path: Path) -> None:
+    with overlapped_file(tmp_path / "file") as file:
+        result(port, ops.Write(file, b"0123456789", 0))
+        assert [result(port, ops.Read(file, 4)) for _ in range(4)] == [b"0123", b"4567", b"89", b""]
+
+
+def test_a_file_without_overlapped_io_is_refused(port: CompletionPort, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        handle = msvcrt.get_osfhandle(file.fileno())
+        with pytest.raises(OSError, match="without overlapped") as caught:
+            port.submit(ops.Write(handle, b"x"))
+    assert caught.value.winerror == 87
+    assert port.in_flight == 0
+
+
+def test_a_pipe_carries_bytes_both_ways_and_ends(port: CompletionPort, pipe: tuple[Handle, Handle]) -> None:
+    one, other = pipe
+    reading = ops.Read(one, 100)
+    port.submit(reading)
+    assert port.get(0) is None
+    port.submit(ops.Write(other, b"hello"))
+    values = {}
+    for _ in range(2):
+        completion = port.get(LIMIT)
+        assert completion is not None
+        assert completion.operation is not None
+        values[completion.operation.kind] = completion.result()
+    assert values == {"Read": b"hello", "Write": 5}
+    assert result(port, ops.Write(one, b"back")) == 4
+    assert result(port, ops.Read(other, 100)) == b"back"
+
+
+def test_reading_a_pipe_whose_writer_is_gone_gives_the_end(port: CompletionPort) -> None:
+    name = rf"\\.\pipe\iocp_loop-test-{os.getpid()}-{time.perf_counter_ns()}"
+    server, client = ffi.new("uintptr_t *"), ffi.new("uintptr_t *")
+    assert lib.iocp_pipe_serve(name, 1, 65536, server) == 0
+    assert lib.iocp_pipe_connect(name, client) == 0
+    with Handle(server[0]) as one:
+        reading = ops.Read(one, 100)
+        port.submit(reading)
+        _winapi.CloseHandle(client[0])
+        completion = port.get(LIMIT)
+        assert completion is not None
+        assert completion.result() == b""
+
+
+def test_a_cancelled_read_of_a_pipe(port: CompletionPort, pipe: tuple[Handle, Handle]) -> None:
+    reading = ops.Read(pipe[0], 100)
+    port.submit(reading)
+    port.cancel(reading)
+    completion = port.get(LIMIT)
+    assert completion is not None
+    assert completion.error is not None
+    assert completion.error.errno == errno.ECANCELED
+
+
+def test_part_of_a_file_is_sent(port: CompletionPort, pair: Pair, tmp_path: Path) -> None:
+    ours, peer = pair
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    with path.open("rb") as file:
+        assert result(port, ops.SendFile(ours, file.fileno(), 2, 5)) == 5
+        assert read_exactly(peer, 5) == b"23456"
+        assert result(port, ops.SendFile(ours, file.fileno(), 8, 100)) == 2
+        assert read_exactly(peer, 2) == b"89"
+        assert result(port, ops.SendFile(ours, file.fileno(), 10, 100)) == 0
+
+
+# -- sockets of other ports ------------------------------------------------------------------------
+
+
+def test_a_socket_that_another_port_owns_is_used_all_the_same(pair: Pair) -> None:
+    ours, peer = pair
+    with CompletionPort(driver="iocp") as first, CompletionPort(driver="iocp") as second:
+        first.register(ours)
+        assert result(second, ops.Send(ours, b"hello")) == 5
+        assert read_exactly(peer, 5) == b"hello"
+        receiving = ops.Receive(ours, 100)
+        second.submit(receiving)
+        peer.send(b"back")
+        completion = second.get(LIMIT)
+        assert completion is not None
+        assert completion.result() == b"back"
+        stream = ops.ReceiveStream(ours)
+        second.submit(stream)
+        for message in (b"one", b"two"):
+            peer.send(message)
+            completion = second.get(LIMIT)
+            assert completion is not None
+            assert completion.result() == message
+        second.cancel(stream)
+        completion = second.get(LIMIT)
+        assert completion is not None
+        assert completion.error is not None
+        assert completion.error.errno == errno.ECANCELED
+        assert first.get(0) is None
+
+
+def test_a_socket_outlives_the_port_that_it_was_used_on_first(pair: Pair) -> None:
+    ours, peer = pair
+    for message in (b"one", b"two", b"three"):
+        with CompletionPort(driver="iocp") as port:
+            receiving = ops.Receive(ours, 100)
+            port.submit(receiving)
+            peer.send(message)
+            completion = port.get(LIMIT)
+            assert completion is not None
+            assert completion.result() == message
+
+
+def test_a_listener_of_another_port_accepts(listener: socket.socket) -> None:
+    with CompletionPort(driver="iocp") as first, CompletionPort(driver="iocp") as second:
+        first.register(listener)
+        stream = ops.AcceptStream(listener, depth=2)
+        second.submit(stream)
+        for _ in range(3):
+            with socket.create_connection(listener.getsockname(), LIMIT) as client:
+                completion = second.get(LIMIT)
+                assert completion is not None
+                sock, address = completion.result()
+                with sock:
+                    assert address == client.getsockname()
+        second.cancel(stream)
+        completion = second.get(LIMIT)
+        assert completion is not None
+        assert completion.error is not None
+
+
+def test_a_new_socket_with_an_old_number_is_associated_anew(port: CompletionPort) -> None:
+    numbers = []
+    for _ in range(5):
+        with listening_socket() as listener:
+            numbers.append(listener.fileno())
+            accepting = ops.Accept(listener)
+            port.submit(accepting)
+            with socket.create_connection(listener.getsockname(), LIMIT):
+                completion = port.get(LIMIT)
+                assert completion is not None
+                completion.result()[0].close()
+    assert len(set(numbers)) < len(numbers)
+
+
+def test_a_socket_in_a_new_wrapper_goes_on(port: CompletionPort, pair: Pair) -> None:
+    ours, peer = pair
+    assert result(port, ops.Send(ours, b"one")) == 3
+    with socket.socket(fileno=ours.detach()) as again:
+        again.setblocking(False)
+        assert result(port, ops.Send(again, b"two")) == 3
+        assert read_exactly(peer, 6) == b"onetwo"
+
+
+# -- accepting -------------------------------------------------------------------------------------
+
+
+def test_an_accept_stream_outlives_clients_that_reset(listener: socket.socket) -> None:
+    with CompletionPort(driver="iocp") as port:
+        stream = ops.AcceptStream(listener, depth=3)
+        port.submit(stream)
+        for _ in range(20):
+            reset(socket.create_connection(listener.getsockname(), LIMIT))
+        with socket.create_connection(listener.getsockname(), LIMIT) as client:
+            while True:
+                completion = port.get(LIMIT)
+                assert completion is not None
+                sock, address = completion.result()
+                sock.close()
+                if address == client.getsockname():
+                    break
+        assert stream.in_flight
+
+
+def test_a_datagram_that_is_faster_than_the_cancel_is_delivered_before_the_end() -> None:
+    with CompletionPort(driver="iocp") as port, udp_socket() as one, udp_socket() as other:
+        stream = ops.ReceiveFromStream(one, 100)
+        port.submit(stream)
+        other.sendto(b"hello", one.getsockname())
+        time.sleep(0.05)
+        port.cancel(stream)
+        completion = port.get(LIMIT)
+        assert completion is not None
+        assert completion.result() == (b"hello", other.getsockname())
+        completion = port.get(LIMIT)
+        assert completion is not None
+        assert completion.error is not None
+        assert completion.error.errno == errno.ECANCELED
+        assert not stream.in_flight
+
+
+def test_closing_with_accepts_in_flight_closes_their_sockets(listener: socket.socket) -> None:
+    port = CompletionPort(driver="iocp")
+    port.submit(ops.AcceptStream(listener, depth=8))
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        port.close()
+    assert time.perf_counter() - started < LIMIT / 2
+
+
+# -- the driver ------------------------------------------------------------------------------------
+
+
+def test_submissions_are_used_again(pair: Pair) -> None:
+    ours, peer = pair
+    driver = IocpDriver()
+    for _ in range(100):
+        op = ops.Send(ours, b"x")
+        driver.submit(op)
+        while op.in_flight:
+            driver.wait(LIMIT)
+            driver.dispatch()
+    assert len(driver._spare) == 1
+    assert len(read_exactly(peer, 100)) == 100
+    driver.close()
+
+
+def test_a_device_carries_a_limited_number_of_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iocp, "POLLS_PER_DEVICE", 2)
+    driver = IocpDriver()
+    pairs = [socket.socketpair() for _ in range(5)]
+    polls = [ops.Readiness(one, ops.READABLE) for one, _ in pairs]
+    for op in polls:
+        driver.submit(op)
+    assert [device.polls for device in driver._devices] == [2, 2, 1]
+    for _, other in pairs:
+        other.send(b"x")
+    while driver.in_flight:
+        driver.wait(LIMIT)
+        driver.dispatch()
+    assert [device.polls for device in driver._devices] == [0, 0, 0]
+    driver.close()
+    for one, other in pairs:
+        one.close()
+        other.close()
+
+
+def test_a_poll_that_is_cancelled_while_it_delivers_makes_room(pair: Pair) -> None:
+    ours, _ = pair
+    driver = IocpDriver()
+    op = ops.ReadinessStream(ours, ops.WRITABLE)
+    op.complete = lambda value, error: driver.cancel(op)
+    driver.submit(op)
+    while driver.in_flight:
+        driver.wait(LIMIT)
+        driver.dispatch()
+    driver.dispatch()
+    assert [device.polls for device in driver._devices] == [0]
+    driver.close()
+
+
+def test_an_exception_in_dispatch_loses_no_other_completion() -> None:
+    driver = IocpDriver()
+    pairs = [socket.socketpair() for _ in range(3)]
+    seen: list[bytes] = []
+
+    def complete(value: bytes, error: OSError | None) -> None:
+        if error is None:
+            seen.append(value)
+            raise KeyboardInterrupt
+
+    for one, _ in pairs:
+        one.setblocking(False)
+        op = ops.Receive(one, 10)
+        op.complete = complete
+        driver.submit(op)
+    for number, (_, other) in enumerate(pairs):
+        other.send(b"%d" % number)
+    deadline = time.monotonic() + LIMIT
+    while driver.in_flight and time.monotonic() < deadline:
+        driver.wait(0.1)
+        try:
+            driver.dispatch()
+        except KeyboardInterrupt:
+            continue
+    assert sorted(seen) == [b"0", b"1", b"2"]
+    driver.close()
+    for one, other in pairs:
+        one.close()
+        other.close()
+
+
+def test_an_unclosed_driver_keeps_what_the_kernel_may_write_to(pair: Pair) -> None:
+    ours, peer = pair
+    driver = IocpDriver()
+    driver.submit(ops.Receive(ours, 100))
+    del driver
+    gc.collect()
+    peer.send(b"x")  # completes into memory that must still be there
+    peer.close()
+    time.sleep(0.05)
+
+
+def test_a_port_that_is_closed_associates_nothing(pair: Pair) -> None:
+    driver = IocpDriver()
+    driver.close()
+    with pytest.raises(ValueError, match="closed"):
+        driver.register(pair[0])
+    with pytest.raises(ValueError, match="closed"):
+        driver.submit(ops.Send(pair[0], b"x"))
+
+
+def test_much_data_both_ways(port: CompletionPort, pair: Pair) -> None:
+    ours, peer = pair
+    data = os.urandom(1 << 20)
+    pieces = [data[start : start + 4096] for start in range(0, len(data), 4096)]  # more than one call gathers
+    got: list[bytes] = []
+    with in_thread(lambda: got.append(read_all(peer))):
+        assert result(port, ops.SendAll(ours, pieces)) == len(data)
+        ours.shutdown(socket.SHUT_WR)
+    assert got == [data]
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------
+
+#: Runs in a console of its own, and presses Ctrl-C there.
+CTRL_C = """
+    import asyncio, ctypes, sys, threading, time
+    import iocp_loop
+
+    def press():
+        time.sleep(0.3)
+        assert ctypes.windll.kernel32.GenerateConsoleCtrlEvent(0, 0)
+
+    async def sleep():
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            print("cancelled")
+            raise
+
+    if sys.argv[2:] == ["again"]:
+        iocp_loop.new_event_loop("iocp").close()
+    threading.Thread(target=press).start()
+    started = time.perf_counter()
+    try:
+        if sys.argv[1] == "get":
+            iocp_loop.CompletionPort(driver="iocp").get(60)
+        elif sys.argv[1] == "run_forever":
+            loop = iocp_loop.new_event_loop("iocp")
+            loop.call_later(60, loop.stop)
+            loop.run_forever()
+        else:
+            iocp_loop.run(sleep(), driver="iocp")
+    except KeyboardInterrupt:
+        print("interrupted")
+    print("in time" if time.perf_counter() - started < 15 else "late")
+"""
+
+
+@pytest.mark.parametrize("again", [[], ["again"]], ids=["first", "after another loop was closed"])
+@pytest.mark.parametrize("what", ["get", "run_forever", "run"])
+def test_ctrl_c_ends_a_wait(what: str, again: list[str]) -> None:
+    done = subprocess.run(
+        [arg for arg in python_command(CTRL_C, what, *again) if arg not in ("-W", "error")],  # unclosed on purpose
+        env=child_environment(),
+        creationflags=subprocess.CREATE_NO_WINDOW,
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT,
+        check=False,
+    )
+    expected = ["interrupted", "in time"]
+    if what == "run":
+        expected.insert(0, "cancelled")
+    assert done.stdout.split("\n")[:-1] == expected, done.stderr

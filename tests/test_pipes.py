@@ -1,0 +1,601 @@
+"""connect_read_pipe and connect_write_pipe: pipes, FIFOs, sockets, terminals, devices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import io
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .support import Recorder, turns, until
+
+if sys.platform == "win32":
+    pytest.skip("the pipes of Unix", allow_module_level=True)
+
+Pipe = tuple[Any, Any]
+
+
+@pytest.fixture
+def pipe(no_leak: None) -> Iterator[Pipe]:
+    """The two ends of a pipe as unbuffered files: where to read, where to write."""
+    reading, writing = os.pipe()
+    with open(reading, "rb", 0) as reader, open(writing, "wb", 0) as writer:
+        yield reader, writer
+
+
+@contextlib.asynccontextmanager
+async def read_end(file: Any, protocol: Any = None) -> AsyncIterator[Any]:
+    """A protocol connected to the reading end `file`."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.connect_read_pipe(lambda: protocol or Recorder(), file)
+    try:
+        yield protocol
+    finally:
+        transport.close()
+        await turns()
+
+
+@contextlib.asynccontextmanager
+async def write_end(file: Any) -> AsyncIterator[Any]:
+    """A protocol connected to the writing end `file`."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.connect_write_pipe(Recorder, file)
+    try:
+        yield protocol
+    finally:
+        transport.abort()
+        await turns()
+
+
+def fill(fd: int) -> int:
+    """Write to a non-blocking descriptor until it takes no more; the number of bytes."""
+    total = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            total += os.write(fd, b"x" * 65536)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_read(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with read_end(reader) as protocol:
+        transport = protocol.transport
+        assert transport.get_extra_info("pipe") is reader
+        assert transport.is_reading()
+        assert transport.get_protocol() is protocol
+        writer.write(b"one")
+        await until(lambda: protocol.data == b"one")
+        writer.write(b"two")
+        await until(lambda: protocol.data == b"onetwo")
+        writer.close()
+        await until(lambda: protocol.finished)
+    assert protocol.calls == ["connection_made", "data_received", "eof_received", "connection_lost"]
+    assert protocol.lost is None
+    assert reader.closed
+    assert "closed" in repr(transport)
+
+
+async def test_read_much(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    data = os.urandom(1 << 20) * 3
+    async with read_end(reader) as protocol:
+        work = asyncio.ensure_future(asyncio.to_thread(write_fully_and_close, writer, data))
+        await until(lambda: protocol.finished)
+        await work
+    assert protocol.data == data
+
+
+def write_fully_and_close(file: Any, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    file.close()
+
+
+async def test_a_paused_reader_leaves_the_data_in_the_pipe(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with read_end(reader) as protocol:
+        for _ in range(3):
+            protocol.transport.pause_reading()
+            protocol.transport.pause_reading()
+            assert not protocol.transport.is_reading()
+            protocol.data.clear()
+            writer.write(b"data")
+            await asyncio.sleep(0.01)
+            assert not protocol.data
+            protocol.transport.resume_reading()
+            protocol.transport.resume_reading()
+            await until(lambda: protocol.data == b"data")
+        protocol.transport.pause_reading()
+        writer.close()
+        await asyncio.sleep(0.01)
+        assert not protocol.finished
+        protocol.transport.resume_reading()
+        await until(lambda: protocol.finished)
+
+
+async def test_pausing_in_data_received_holds_at_once(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    class PausesItself(Recorder):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.transport.pause_reading()
+
+    reader, writer = pipe
+    async with read_end(reader, PausesItself()) as protocol:
+        writer.write(b"a" * 65536)
+        for _ in range(3):
+            await until(lambda: len(protocol.data) == 65536)
+            await asyncio.to_thread(writer.write, b"a" * 65536)
+            await asyncio.sleep(0.01)
+            assert len(protocol.data) == 65536
+            protocol.data.clear()
+            protocol.transport.resume_reading()
+
+
+async def test_paused_in_connection_made(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    class BeginsPaused(Recorder):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.pause_reading()
+
+    reader, writer = pipe
+    writer.write(b"early")
+    async with read_end(reader, BeginsPaused()) as protocol:
+        await asyncio.sleep(0.01)
+        assert not protocol.data
+        protocol.transport.resume_reading()
+        await until(lambda: protocol.data == b"early")
+
+
+async def test_data_come_after_the_caller_has_the_transport(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    writer.write(b"early")
+    protocol = Recorder()
+    transport, _ = await loop.connect_read_pipe(lambda: protocol, reader)
+    assert protocol.calls == ["connection_made"]
+    await until(lambda: protocol.data)
+    transport.close()
+    await turns()
+
+
+async def test_close_a_reader_with_data_unread(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with read_end(reader) as protocol:
+        protocol.transport.pause_reading()
+        writer.write(b"unread")
+        protocol.transport.close()
+        protocol.transport.close()
+        assert protocol.transport.is_closing()
+        await until(lambda: protocol.finished)
+        await until(lambda: reader.closed)
+        protocol.transport.resume_reading()
+    assert protocol.calls == ["connection_made", "connection_lost"]
+    with pytest.raises(BrokenPipeError):
+        writer.write(b"nobody listens")
+
+
+async def test_close_in_data_received(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    class ClosesItself(Recorder):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.transport.close()
+
+    reader, writer = pipe
+    async with read_end(reader, ClosesItself()) as protocol:
+        writer.write(b"x")
+        writer.close()
+        await until(lambda: protocol.finished)
+    assert protocol.calls == ["connection_made", "data_received", "connection_lost"]
+
+
+async def test_a_buffered_protocol_reads_a_pipe(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    class Buffered(asyncio.BufferedProtocol):
+        def __init__(self) -> None:
+            self.got = b""
+            self.buffer = bytearray(3)
+            self.lost = loop.create_future()
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return self.buffer
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.got += self.buffer[:nbytes]
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            self.lost.set_result(exc)
+
+    reader, writer = pipe
+    _, protocol = await loop.connect_read_pipe(Buffered, reader)
+    writer.write(b"0123456789")
+    writer.close()
+    assert await protocol.lost is None
+    assert protocol.got == b"0123456789"
+
+
+async def test_switching_the_protocol_of_a_reader(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with read_end(reader) as first:
+        second = Recorder()
+        second.calls.append("switched to")
+        first.transport.set_protocol(second)
+        assert first.transport.get_protocol() is second
+        writer.write(b"for the second")
+        await until(lambda: second.data == b"for the second")
+        writer.close()
+        await until(lambda: second.finished)
+    assert first.calls == ["connection_made"]
+
+
+@pytest.mark.parametrize("call", ["connection_made", "data_received", "eof_received"])
+async def test_an_exception_of_the_protocol_closes_its_pipe(
+    loop: iocp_loop.IocpEventLoop, pipe: Pipe, reports: list[Any], call: str
+) -> None:
+    class Fails(Recorder):
+        pass
+
+    def fail(self: Any, *args: Any) -> None:
+        raise ZeroDivisionError
+
+    setattr(Fails, call, fail)
+    reader, writer = pipe
+    protocol = Fails()
+    protocol.calls.append("new")
+    connecting = loop.connect_read_pipe(lambda: protocol, reader)
+    if call == "connection_made":
+        with pytest.raises(ZeroDivisionError):
+            await connecting
+    else:
+        await connecting
+        writer.write(b"x")
+        writer.close()
+    await until(lambda: protocol.finished)
+    await until(lambda: reader.closed)
+    assert isinstance(protocol.lost, ZeroDivisionError)
+    report = reports.pop()
+    assert call in report["message"]
+    assert report["protocol"] is protocol
+
+
+async def test_streams_over_pipes(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reading, writing = pipe
+    reader = asyncio.StreamReader()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), reading)
+    sink, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, writing)
+    writer = asyncio.StreamWriter(sink, protocol, None, loop)
+    lines = [b"%d\n" % number for number in range(50_000)]
+
+    async def produce() -> None:
+        for line in lines:
+            writer.write(line)
+            await writer.drain()
+        writer.close()
+
+    producing = asyncio.ensure_future(produce())
+    assert [line async for line in reader] == lines
+    await producing
+    transport.close()
+    await turns()
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_write(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with write_end(writer) as protocol:
+        transport = protocol.transport
+        assert transport.get_extra_info("pipe") is writer
+        assert transport.can_write_eof()
+        transport.write(b"one")
+        transport.write(bytearray(b"two"))
+        transport.write(memoryview(b"three"))
+        transport.write(b"")
+        assert reader.read(100) == b"onetwothree"
+        transport.writelines([b"four", b"five"])
+        assert reader.read(100) == b"fourfive"
+        with pytest.raises(TypeError):
+            transport.write("text")
+        transport.write_eof()
+        transport.write_eof()
+        await until(lambda: protocol.finished)
+    assert protocol.calls == ["connection_made", "connection_lost"]
+    assert protocol.lost is None
+    await until(lambda: writer.closed)
+    assert reader.read(100) == b""
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+async def test_what_the_pipe_does_not_take_is_queued_in_order(
+    loop: iocp_loop.IocpEventLoop, pipe: Pipe, kind: Any
+) -> None:
+    reader, writer = pipe
+    data = os.urandom(300_000)
+    async with write_end(writer) as protocol:
+        source = bytearray(data)
+        protocol.transport.write(kind(source))
+        source[:] = bytes(len(source))  # the caller may use its buffer again
+        assert protocol.transport.get_write_buffer_size() > 0
+        assert protocol.calls[-1] == "pause_writing"
+        protocol.transport.write(b"the end")
+        protocol.transport.close()
+        got = await asyncio.to_thread(reader.readall)
+        await until(lambda: protocol.finished)
+    assert got == data + b"the end"
+    assert protocol.calls == ["connection_made", "pause_writing", "resume_writing", "connection_lost"]
+    assert protocol.transport.get_write_buffer_size() == 0
+
+
+async def test_write_buffer_limits(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with write_end(writer) as protocol:
+        transport = protocol.transport
+        transport.set_write_buffer_limits(high=1000, low=10)
+        assert transport.get_write_buffer_limits() == (10, 1000)
+        fill(writer.fileno())
+        transport.write(b"x" * 1000)
+        assert "pause_writing" not in protocol.calls
+        transport.write(b"x")
+        assert protocol.calls[-1] == "pause_writing"
+        os.set_blocking(reader.fileno(), False)
+
+        def drained() -> bool:
+            reader.read(65536)
+            return bool(protocol.calls[-1] == "resume_writing")
+
+        await until(drained)
+
+
+async def test_abort_drops_what_is_queued(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with write_end(writer) as protocol:
+        size = fill(writer.fileno())
+        protocol.transport.write(b"y" * 1000)
+        protocol.transport.abort()
+        assert protocol.transport.is_closing()
+        await until(lambda: protocol.finished)
+        await until(lambda: writer.closed)
+    assert protocol.lost is None
+    assert (await asyncio.to_thread(reader.readall)) == b"x" * size
+
+
+async def test_the_writer_learns_that_the_reader_went_away(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with write_end(writer) as protocol:
+        await asyncio.sleep(0.01)
+        assert not protocol.finished
+        reader.close()
+        await until(lambda: protocol.finished)
+    assert protocol.lost is None
+
+
+async def test_the_reader_went_away_with_data_queued(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with write_end(writer) as protocol:
+        protocol.transport.write(b"x" * 1_000_000)
+        await turns()
+        reader.close()
+        await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, BrokenPipeError)
+
+
+async def test_the_reader_went_away_while_closing(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    reader, writer = pipe
+    async with write_end(writer) as protocol:
+        protocol.transport.write(b"x" * 1_000_000)
+        protocol.transport.close()
+        await turns()
+        assert not protocol.finished
+        reader.close()
+        await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, BrokenPipeError)
+
+
+async def test_write_to_a_pipe_without_reader(
+    loop: iocp_loop.IocpEventLoop, pipe: Pipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = pipe
+    reader.close()
+    async with write_end(writer) as protocol:
+        with caplog.at_level(logging.WARNING, "asyncio"):
+            protocol.transport.write(b"x")
+            await until(lambda: protocol.finished)
+            for _ in range(20):
+                protocol.transport.write(b"x")
+        assert "pipe closed by peer" in caplog.text
+    assert protocol.lost is None or isinstance(protocol.lost, BrokenPipeError)
+
+
+# --------------------------------------------------------------------------------------------------
+# What else counts as a pipe, and what does not
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_fifo(loop: iocp_loop.IocpEventLoop, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(reading, "rb", 0) as reader, open(path, "wb", 0) as writer:
+        async with read_end(reader) as source, write_end(writer) as sink:
+            sink.transport.write(b"through the fifo")
+            await until(lambda: source.data == b"through the fifo")
+            sink.transport.close()
+            await until(lambda: source.finished)
+
+
+async def test_a_fifo_that_is_open_both_ways_stays_open(loop: iocp_loop.IocpEventLoop, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with open(os.open(path, os.O_RDWR), "r+b", 0) as both:
+        async with write_end(both) as sink:
+            sink.transport.write(b"for whoever comes")
+            await asyncio.sleep(0.01)
+            assert not sink.finished
+
+
+async def test_sockets(loop: iocp_loop.IocpEventLoop, no_leak: None) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        async with read_end(ours) as source, write_end(theirs) as sink:
+            sink.transport.write(b"through the socket")
+            await until(lambda: source.data == b"through the socket")
+            source.transport.close()
+            await until(lambda: sink.finished)
+
+
+async def test_a_socket_whose_peer_talks_is_not_lost(loop: iocp_loop.IocpEventLoop, no_leak: None) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        async with write_end(ours) as sink:
+            theirs.send(b"not asked for")
+            await asyncio.sleep(0.01)
+            assert not sink.finished
+            sink.transport.write(b"still there")
+            assert theirs.recv(100) == b"still there"
+
+
+async def test_terminal(loop: iocp_loop.IocpEventLoop, no_leak: None) -> None:
+    import tty
+
+    primary, secondary = os.openpty()
+    tty.setraw(secondary)
+    with open(primary, "r+b", 0) as outer, open(secondary, "r+b", 0) as inner:
+        async with read_end(inner) as source:
+            outer.write(b"typed")
+            await until(lambda: source.data == b"typed")
+            async with write_end(os.fdopen(os.dup(secondary), "wb", 0)) as sink:
+                sink.transport.write(b"printed")
+                assert outer.read(100) == b"printed"
+                outer.write(b" more")  # input of the terminal is no news for who writes to it
+                await until(lambda: source.data == b"typed more")
+                assert not sink.finished
+        await turns()
+
+
+async def test_a_closed_terminal_is_not_reported(loop: iocp_loop.IocpEventLoop, no_leak: None) -> None:
+    primary, secondary = os.openpty()
+    with open(primary, "rb", 0) as outer:
+        async with read_end(outer) as source:
+            os.close(secondary)
+            await until(lambda: source.finished)
+    assert isinstance(source.lost, OSError)
+    assert source.lost.errno == errno.EIO
+
+
+async def test_null_device(loop: iocp_loop.IocpEventLoop, no_leak: None) -> None:
+    with open(os.devnull, "r+b", 0) as file:
+        async with write_end(file) as sink:
+            sink.transport.write(b"into the void")
+            await asyncio.sleep(0.01)
+            assert not sink.finished
+            sink.transport.close()
+            await until(lambda: sink.finished)
+    with open(os.devnull, "rb", 0) as file:
+        async with read_end(file) as source:
+            await until(lambda: source.finished)
+        assert source.calls == ["connection_made", "eof_received", "connection_lost"]
+
+
+async def test_a_device_that_is_always_ready_lets_others_run(loop: iocp_loop.IocpEventLoop, no_leak: None) -> None:
+    class Counts(Recorder):
+        count = 0
+
+        def data_received(self, data: bytes) -> None:
+            self.count += 1
+
+    with open("/dev/zero", "rb", 0) as file:
+        async with read_end(file, Counts()) as source:
+            await until(lambda: source.count > 10)
+            source.transport.pause_reading()
+            count = source.count
+            await asyncio.sleep(0.01)
+            assert source.count == count
+            source.transport.resume_reading()
+            await until(lambda: source.count > count + 10)
+
+
+async def test_regular_files_are_refused(loop: iocp_loop.IocpEventLoop, tmp_path: Path) -> None:
+    for connect in loop.connect_read_pipe, loop.connect_write_pipe:
+        with open(tmp_path / "file", "w+b") as file:
+            with pytest.raises(ValueError, match="pipe"):
+                await connect(Recorder, file)
+            assert not file.closed
+    with pytest.raises(ValueError, match="closed"):
+        await loop.connect_read_pipe(Recorder, file)
+    with pytest.raises(AttributeError):
+        await loop.connect_read_pipe(Recorder, object())
+    with pytest.raises(io.UnsupportedOperation):
+        await loop.connect_read_pipe(Recorder, io.BytesIO())
+
+
+# --------------------------------------------------------------------------------------------------
+# The end
+# --------------------------------------------------------------------------------------------------
+
+
+def test_an_unclosed_transport_warns_and_closes(driver: str, pipe: Pipe) -> None:
+    reader, writer = pipe
+    loop = iocp_loop.new_event_loop(driver)
+    transports = [
+        loop.run_until_complete(loop.connect_read_pipe(Recorder, reader))[0],
+        loop.run_until_complete(loop.connect_write_pipe(Recorder, writer))[0],
+    ]
+    loop.run_until_complete(turns())
+    assert "open" in repr(transports[0])
+    loop.close()
+    for name in "ReadPipeTransport", "WritePipeTransport":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del transports[0]
+            gc.collect()
+        assert [warning.category for warning in caught] == [ResourceWarning]
+        assert f"unclosed transport <{name} open" in str(caught[0].message)
+    assert reader.closed
+    assert writer.closed
+
+
+async def test_callbacks_run_in_the_context_of_the_caller(loop: iocp_loop.IocpEventLoop, pipe: Pipe) -> None:
+    import contextvars
+
+    variable = contextvars.ContextVar("variable", default="nothing")
+    seen: dict[str, str] = {}
+
+    class Notes(Recorder):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            seen["made"] = variable.get()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            seen["data"] = variable.get()
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            seen["lost"] = variable.get()
+
+    reader, writer = pipe
+    variable.set("the caller's")
+    async with read_end(reader, Notes()) as protocol:
+        variable.set("something else")
+        writer.write(b"x")
+        await until(lambda: protocol.data)
+    assert seen == {"made": "the caller's", "data": "the caller's", "lost": "something else"}

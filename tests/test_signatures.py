@@ -1,0 +1,60 @@
+"""The loop's methods take what asyncio's own take: a table, made by the running Python."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .support import WINDOWS
+
+#: The loop of this system with the most methods; where ProactorEventLoop has others, they are Windows' own.
+STOCK = asyncio.SelectorEventLoop
+
+#: What is ours and asyncio does not have.
+OURS = {"driver", "stats"}
+
+
+def public(kind: type) -> dict[str, Any]:
+    return {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
+
+
+METHODS = [name for name, value in public(STOCK).items() if callable(value)]
+
+
+def shape(function: Any) -> list[tuple[str, Any, Any]]:
+    """Names, kinds and defaults of the parameters; not their types, which asyncio does not state."""
+    return [(one.name, one.kind, one.default) for one in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_signature_is_asyncios_own(name: str) -> None:
+    ours, stock = getattr(iocp_loop.IocpEventLoop, name), getattr(STOCK, name)
+    if WINDOWS and "unix" in name:
+        pytest.skip("asyncio has only the abstract method on Windows, whose signature is an older one")
+    assert shape(ours) == shape(stock)
+    assert inspect.iscoroutinefunction(ours) == inspect.iscoroutinefunction(stock)
+
+
+def test_nothing_public_that_is_not_known() -> None:
+    assert set(public(iocp_loop.IocpEventLoop)) - set(public(STOCK)) == OURS
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in vars(asyncio.BaseEventLoop)])
+def test_what_is_ours_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(iocp_loop.IocpEventLoop, name))
+
+
+@pytest.mark.parametrize("kind", [asyncio.Transport, asyncio.DatagramTransport])
+def test_transports_have_every_method(kind: type) -> None:
+    from iocp_loop.datagrams import DatagramTransport
+    from iocp_loop.transports import SocketTransport
+
+    ours = SocketTransport if kind is asyncio.Transport else DatagramTransport
+    for name, method in public(kind).items():
+        assert getattr(ours, name) is not method or name in ("get_extra_info",), name
+        assert shape(getattr(ours, name)) == shape(method), name

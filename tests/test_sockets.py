@@ -1,0 +1,237 @@
+"""The loop's methods on plain sockets: sock_recv, sock_sendall, sock_accept and their kin."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import ssl
+import time
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .support import LIMIT, in_thread, listening_socket, read_exactly, reset, turns, udp_socket
+
+Loop = iocp_loop.IocpEventLoop
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["data first", "call first"])
+async def test_sock_recv(loop: Loop, pair: Pair, late: bool) -> None:
+    if not late:
+        pair[1].send(b"hello")
+    task = asyncio.create_task(loop.sock_recv(pair[0], 3))
+    await turns()
+    if late:
+        assert not task.done()
+        pair[1].send(b"hello")
+    assert await task == b"hel"
+    assert await loop.sock_recv(pair[0], 100) == b"lo"
+    pair[1].close()
+    assert await loop.sock_recv(pair[0], 100) == b""
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["data first", "call first"])
+async def test_sock_recv_into(loop: Loop, pair: Pair, late: bool) -> None:
+    buffer = bytearray(10)
+    if not late:
+        pair[1].send(b"abc")
+    task = asyncio.create_task(loop.sock_recv_into(pair[0], memoryview(buffer)[2:]))
+    await turns()
+    if late:
+        pair[1].send(b"abc")
+    assert await task == 3
+    assert buffer == b"\0\0abc\0\0\0\0\0"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["data first", "call first"])
+async def test_sock_recvfrom_and_sock_recvfrom_into(loop: Loop, late: bool) -> None:
+    with udp_socket() as one, udp_socket() as two:
+        buffer = bytearray(10)
+        for expected in ((b"ping", two.getsockname()), (4, two.getsockname())):
+            if not late:
+                assert await loop.sock_sendto(two, b"ping", one.getsockname()) == 4
+            task: Any = asyncio.create_task(
+                loop.sock_recvfrom(one, 100) if expected[0] == b"ping" else loop.sock_recvfrom_into(one, buffer)
+            )
+            await turns()
+            if late:
+                assert await loop.sock_sendto(two, b"ping", one.getsockname()) == 4
+            assert await task == expected
+        assert buffer[:4] == b"ping"
+        with pytest.raises(ValueError):
+            await loop.sock_recvfrom_into(one, buffer, 11)
+
+
+@pytest.mark.parametrize("make", [bytes, bytearray, memoryview, lambda data: memoryview(array.array("I", data))])
+async def test_sock_sendall_of_much(loop: Loop, pair: Pair, make: Any) -> None:
+    data = os.urandom(16 << 20)
+    got = bytearray()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], len(data)))):
+        assert await loop.sock_sendall(pair[0], make(data)) is None
+    assert got == data
+
+
+async def test_sock_sendall_of_nothing(loop: Loop, pair: Pair) -> None:
+    for nothing in (b"", bytearray(), memoryview(b"")):
+        await loop.sock_sendall(pair[0], nothing)
+
+
+async def test_sock_sendall_to_a_peer_that_resets(loop: Loop, pair: Pair) -> None:
+    task = asyncio.create_task(loop.sock_sendall(pair[0], bytes(32 << 20)))
+    await turns()
+    reset(pair[1])
+    with pytest.raises(ConnectionError):
+        await task
+
+
+async def test_sock_connect_and_sock_accept(loop: Loop, listener: socket.socket) -> None:
+    accept = asyncio.create_task(loop.sock_accept(listener))
+    await turns()
+    with socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, ("localhost", listener.getsockname()[1]))  # a name is resolved
+        conn, address = await accept
+        with conn:
+            assert address == client.getsockname()
+            assert conn.gettimeout() == 0
+            await loop.sock_sendall(conn, b"hello")
+            assert await loop.sock_recv(client, 100) == b"hello"
+
+
+async def test_sock_accept_of_a_connection_that_waits_already(loop: Loop, listener: socket.socket) -> None:
+    with socket.create_connection(listener.getsockname(), LIMIT) as client:
+        conn, address = await loop.sock_accept(listener)
+        with conn:
+            assert conn.gettimeout() == 0
+            assert address == client.getsockname()
+
+
+async def test_sock_connect_refused(loop: Loop) -> None:
+    with listening_socket() as sock:
+        address = sock.getsockname()
+    with socket.socket() as client:
+        client.setblocking(False)
+        with pytest.raises(ConnectionRefusedError):
+            await loop.sock_connect(client, address)
+
+
+async def test_a_connect_begins_before_the_next_turn(loop: Loop) -> None:
+    with listening_socket() as listener, socket.socket() as client:
+        client.setblocking(False)
+        task = asyncio.create_task(loop.sock_connect(client, listener.getsockname()))
+        await asyncio.sleep(0)
+        listener.settimeout(LIMIT)
+        conn, _ = listener.accept()  # the loop stands still meanwhile
+        conn.close()
+        await task
+
+
+async def test_connecting_again_after_a_cancelled_connect(loop: Loop) -> None:
+    with socket.socket() as listener, socket.socket() as client:
+        client.setblocking(False)
+        listener.bind(("127.0.0.1", 0))
+        task = asyncio.create_task(loop.sock_connect(client, listener.getsockname()))
+        await asyncio.sleep(0)
+        task.cancel()
+        listener.listen()
+        try:
+            await loop.sock_connect(client, listener.getsockname())
+        except (ConnectionRefusedError, ConnectionAbortedError):  # the answer to the first try
+            await loop.sock_connect(client, listener.getsockname())
+        assert client.getpeername() == listener.getsockname()
+
+
+async def test_many_at_once(loop: Loop, listener: socket.socket) -> None:
+    async def serve(conn: socket.socket) -> None:
+        with conn:
+            while data := await loop.sock_recv(conn, 1000):
+                await loop.sock_sendall(conn, data)
+
+    async def client(number: int) -> None:
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, listener.getsockname())
+            for round_ in range(5):
+                message = b"%d %d" % (number, round_)
+                await loop.sock_sendall(sock, message)
+                assert await loop.sock_recv(sock, 1000) == message
+
+    clients = [asyncio.create_task(client(number)) for number in range(50)]
+    servers = [asyncio.create_task(serve((await loop.sock_accept(listener))[0])) for _ in clients]
+    await asyncio.gather(*clients, *servers)
+
+
+async def test_a_timed_out_receive_loses_nothing(loop: Loop, pair: Pair) -> None:
+    """wait_for around sock_recv in a loop, while the peer sends in its own rhythm."""
+    data = os.urandom(200)
+    got = bytearray()
+
+    def send() -> None:
+        for position in range(0, len(data), 4):
+            pair[1].sendall(data[position : position + 4])
+            time.sleep(0.001)
+
+    with in_thread(send):
+        while len(got) < len(data):
+            try:
+                got += await asyncio.wait_for(loop.sock_recv(pair[0], 3), 0.0007)
+            except TimeoutError:
+                pass
+    assert got == data
+
+
+async def test_a_cancelled_call_ends_its_operation(loop: Loop, pair: Pair, listener: socket.socket) -> None:
+    with udp_socket() as datagrams:
+        calls: list[Any] = [
+            loop.sock_recv(pair[0], 10),
+            loop.sock_recv_into(pair[0], bytearray(10)),
+            loop.sock_accept(listener),
+            loop.sock_recvfrom(datagrams, 10),
+            loop.sock_sendall(pair[0], bytes(64 << 20)),
+        ]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await turns()
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        await turns(10)
+        assert not loop._proactor.in_flight
+
+
+async def test_a_blocking_socket_is_refused_in_debug_mode(loop: Loop, pair: Pair) -> None:
+    loop.set_debug(True)
+    pair[0].setblocking(True)
+    calls: list[Any] = [
+        loop.sock_recv(pair[0], 1),
+        loop.sock_recv_into(pair[0], bytearray(1)),
+        loop.sock_sendall(pair[0], b"x"),
+        loop.sock_connect(pair[0], ("127.0.0.1", 1)),
+        loop.sock_accept(pair[0]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="non-blocking"):
+            await call
+
+
+async def test_a_tls_socket_is_refused(loop: Loop) -> None:
+    context = ssl.create_default_context()
+    with context.wrap_socket(socket.socket(), server_hostname="localhost") as sock:
+        with pytest.raises(TypeError, match="SSLSocket"):
+            await loop.sock_recv(sock, 1)
+        with pytest.raises(TypeError, match="SSLSocket"):
+            await loop.sock_sendall(sock, b"x")
+
+
+async def test_a_socket_of_a_transport_is_refused(loop: Loop, pair: Pair) -> None:
+    transport, _ = await loop.create_connection(asyncio.Protocol, sock=pair[0])
+    for call in (loop.sock_recv(pair[0], 1), loop.sock_recv_into(pair[0], bytearray(1))):
+        with pytest.raises(RuntimeError, match="used by transport"):
+            await call
+    transport.close()
+    await turns(10)

@@ -1,0 +1,351 @@
+"""subprocess_exec, subprocess_shell and asyncio.subprocess."""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.subprocess
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import iocp_loop
+from iocp_loop import subprocesses
+
+from .support import LIMIT, turns, until
+
+if sys.platform == "win32":
+    pytest.skip("the processes of Unix", allow_module_level=True)
+
+SLEEP = ("sleep", "1000")
+
+
+@pytest.fixture(params=["pidfd", "thread"])
+def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the exit of a process is watched: by its descriptor, or, where there is none, by a thread."""
+    way: str = request.param
+    if way == "thread":
+        monkeypatch.setattr(subprocesses, "open_pidfd", lambda pid: None)
+    else:
+        pidfd = subprocesses.open_pidfd(os.getpid())
+        if pidfd is None:
+            pytest.skip("this system has no pidfd_open")
+        os.close(pidfd)
+    return way
+
+
+@pytest.fixture(autouse=True)
+def no_child_left() -> Iterator[None]:
+    """Every child was waited for."""
+    yield
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def wait_without_the_loop(pid: int, *, take: bool) -> None:
+    """Wait for the exit of a process while the loop stands still; take its status or leave it."""
+    os.waitid(os.P_PID, pid, os.WEXITED if take else os.WEXITED | os.WNOWAIT)
+
+
+class Watcher(asyncio.SubprocessProtocol):
+    """Notes what happens to a process."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.output: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+        self.transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.calls.append("made")
+        self.transport = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self.output[fd] += data
+
+    def pipe_connection_lost(self, fd: int, exc: BaseException | None) -> None:
+        self.calls.append(fd)
+
+    def process_exited(self) -> None:
+        self.calls.append("exited")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.calls.append("lost")
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_exec(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    process = await asyncio.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE)
+    assert process.returncode is None
+    assert (await process.communicate(b"hello"))[0] == b"hello"
+    assert process.returncode == 0
+
+
+async def test_shell(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    process = await asyncio.create_subprocess_shell("echo out; echo err >&2; exit 7", stdout=PIPE, stderr=PIPE)
+    assert await process.communicate() == (b"out\n", b"err\n")
+    assert process.returncode == 7
+
+
+async def test_protocol(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    transport, protocol = await loop.subprocess_shell(Watcher, "read x; echo $x; echo $x >&2; exit 3")
+    assert transport.get_pid() > 0
+    assert transport.get_returncode() is None
+    assert isinstance(transport.get_extra_info("subprocess"), subprocess.Popen)
+    pipes: list[Any] = [transport.get_pipe_transport(fd) for fd in range(3)]
+    assert all(pipe.get_extra_info("pipe").fileno() > 2 for pipe in pipes)
+    pipes[0].write(b"line\n")
+    await until(lambda: "lost" in protocol.calls)
+    assert protocol.output == {1: b"line\n", 2: b"line\n"}
+    assert transport.get_returncode() == 3
+    assert protocol.calls[0] == "made"
+    assert protocol.calls[-1] == "lost"
+    assert sorted(map(str, protocol.calls)) == ["0", "1", "2", "exited", "lost", "made"]
+    transport.close()
+
+
+async def test_redirections(loop: iocp_loop.IocpEventLoop) -> None:
+    process = await asyncio.create_subprocess_shell("cat; echo err >&2", stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
+    assert (await process.communicate())[0] == b"err\n"
+    process = await asyncio.create_subprocess_shell("echo nobody hears", stdout=DEVNULL)
+    assert await process.wait() == 0
+
+
+async def test_much_output_and_input(loop: iocp_loop.IocpEventLoop) -> None:
+    data = os.urandom(1 << 20) * 4
+    process = await asyncio.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE)
+    output, _ = await process.communicate(data)
+    assert output == data
+
+
+async def test_output_that_nobody_reads_blocks_the_process(loop: iocp_loop.IocpEventLoop) -> None:
+    code = "import sys; sys.stdout.buffer.write(b'x' * 1_000_000)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=PIPE, limit=1000)
+    await asyncio.sleep(0.2)
+    assert process.returncode is None
+    assert process.stdout is not None
+    assert len(await process.stdout.read()) == 1_000_000
+    assert await process.wait() == 0
+
+
+async def test_interactive(loop: iocp_loop.IocpEventLoop) -> None:
+    process = await asyncio.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for number in range(100):
+        process.stdin.write(b"%d\n" % number)
+        await process.stdin.drain()
+        assert await process.stdout.readline() == b"%d\n" % number
+    process.stdin.close()
+    await process.stdin.wait_closed()
+    assert await process.wait() == 0
+
+
+async def test_arguments_of_popen(loop: iocp_loop.IocpEventLoop, tmp_path: Any) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as file:
+        process = await asyncio.create_subprocess_shell(
+            f"pwd; echo $GREETING; echo passed > /dev/fd/{writing}",
+            stdout=PIPE,
+            cwd=tmp_path,
+            env={"GREETING": "hello", "PATH": os.environ["PATH"]},
+            pass_fds=[writing],
+            start_new_session=True,
+        )
+        os.close(writing)
+        output, _ = await process.communicate()
+        assert output.split() == [os.fsencode(tmp_path), b"hello"]
+        assert file.read() == b"passed\n"
+
+
+async def test_a_program_that_is_not_there(loop: iocp_loop.IocpEventLoop) -> None:
+    with pytest.raises(FileNotFoundError):
+        await asyncio.create_subprocess_exec("/no/such/program", stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    await turns()
+    gc.collect()
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals and the end
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["kill", "terminate", "send_signal"])
+async def test_signals(loop: iocp_loop.IocpEventLoop, watched: str, how: str) -> None:
+    process = await asyncio.create_subprocess_exec(*SLEEP)
+    number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "send_signal": signal.SIGHUP}[how]
+    getattr(process, how)(*[number] * (how == "send_signal"))
+    assert await asyncio.wait_for(process.wait(), LIMIT) == -number
+    with pytest.raises(ProcessLookupError):
+        process.kill()
+
+
+async def test_many_wait_for_one_process(loop: iocp_loop.IocpEventLoop) -> None:
+    process = await asyncio.create_subprocess_exec("cat", stdin=PIPE)
+    waiting = [asyncio.ensure_future(process.wait()) for _ in range(10)]
+    await turns()
+    assert process.stdin is not None
+    process.stdin.close()
+    assert await asyncio.gather(*waiting) == [0] * 10
+
+
+async def test_close_kills_a_running_process(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    transport, protocol = await loop.subprocess_exec(Watcher, *SLEEP)
+    transport.close()
+    assert transport.is_closing()
+    await until(lambda: "lost" in protocol.calls)
+    assert transport.get_returncode() == -signal.SIGKILL
+
+
+async def test_close_after_an_exit_that_the_loop_has_not_seen(
+    loop: iocp_loop.IocpEventLoop, watched: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport, protocol = await loop.subprocess_shell(
+        Watcher, "sleep 0.1; exit 5", stdin=None, stdout=None, stderr=None
+    )
+    process: Any = transport.get_extra_info("subprocess")
+    if watched == "pidfd":
+        wait_without_the_loop(process.pid, take=False)
+    transport.close()  # asks Popen, which may take the status
+    await until(lambda: "lost" in protocol.calls)
+    if watched == "pidfd":
+        assert transport.get_returncode() == 5
+        assert "Unknown child" not in caplog.text
+
+
+async def test_somebody_else_takes_the_exit_status(
+    loop: iocp_loop.IocpEventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = await asyncio.create_subprocess_shell("sleep 0.1; exit 5")
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        wait_without_the_loop(process.pid, take=True)
+        assert await process.wait() == subprocesses.UNKNOWN_STATUS
+    assert "Unknown child process" in caplog.text
+
+
+async def test_cancelling_the_start_kills_the_process(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    for steps in range(6):
+        task = asyncio.ensure_future(asyncio.create_subprocess_exec(*SLEEP, stdin=PIPE, stdout=PIPE))
+        await turns(steps)
+        task.cancel()
+        try:
+            process = await task
+        except asyncio.CancelledError:
+            continue
+        process.kill()
+        await process.communicate()
+
+
+async def test_cancelling_communicate_leaves_the_process(loop: iocp_loop.IocpEventLoop) -> None:
+    process = await asyncio.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(process.communicate(b"x" * 1_000_000), 0)
+    assert process.returncode is None
+    process.kill()
+    assert await process.wait() == -signal.SIGKILL
+
+
+def test_closing_the_loop_before_the_process_ends(driver: str, watched: str, no_leak: None) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    transport, _ = loop.run_until_complete(loop.subprocess_exec(Watcher, *SLEEP, stdin=None, stdout=None, stderr=None))
+    loop.close()
+    process: Any = transport.get_extra_info("subprocess")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        transport.close()
+        process.wait(LIMIT)
+        del transport
+        gc.collect()
+    if watched == "thread":
+        deadline = time.monotonic() + LIMIT
+        while any(thread.name.startswith("wait for process") for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads, watchers, many
+# --------------------------------------------------------------------------------------------------
+
+
+def test_in_a_thread_without_a_child_watcher(driver: str, watched: str, no_leak: None) -> None:
+    async def main() -> tuple[bytes, int | None]:
+        process = await asyncio.create_subprocess_shell("echo $((6 * 7)); exit 2", stdout=PIPE)
+        output, _ = await process.communicate()
+        return output, process.returncode
+
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(iocp_loop.run(main(), driver=driver)), daemon=True)
+        for _ in range(3)
+    ]
+    handler = signal.getsignal(signal.SIGCHLD)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert results == [(b"42\n", 2)] * 3
+    assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+async def test_200_processes_in_a_row_leave_nothing_open(loop: iocp_loop.IocpEventLoop) -> None:
+    # The fixture `loop` looks for descriptors that stay open.
+    for number in range(200):
+        process = await asyncio.create_subprocess_exec("true", stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        if number % 2:
+            await process.communicate()
+        else:
+            assert process.stdout is not None
+            await process.stdout.read()
+            await process.wait()
+        assert process.returncode == 0
+    await turns()
+    assert len(loop._proactor.in_flight) == 0
+
+
+async def test_50_processes_at_once(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    async def one(number: int) -> None:
+        process = await asyncio.create_subprocess_shell(
+            f"read line; echo $line; exit {number}", stdin=PIPE, stdout=PIPE
+        )
+        output, _ = await process.communicate(b"%d\n" % number)
+        assert (output, process.returncode) == (b"%d\n" % number, number)
+
+    await asyncio.gather(*map(one, range(50)))
+
+
+async def test_a_process_that_leaves_its_pipe_to_a_grandchild(loop: iocp_loop.IocpEventLoop) -> None:
+    transport, protocol = await loop.subprocess_shell(Watcher, "exec 3<&0; (read x <&3; echo late) & exit 0")
+    await until(lambda: "exited" in protocol.calls)
+    assert "lost" not in protocol.calls
+    stdin: Any = transport.get_pipe_transport(0)
+    stdin.write(b"go on\n")
+    await until(lambda: "lost" in protocol.calls)
+    assert protocol.output[1] == b"late\n"
+    transport.close()
+
+
+async def test_add_reader_and_a_process_on_one_loop(loop: iocp_loop.IocpEventLoop) -> None:
+    """What drives users of other loops apart: one library needs add_reader, another subprocesses."""
+    reading, writing = os.pipe()
+    got = loop.create_future()
+    loop.add_reader(reading, lambda: got.done() or got.set_result(os.read(reading, 100)))
+    process = await asyncio.create_subprocess_shell(f"echo ready > /dev/fd/{writing}", pass_fds=[writing])
+    assert await got == b"ready\n"
+    loop.remove_reader(reading)
+    assert await process.wait() == 0
+    os.close(reading)
+    os.close(writing)

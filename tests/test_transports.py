@@ -1,0 +1,1025 @@
+"""The stream transport: protocols, flow control, the ends of a connection, and what programs do wrong with them."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextvars
+import gc
+import os
+import socket
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import iocp_loop
+from iocp_loop.operations import CANCELLING
+from iocp_loop.ports.driver import cancelled_error
+from iocp_loop.proactor import Proactor
+from iocp_loop.transports import SocketTransport
+
+from .support import LIMIT, WINE, Recorder, fill, in_thread, read_all, read_exactly, reset, turns, until
+from .test_proactor import SlowDriver
+
+Loop = iocp_loop.IocpEventLoop
+Pair = tuple[socket.socket, socket.socket]
+Reports = list[dict[str, Any]]
+
+MUCH = 32 << 20  # bytes: more than the kernel buffers of a connection hold
+
+
+async def connected(loop: Loop, pair: Pair, protocol: Any = None) -> Any:
+    """The protocol (a Recorder if there is none) on a transport over our end of the pair."""
+    transport, protocol = await loop.create_connection(lambda: protocol or Recorder(), sock=pair[0])
+    assert transport.get_protocol() is protocol
+    return protocol
+
+
+async def closed(protocol: Recorder) -> None:
+    """Close the protocol's transport and see it through."""
+    protocol.transport.close()
+    await until(lambda: protocol.finished)
+    await turns()
+
+
+# -- the order of calls ----------------------------------------------------------------------------
+
+
+async def test_made_data_eof_lost_in_this_order(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    assert protocol.calls == ["connection_made"]
+    pair[1].sendall(b"hello")
+    pair[1].shutdown(socket.SHUT_WR)
+    await until(lambda: "eof_received" in protocol.calls)
+    assert protocol.data == b"hello"
+    assert not protocol.finished  # it asked to stay open
+    protocol.transport.write(b"answer")
+    assert pair[1].recv(100) == b"answer"
+    await closed(protocol)
+    assert protocol.calls == ["connection_made", "data_received", "eof_received", "connection_lost"]
+    assert protocol.lost is None
+    assert pair[1].recv(100) == b""
+
+
+async def test_connection_lost_comes_later_and_once(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport = protocol.transport
+    transport.close()
+    assert transport.is_closing()
+    assert not protocol.finished  # never from within close()
+    transport.close()
+    transport.abort()
+    await turns()
+    assert protocol.calls.count("connection_lost") == 1
+    transport.close()
+    transport.abort()
+    await turns()
+    assert protocol.calls.count("connection_lost") == 1
+    assert pair[0].fileno() == -1
+
+
+async def test_a_protocol_that_does_not_stay_open_at_eof_is_closed(loop: Loop, pair: Pair) -> None:
+    protocol = Recorder()
+    protocol.keep_open_at_eof = False
+    await connected(loop, pair, protocol)
+    pair[1].close()
+    await until(lambda: protocol.finished)
+    assert protocol.calls == ["connection_made", "eof_received", "connection_lost"]
+    assert protocol.lost is None
+
+
+async def test_a_reset_is_what_connection_lost_tells(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    await turns()  # until it receives
+    reset(pair[1])
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, ConnectionResetError)
+    assert protocol.calls == ["connection_made", "connection_lost"]
+
+
+async def test_data_are_held_until_connection_made_has_run(loop: Loop, pair: Pair) -> None:
+    pair[1].sendall(b"early")
+    protocol = await connected(loop, pair)
+    await until(lambda: protocol.data)
+    assert protocol.calls == ["connection_made", "data_received"]
+    await closed(protocol)
+
+
+@pytest.mark.parametrize("method", ["close", "abort"])
+async def test_close_in_connection_made(loop: Loop, pair: Pair, method: str) -> None:
+    class Shy(Recorder):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            getattr(transport, method)()
+
+    pair[1].sendall(b"never read")
+    protocol = await connected(loop, pair, Shy())
+    await until(lambda: protocol.finished)
+    assert protocol.calls == ["connection_made", "connection_lost"]
+
+
+@pytest.mark.parametrize("method", ["close", "abort"])
+async def test_close_in_data_received_drops_what_comes_after(loop: Loop, pair: Pair, method: str) -> None:
+    class Once(Recorder):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            getattr(self.transport, method)()
+
+    protocol = await connected(loop, pair, Once())
+    pair[1].sendall(b"one")
+    await until(lambda: protocol.data)
+    try:
+        pair[1].sendall(b"two")
+    except ConnectionError:
+        pass
+    await until(lambda: protocol.finished)
+    assert protocol.data == b"one"
+
+
+async def test_a_transport_is_hashable_and_can_be_referred_to_weakly(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    assert protocol.transport in weakref.WeakSet([protocol.transport])
+    await closed(protocol)
+
+
+# -- BufferedProtocol ------------------------------------------------------------------------------
+
+
+class Buffered(asyncio.BufferedProtocol):
+    """Receives into a small buffer of its own; its calls are those of a Recorder."""
+
+    def __init__(self, size: int = 100) -> None:
+        self.recorder = Recorder()
+        self.buffer = bytearray(size)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.recorder.connection_made(transport)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        assert type(nbytes) is int
+        assert nbytes > 0
+        self.recorder.data_received(bytes(self.buffer[:nbytes]))
+
+    def eof_received(self) -> bool:
+        return self.recorder.eof_received()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.recorder.connection_lost(exc)
+
+
+async def test_a_buffered_protocol_gets_everything_in_order(loop: Loop, pair: Pair) -> None:
+    data = os.urandom(300_000)
+    protocol = await connected(loop, pair, Buffered())
+    with in_thread(lambda: (pair[1].sendall(data), pair[1].shutdown(socket.SHUT_WR))[0]):
+        await until(lambda: "eof_received" in protocol.recorder.calls)
+    assert protocol.recorder.data == data
+    await closed(protocol.recorder)
+    assert protocol.recorder.calls == ["connection_made", "data_received", "eof_received", "connection_lost"]
+
+
+async def test_a_buffered_protocol_pauses_without_loss(loop: Loop, pair: Pair) -> None:
+    class Stuttering(Buffered):
+        def buffer_updated(self, nbytes: int) -> None:
+            assert not paused
+            super().buffer_updated(nbytes)
+            self.recorder.transport.pause_reading()
+            paused.append(True)
+            loop.call_soon(self.go_on)
+
+        def go_on(self) -> None:
+            paused.clear()
+            self.recorder.transport.resume_reading()
+
+    paused: list[bool] = []
+    data = os.urandom(20_000)
+    protocol = await connected(loop, pair, Stuttering(90))
+    pair[1].sendall(data)
+    await until(lambda: len(protocol.recorder.data) == len(data))
+    assert protocol.recorder.data == data
+    await closed(protocol.recorder)
+
+
+@pytest.mark.parametrize("wrong", ["raise", "empty", "read-only", "no buffer"])
+async def test_a_buffered_protocol_that_gives_no_buffer(loop: Loop, pair: Pair, reports: Reports, wrong: str) -> None:
+    class Wrong(Buffered):
+        def get_buffer(self, sizehint: int) -> Any:
+            if wrong == "raise":
+                raise ZeroDivisionError
+            return {"empty": bytearray(), "read-only": b"abc", "no buffer": "abc"}[wrong]
+
+    protocol = await connected(loop, pair, Wrong())
+    pair[1].sendall(b"x")
+    await until(lambda: protocol.recorder.finished)
+    expected = {"raise": ZeroDivisionError, "empty": RuntimeError, "read-only": TypeError, "no buffer": TypeError}
+    assert isinstance(reports.pop()["exception"], expected[wrong])
+    assert isinstance(protocol.recorder.lost, expected[wrong])
+
+
+async def test_buffer_updated_raises(loop: Loop, pair: Pair, reports: Reports) -> None:
+    class Wrong(Buffered):
+        def buffer_updated(self, nbytes: int) -> None:
+            raise ZeroDivisionError
+
+    protocol = await connected(loop, pair, Wrong())
+    pair[1].sendall(b"x")
+    await until(lambda: protocol.recorder.finished)
+    assert isinstance(reports.pop()["exception"], ZeroDivisionError)
+
+
+@pytest.mark.parametrize("first", [Recorder, Buffered])
+async def test_set_protocol_switches_from_one_kind_to_the_other(loop: Loop, pair: Pair, first: Any) -> None:
+    protocol = await connected(loop, pair, first())
+    one = protocol if first is Recorder else protocol.recorder
+    pair[1].sendall(b"one")
+    await until(lambda: one.data)
+    second: Any = Buffered() if first is Recorder else Recorder()
+    two = second.recorder if first is Recorder else second
+    two.calls.append("connection_made")
+    transport = one.transport
+    transport.set_protocol(second)
+    assert transport.get_protocol() is second
+    pair[1].sendall(b"two")
+    await until(lambda: two.data)
+    assert (one.data, two.data) == (b"one", b"two")
+    transport.close()
+    await until(lambda: two.finished)
+    assert not one.finished
+
+
+async def test_set_protocol_while_paused_gives_what_is_held_to_the_new_one(loop: Loop, pair: Pair) -> None:
+    old = await connected(loop, pair)
+    old.transport.pause_reading()
+    pair[1].sendall(b"for the new one")
+    await asyncio.sleep(0.02)
+    new = Buffered(4)
+    new.recorder.calls.append("connection_made")
+    old.transport.set_protocol(new)
+    old.transport.resume_reading()
+    await until(lambda: new.recorder.data == b"for the new one")
+    assert not old.data
+    old.transport.close()
+    await until(lambda: new.recorder.finished)
+
+
+# -- pausing the receiving side --------------------------------------------------------------------
+
+
+async def test_nothing_is_received_while_paused_and_nothing_is_lost(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport = protocol.transport
+    assert transport.is_reading()
+    pair[1].sendall(b"before ")
+    await until(lambda: protocol.data)
+    transport.pause_reading()
+    transport.pause_reading()
+    assert not transport.is_reading()
+    pair[1].sendall(b"during ")
+    await asyncio.sleep(0.03)
+    assert protocol.data == b"before "
+    transport.resume_reading()
+    transport.resume_reading()
+    assert transport.is_reading()
+    pair[1].sendall(b"after")
+    await until(lambda: protocol.data == b"before during after")
+    await closed(protocol)
+    assert not transport.is_reading()
+
+
+async def test_a_pause_reaches_the_peer(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.pause_reading()
+    data = os.urandom(MUCH)
+    with in_thread(lambda: pair[1].sendall(data)) as sender:
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert sender.is_alive()  # or somebody holds 32 MiB for us
+        assert not protocol.data
+        protocol.transport.resume_reading()
+        await until(lambda: len(protocol.data) == len(data))
+    assert protocol.data == data
+    await closed(protocol)
+
+
+async def test_pausing_in_every_data_received(loop: Loop, pair: Pair) -> None:
+    class Stuttering(Recorder):
+        paused = False
+
+        def data_received(self, data: bytes) -> None:
+            assert not self.paused
+            super().data_received(data)
+            self.paused = True
+            self.transport.pause_reading()
+            loop.call_soon(self.go_on)
+
+        def go_on(self) -> None:
+            self.paused = False
+            self.transport.resume_reading()
+
+    data = os.urandom(3_000_000)
+    protocol = await connected(loop, pair, Stuttering())
+    with in_thread(lambda: (pair[1].sendall(data), pair[1].shutdown(socket.SHUT_WR))[0]):
+        await until(lambda: "eof_received" in protocol.calls)
+    assert protocol.data == data
+    await closed(protocol)
+
+
+async def test_paused_in_connection_made(loop: Loop, pair: Pair) -> None:
+    class Later(Recorder):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.transport.pause_reading()
+
+    pair[1].sendall(b"hello")
+    protocol = await connected(loop, pair, Later())
+    await asyncio.sleep(0.02)
+    assert not protocol.data
+    protocol.transport.resume_reading()
+    await until(lambda: protocol.data == b"hello")
+    await closed(protocol)
+
+
+async def test_the_end_during_a_pause_comes_after_the_data(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.pause_reading()
+    pair[1].sendall(b"last words")
+    pair[1].close()
+    await asyncio.sleep(0.03)
+    assert protocol.calls == ["connection_made"]
+    protocol.transport.resume_reading()
+    await until(lambda: "eof_received" in protocol.calls)
+    assert protocol.data == b"last words"
+    protocol.transport.pause_reading()
+    protocol.transport.resume_reading()
+    await closed(protocol)
+    assert protocol.calls == ["connection_made", "data_received", "eof_received", "connection_lost"]
+
+
+@pytest.mark.parametrize("method", ["close", "abort"])
+async def test_close_while_paused_with_data_held(loop: Loop, pair: Pair, method: str) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.pause_reading()
+    pair[1].sendall(b"never delivered")
+    await asyncio.sleep(0.02)
+    getattr(protocol.transport, method)()
+    protocol.transport.resume_reading()
+    await until(lambda: protocol.finished)
+    await turns()
+    assert not protocol.data
+
+
+async def test_pause_and_resume_after_the_end_are_nothing(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    await closed(protocol)
+    protocol.transport.pause_reading()
+    protocol.transport.resume_reading()
+    assert not protocol.transport.is_reading()
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+async def test_write_sends_all_kinds_of_buffers_in_order(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    numbers = array.array("I", range(100))
+    for data in (b"bytes ", bytearray(b"bytearray "), memoryview(b"view "), b"", memoryview(numbers), memoryview(b"")):
+        protocol.transport.write(data)
+    expected = b"bytes bytearray view " + numbers.tobytes()
+    assert await asyncio.to_thread(read_exactly, pair[1], len(expected)) == expected
+    await closed(protocol)
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["sent at once", "queued"])
+async def test_write_refuses_what_is_no_buffer(loop: Loop, pair: Pair, queued: bool) -> None:
+    protocol = await connected(loop, pair)
+    if queued:
+        protocol.transport.write(bytes(MUCH))
+    for wrong in ("text", 3, None, [b"x"]):
+        with pytest.raises(TypeError):
+            protocol.transport.write(wrong)
+    with pytest.raises(TypeError):
+        protocol.transport.writelines(["text"])
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+
+
+@pytest.mark.parametrize("make", [bytes, bytearray, memoryview], ids=["bytes", "bytearray", "memoryview"])
+async def test_a_large_write_arrives_whole(loop: Loop, pair: Pair, make: Callable[[bytes], Any]) -> None:
+    protocol = await connected(loop, pair)
+    data = os.urandom(MUCH)
+    protocol.transport.write(make(data))
+    assert protocol.transport.get_write_buffer_size() > 0
+    got = bytearray()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], MUCH))):
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+    assert got == data
+    await closed(protocol)
+
+
+async def test_a_large_write_of_numbers_arrives_whole(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    numbers = array.array("Q", range(MUCH // 8))
+    protocol.transport.write(memoryview(numbers))
+    protocol.transport.write(memoryview(numbers)[:10])
+    got = bytearray()
+    expected = numbers.tobytes() + numbers[:10].tobytes()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], len(expected)))):
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+    assert got == expected
+    await closed(protocol)
+
+
+@pytest.mark.parametrize("method", ["write", "writelines"])
+async def test_the_caller_may_reuse_its_bytearray(loop: Loop, pair: Pair, method: str) -> None:
+    protocol = await connected(loop, pair)
+    filled = fill(pair[0])
+    buffer = bytearray(b"a" * 1000)
+    for letter in b"abc":
+        buffer[:] = bytes([letter]) * 1000
+        getattr(protocol.transport, method)(buffer if method == "write" else [buffer, memoryview(buffer)[:10]])
+        buffer[:] = b"!" * 1000
+    buffer.clear()  # not even held
+    expected = b"".join(bytes([letter]) * (1000 if method == "write" else 1010) for letter in b"abc")
+    got = bytearray()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], filled + len(expected)))):
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+    assert got[filled:] == expected
+    await closed(protocol)
+
+
+async def test_many_small_writes_to_a_slow_peer(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    filled = fill(pair[0])
+    pieces = [b"%d," % number for number in range(20_000)]
+    for piece in pieces:
+        protocol.transport.write(piece)
+    expected = b"".join(pieces)
+    assert protocol.transport.get_write_buffer_size() == len(expected)
+    got = bytearray()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], filled + len(expected)))):
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+    assert got[filled:] == expected
+    await closed(protocol)
+
+
+async def test_writelines(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.writelines([])
+    protocol.transport.writelines([b"", bytearray()])
+    protocol.transport.writelines([b"a", bytearray(b"b"), memoryview(b"c"), memoryview(array.array("H", [0x6464]))])
+    protocol.transport.writelines(piece for piece in (b"e", b"f"))
+    assert await asyncio.to_thread(read_exactly, pair[1], 7) == b"abcddef"
+    pieces = [b"%d" % (number % 10) for number in range(5000)]  # more than one call takes
+    protocol.transport.writelines(pieces)
+    assert await asyncio.to_thread(read_exactly, pair[1], 5000) == b"".join(pieces)
+    pieces = [os.urandom(1 << 20) for _ in range(24)]
+    protocol.transport.writelines(pieces)
+    protocol.transport.writelines([b"one", b"more"])
+    got = bytearray()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], (24 << 20) + 7))):
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+    assert got == b"".join(pieces) + b"onemore"
+    await closed(protocol)
+
+
+async def test_small_writes_are_not_delayed(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    sock = protocol.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    await closed(protocol)
+
+
+# -- flow control of the sending side --------------------------------------------------------------
+
+
+async def test_the_protocol_is_paused_above_the_high_mark_and_resumed_at_the_low_one(loop: Loop, pair: Pair) -> None:
+    class Watching(Recorder):
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            assert self.transport.get_write_buffer_size() > 64 * 1024
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            assert self.transport.get_write_buffer_size() <= 16 * 1024
+
+    protocol = await connected(loop, pair, Watching())
+    assert protocol.transport.get_write_buffer_limits() == (16 * 1024, 64 * 1024)
+    filled = fill(pair[0])
+    protocol.transport.write(bytes(60 * 1024))
+    assert "pause_writing" not in protocol.calls
+    protocol.transport.write(bytes(10 * 1024))
+    assert protocol.calls[-1] == "pause_writing"
+    protocol.transport.write(bytes(MUCH))
+    assert protocol.calls.count("pause_writing") == 1
+    with in_thread(lambda: read_exactly(pair[1], filled + MUCH + 70 * 1024)):
+        await until(lambda: "resume_writing" in protocol.calls)
+    assert protocol.calls.count("resume_writing") == 1
+    await closed(protocol)
+
+
+async def test_limits(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport = protocol.transport
+    transport.set_write_buffer_limits(high=1000)
+    assert transport.get_write_buffer_limits() == (250, 1000)
+    transport.set_write_buffer_limits(low=100)
+    assert transport.get_write_buffer_limits() == (100, 400)
+    transport.set_write_buffer_limits(high=0)
+    assert transport.get_write_buffer_limits() == (0, 0)
+    for wrong in ({"high": 10, "low": 11}, {"high": -1}, {"low": -1}):
+        with pytest.raises(ValueError, match="low"):
+            transport.set_write_buffer_limits(**wrong)
+    assert "pause_writing" not in protocol.calls  # nothing is not more than nothing
+    fill(pair[0])
+    transport.write(b"x")
+    assert protocol.calls[-1] == "pause_writing"
+    transport.abort()
+    await until(lambda: protocol.finished)
+
+
+async def test_new_limits_pause_at_once(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    fill(pair[0])
+    protocol.transport.write(bytes(1000))
+    assert "pause_writing" not in protocol.calls
+    protocol.transport.set_write_buffer_limits(high=999)
+    assert "pause_writing" in protocol.calls
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+
+
+async def test_writing_in_resume_writing(loop: Loop, pair: Pair) -> None:
+    class Eager(Recorder):
+        written = 0
+        rounds = 0
+
+        def write_until_paused(self) -> None:
+            while self.calls[-1] != "pause_writing":  # a quick peer may take megabytes at once
+                self.transport.write(bytes(1 << 20))
+                self.written += 1 << 20
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.rounds += 1
+            if self.rounds < 5:
+                self.write_until_paused()
+            else:
+                self.transport.close()
+
+    protocol = await connected(loop, pair, Eager())
+    protocol.write_until_paused()
+    got: list[bytes] = []
+    with in_thread(lambda: got.append(read_all(pair[1]))):
+        await until(lambda: protocol.finished)
+    assert len(got[0]) == protocol.written
+
+
+async def test_drain_of_a_stream_writer_waits_for_the_peer(loop: Loop, pair: Pair) -> None:
+    reader, writer = await asyncio.open_connection(sock=pair[0])
+    writer.write(bytes(MUCH))
+    drain = asyncio.create_task(writer.drain())
+    await asyncio.sleep(0.02)
+    assert not drain.done()
+    with in_thread(lambda: read_exactly(pair[1], MUCH)):
+        await drain
+    writer.close()
+    await writer.wait_closed()
+    assert await reader.read() == b""
+
+
+async def test_an_abort_frees_those_who_wait_in_drain(loop: Loop, pair: Pair) -> None:
+    _, writer = await asyncio.open_connection(sock=pair[0])
+    writer.write(bytes(MUCH))
+    drain = asyncio.create_task(writer.drain())
+    await turns()
+    writer.transport.abort()
+    await asyncio.wait_for(drain, LIMIT)
+    await writer.wait_closed()
+
+
+# -- the ends --------------------------------------------------------------------------------------
+
+
+async def test_close_sends_what_is_queued_first(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    data = os.urandom(MUCH)
+    protocol.transport.write(data)
+    protocol.transport.close()
+    await turns()
+    assert not protocol.finished
+    got: list[bytes] = []
+    with in_thread(lambda: got.append(read_all(pair[1]))):
+        await until(lambda: protocol.finished)
+    assert got == [data]
+    assert protocol.lost is None
+
+
+async def test_abort_drops_what_is_queued(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.write(bytes(MUCH))
+    protocol.transport.abort()
+    assert protocol.transport.is_closing()
+    await until(lambda: protocol.finished)
+    await turns()
+    assert protocol.lost is None
+    got = 0
+    try:
+        got = len(read_all(pair[1]))
+    except ConnectionResetError:
+        pass
+    assert got < MUCH
+
+
+async def test_abort_while_close_still_sends(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.write(bytes(MUCH))
+    protocol.transport.close()
+    await asyncio.sleep(0.02)
+    assert not protocol.finished
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+
+
+async def test_write_eof_closes_the_sending_side_alone(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport = protocol.transport
+    assert transport.can_write_eof()
+    data = os.urandom(MUCH)
+    transport.write(data)
+    transport.write_eof()
+    transport.write_eof()
+    with pytest.raises(RuntimeError, match="write_eof"):
+        transport.write(b"too late")
+    with pytest.raises(RuntimeError, match="write_eof"):
+        transport.writelines([b"too late"])
+    got: list[bytes] = []
+    with in_thread(lambda: got.append(read_all(pair[1]))):
+        await until(lambda: transport.get_write_buffer_size() == 0)
+    assert got == [data]
+    with pytest.raises(RuntimeError, match="write_eof"):
+        transport.write(b"much too late")
+    pair[1].sendall(b"still listening")
+    await until(lambda: protocol.data == b"still listening")
+    await closed(protocol)
+    transport.write_eof()
+
+
+async def test_write_eof_with_nothing_written(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.write_eof()
+    assert pair[1].recv(1) == b""
+    await closed(protocol)
+
+
+async def test_both_sides_half_close(loop: Loop, pair: Pair) -> None:
+    protocol = Recorder()
+    protocol.keep_open_at_eof = False
+    await connected(loop, pair, protocol)
+    protocol.transport.write_eof()
+    assert pair[1].recv(1) == b""
+    pair[1].sendall(b"bye")
+    pair[1].shutdown(socket.SHUT_WR)
+    await until(lambda: protocol.finished)
+    assert protocol.data == b"bye"
+
+
+async def test_write_to_a_peer_that_is_gone(loop: Loop, pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.pause_reading()  # so that the write finds out
+    reset(pair[1])
+    await asyncio.sleep(0.02)
+    for _ in range(3):
+        protocol.transport.write(b"anybody there?")
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, ConnectionError)
+    assert not caplog.records
+    for _ in range(10):
+        protocol.transport.write(b"x")
+        protocol.transport.writelines([b"x"])
+    assert "socket.send() raised exception." in caplog.text
+    assert protocol.transport.get_write_buffer_size() == 0
+
+
+async def test_a_peer_that_resets_during_a_large_write(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.write(bytes(MUCH))
+    await turns()
+    reset(pair[1])
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, ConnectionError)
+    assert protocol.transport.get_write_buffer_size() == 0
+    assert protocol.calls.count("connection_lost") == 1
+
+
+async def test_write_after_close_is_queued_or_ignored_but_never_raises(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    protocol.transport.close()
+    protocol.transport.write(b"late")
+    protocol.transport.writelines([b"later"])
+    await until(lambda: protocol.finished)
+    protocol.transport.write(b"latest")
+    assert pair[1].recv(100) == b""
+
+
+async def test_shutdown_by_the_peer_while_we_still_send(loop: Loop, pair: Pair) -> None:
+    """A client that has sent its end gets all of a large answer."""
+    protocol = await connected(loop, pair)
+    pair[1].shutdown(socket.SHUT_WR)
+    await until(lambda: "eof_received" in protocol.calls)
+    data = os.urandom(MUCH)
+    protocol.transport.write(data)
+    protocol.transport.close()
+    assert not protocol.finished
+    got: list[bytes] = []
+    with in_thread(lambda: got.append(read_all(pair[1]))):
+        await until(lambda: protocol.finished)
+    assert got == [data]
+
+
+# -- a kernel that takes its time ------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(loop: Loop) -> Iterator[SlowDriver]:
+    driver = SlowDriver()
+    yield driver
+    driver.close()
+
+
+async def test_the_socket_stays_open_until_the_kernel_has_let_go_of_it(
+    loop: Loop, slow: SlowDriver, pair: Pair
+) -> None:
+    protocol = Recorder()
+    transport = SocketTransport(loop, Proactor(loop, slow), pair[0], protocol)
+    await turns()
+    receive = slow.only()
+    transport.close()
+    await turns()
+    assert protocol.finished
+    assert receive.state is CANCELLING
+    assert pair[0].fileno() != -1
+    slow.finish(receive, None, cancelled_error())
+    assert pair[0].fileno() == -1
+
+
+async def test_what_a_cancelled_receive_still_brings_is_not_for_the_protocol(
+    loop: Loop, slow: SlowDriver, pair: Pair
+) -> None:
+    protocol = Recorder()
+    transport = SocketTransport(loop, Proactor(loop, slow), pair[0], protocol)
+    await turns()
+    receive = slow.only()
+    transport.abort()
+    slow.ready.append((receive, b"too late", None))
+    slow.finish(receive, b"")
+    await turns()
+    assert protocol.calls == ["connection_made", "connection_lost"]
+    assert pair[0].fileno() == -1
+
+
+async def test_what_comes_during_a_pause_and_right_after_it_keeps_its_order(
+    loop: Loop, slow: SlowDriver, pair: Pair
+) -> None:
+    protocol = Recorder()
+    transport = SocketTransport(loop, Proactor(loop, slow), pair[0], protocol)
+    await turns()
+    receive = slow.only()
+
+    def arrive(data: bytes) -> None:
+        slow.ready.append((receive, data, None))
+        slow.dispatch()
+
+    transport.pause_reading()
+    for data in (b"1", b"2", b"3"):  # the kernel had them already
+        arrive(data)
+    assert not protocol.data
+    transport.resume_reading()
+    arrive(b"4")
+    assert not protocol.data  # never by recursion
+    await turns()
+    arrive(b"5")
+    assert protocol.data == b"12345"
+    transport.abort()
+    slow.finish(receive, None, cancelled_error())
+    await turns()
+
+
+# -- exceptions of protocols -----------------------------------------------------------------------
+
+
+class Boom(Exception):
+    """What the protocols here raise."""
+
+
+@pytest.mark.parametrize("where", ["data_received", "eof_received"])
+async def test_a_protocol_that_raises_while_receiving(loop: Loop, pair: Pair, reports: Reports, where: str) -> None:
+    def boom(*args: Any) -> None:
+        raise Boom
+
+    protocol = Recorder()
+    setattr(protocol, where, boom)
+    await connected(loop, pair, protocol)
+    pair[1].sendall(b"x")
+    if where == "eof_received":
+        pair[1].shutdown(socket.SHUT_WR)
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, Boom)
+    (report,) = reports
+    reports.clear()
+    assert isinstance(report["exception"], Boom)
+    assert where in report["message"]
+    assert report["protocol"] is protocol
+    assert report["transport"] is protocol.transport
+
+
+async def test_connection_made_raises(loop: Loop, pair: Pair, reports: Reports) -> None:
+    class Wrong(Recorder):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            raise Boom
+
+    protocol = Wrong()
+    with pytest.raises(Boom):
+        await connected(loop, pair, protocol)
+    await until(lambda: protocol.finished)
+    assert [type(report["exception"]) for report in reports] == [Boom]
+    reports.clear()
+
+
+async def test_connection_lost_raises(loop: Loop, pair: Pair, reports: Reports) -> None:
+    class Wrong(Recorder):
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            raise Boom
+
+    protocol = await connected(loop, pair, Wrong())
+    await closed(protocol)
+    assert [type(report["exception"]) for report in reports] == [Boom]
+    reports.clear()
+    assert pair[0].fileno() == -1
+
+
+@pytest.mark.parametrize("where", ["pause_writing", "resume_writing"])
+async def test_a_protocol_that_raises_in_flow_control_goes_on(
+    loop: Loop, pair: Pair, reports: Reports, where: str
+) -> None:
+    def boom() -> None:
+        raise Boom
+
+    protocol = Recorder()
+    setattr(protocol, where, boom)
+    await connected(loop, pair, protocol)
+    data = os.urandom(MUCH)
+    protocol.transport.write(data)
+    got = bytearray()
+    with in_thread(lambda: got.extend(read_exactly(pair[1], MUCH))):
+        await until(lambda: protocol.transport.get_write_buffer_size() == 0)
+    assert got == data
+    (report,) = reports
+    reports.clear()
+    assert isinstance(report["exception"], Boom)
+    assert where in report["message"]
+    assert not protocol.transport.is_closing()
+    await closed(protocol)
+
+
+def test_an_exception_that_ends_the_loop_ends_it(loop: Loop, pair: Pair) -> None:
+    class Fatal(Recorder):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if data == b"stop":
+                raise KeyboardInterrupt
+
+    protocol = loop.run_until_complete(connected(loop, pair, Fatal()))
+    pair[1].sendall(b"stop")
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(asyncio.sleep(LIMIT))
+    pair[1].sendall(b"go on")
+    loop.run_until_complete(until(lambda: protocol.data == b"stopgo on"))
+    loop.run_until_complete(closed(protocol))
+
+
+async def test_one_failing_connection_disturbs_no_other(loop: Loop, pair: Pair, reports: Reports) -> None:
+    class Wrong(Recorder):
+        def data_received(self, data: bytes) -> None:
+            raise Boom
+
+    ours, peer = socket.socketpair()
+    with peer:
+        ours.setblocking(False)
+        good = await connected(loop, pair)
+        bad = await connected(loop, (ours, peer), Wrong())
+        peer.sendall(b"x")
+        pair[1].sendall(b"y")
+        await until(lambda: bad.finished and good.data == b"y")
+        reports.clear()
+        await closed(good)
+
+
+# -- what is known about a transport ---------------------------------------------------------------
+
+
+async def test_extra_info(loop: Loop, pair: Pair) -> None:
+    sockname, peername, fd = pair[0].getsockname(), pair[0].getpeername(), pair[0].fileno()
+    protocol = await connected(loop, pair)
+    info = protocol.transport.get_extra_info
+    assert info("sockname") == sockname
+    assert info("peername") == peername
+    assert info("socket").fileno() == fd
+    assert info("nothing") is None
+    assert info("nothing", 42) == 42
+    assert str(fd) in repr(protocol.transport)
+    await closed(protocol)
+    assert info("sockname") == sockname
+    assert info("peername") == peername
+    assert "closed" in repr(protocol.transport)
+
+
+@pytest.mark.skipif(WINE, reason="Wine tells of a reset that nobody waited for as the end of the stream")
+async def test_a_peer_that_is_gone_before_the_transport_is_made(loop: Loop, pair: Pair) -> None:
+    reset(pair[1])
+    await asyncio.sleep(0.02)
+    protocol = await connected(loop, pair)
+    assert protocol.transport.get_extra_info("peername") is None
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, ConnectionError)
+
+
+async def test_data_are_received_in_the_context_of_the_connection(loop: Loop, pair: Pair) -> None:
+    variable = contextvars.ContextVar("variable", default="outside")
+    seen: list[tuple[str, str]] = []
+
+    class Looking(Recorder):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            seen.append(("made", variable.get()))
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            seen.append(("data", variable.get()))
+
+        def eof_received(self) -> bool:
+            seen.append(("eof", variable.get()))
+            return super().eof_received()
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            seen.append(("lost", variable.get()))
+
+    async def connect() -> Any:
+        variable.set("inside")
+        return await connected(loop, pair, Looking())
+
+    protocol = await asyncio.create_task(connect())
+    pair[1].sendall(b"x")
+    pair[1].shutdown(socket.SHUT_WR)
+    await until(lambda: "eof_received" in protocol.calls)
+    assert variable.get() == "outside"
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+    assert seen[:3] == [("made", "inside"), ("data", "inside"), ("eof", "inside")]
+
+
+# -- transports that nobody closed -----------------------------------------------------------------
+
+
+def test_a_transport_that_nobody_closed_warns_and_closes_its_socket(driver: str, pair: Pair) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    transport, _ = loop.run_until_complete(loop.create_connection(asyncio.Protocol, sock=pair[0]))
+    text = repr(transport)
+    loop.close()
+    kept = [transport, _]
+    del transport, _
+
+    def let_go() -> None:
+        kept.clear()
+        gc.collect()
+
+    with pytest.warns(ResourceWarning, match="unclosed transport") as caught:
+        let_go()
+    assert text.split()[0] in str(caught[0].message)
+    assert pair[1].recv(1) == b""
+
+
+def test_a_transport_closed_too_late_for_the_loop(driver: str, pair: Pair) -> None:
+    """Nothing but a warning comes of it: no "Event loop is closed" out of a destructor."""
+    loop = iocp_loop.new_event_loop(driver)
+    transport, _ = loop.run_until_complete(loop.create_connection(asyncio.Protocol, sock=pair[0]))
+    transport.close()
+    loop.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del transport, _
+        gc.collect()
+
+
+async def test_a_closed_transport_does_not_warn(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    await closed(protocol)
+    del protocol
+    gc.collect()
