@@ -1,0 +1,126 @@
+# Every target makes what it needs, the virtual environment first.  `make help` lists them.
+#
+#   PYTHON=python3.13   the interpreter to use; its environment stands apart, in .venv-python3.13
+#   ARGS=...            more arguments for the program that the target runs: make echo ARGS=--stats
+
+PYTHON ?=
+VENV ?= .venv$(if $(PYTHON),-$(notdir $(PYTHON)))
+PORT ?= 8888
+ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+
+# The native part is built anew when one of these changes.
+NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv echo doctor test test-all test-debian test-windows lint format types docs coverage bench wheel clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments: a stamp for each set of packages, so that a second run has nothing to do
+# ---------------------------------------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@tools/make_venv.sh $(VENV) $(PYTHON)
+	@touch $@
+
+# An editable install builds the native part in place.  Where it cannot be built, pip still succeeds and the doctor
+# tells why a driver is missing.
+define install
+	@echo "installing iocp_loop$(1) into $(VENV)"
+	@$(PIP) install --editable '.$(1)'
+	@touch $@
+endef
+
+$(VENV)/.run: $(VENV)/.made pyproject.toml $(NATIVE)
+	$(call install,)
+
+$(VENV)/.test: $(VENV)/.made pyproject.toml $(NATIVE)
+	$(call install,[test])
+	@touch $(VENV)/.run
+
+$(VENV)/.bench: $(VENV)/.made pyproject.toml $(NATIVE)
+	$(call install,[bench])
+	@touch $(VENV)/.run
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml $(NATIVE)
+	$(call install,[dev])
+	@touch $(VENV)/.run $(VENV)/.test
+
+venv: $(VENV)/.dev ## the environment for development, in .venv
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+echo: $(VENV)/.run ## build, and start the echo server on port 8888 (PORT=, ARGS=)
+	@exec $(RUN) -m iocp_loop.echo --port $(PORT) $(ARGS)
+
+doctor: $(VENV)/.run ## which drivers work here, and why
+	@$(RUN) -m iocp_loop
+
+bench: $(VENV)/.bench ## the benchmarks (ARGS=)
+	@$(RUN) -m benchmarks $(ARGS)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+test: $(VENV)/.test ## the tests, on every driver that this machine has (ARGS=)
+	@$(RUN) -m iocp_loop
+	@$(RUN) -m pytest $(ARGS)
+
+test-all: $(VENV)/.dev ## the tests on every Python found here, from 3.11 on
+	@$(BIN)/nox $(ARGS)
+
+VERSIONS ?=
+
+test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (VERSIONS="3.14 3.15", ARGS=)
+	@PYTHON=$(RUN) tools/test_debian.sh $(VERSIONS) $(if $(ARGS),-- $(ARGS))
+
+# auto: the version of the environment's Python, or else another that can be had as Windows Python.
+VERSION ?= auto
+
+test-windows: $(VENV)/.made ## the tests on Windows Python under Wine, driver iocp (VERSION=, ARGS=)
+	@PYTHON=$(RUN) tools/test_windows.sh $(VERSION) $(ARGS)
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev ## let ruff format, and mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# A second run for Windows: code behind a check of sys.platform is looked at only for its own system.  These files look
+# for what a system has by hasattr, which mypy does not follow, or are of no use there.
+NOT_ON_WINDOWS := iocp_loop/ports/uring.py iocp_loop/ports/poll.py $(wildcard iocp_loop/unix*.py)
+ON_WINDOWS := $(filter-out $(NOT_ON_WINDOWS),$(wildcard iocp_loop/*.py iocp_loop/ports/*.py))
+
+types: $(VENV)/.dev ## mypy --strict, for Linux and for Windows
+	@$(BIN)/mypy --platform linux --cache-dir .mypy_cache/linux
+	@$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 --follow-imports silent $(ON_WINDOWS)
+
+docs: $(VENV)/.dev ## the documentation, in docs/_build/html
+	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+coverage: $(VENV)/.dev ## the tests under coverage, with a report
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+	@$(BIN)/coverage html --quiet
+
+wheel: $(VENV)/.made ## a wheel for this Python, in dist/
+	@$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv .venv-* .nox .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
+	rm -rf build dist docs/_build *.egg-info iocp_loop/*.so iocp_loop/*.pyd iocp_loop/_uring.c iocp_loop/_iocp.c
+	find iocp_loop tests examples benchmarks docs tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

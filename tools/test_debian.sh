@@ -1,0 +1,109 @@
+#!/bin/sh
+# Run the tests on Pythons that this machine does not have: those of Debian testing, in a root of their own.
+#
+#     tools/test_debian.sh [VERSION ...] [-- pytest arguments]       VERSION: 3.14, 3.15; both by default
+#
+# The root stands in $IOCP_LOOP_DEBIAN, else in ~/.cache/iocp_loop-debian (about 1 GB).  Each step looks first whether
+# its result is there.  It needs to be run by root on a Debian or Ubuntu machine with debootstrap; packages come from the
+# machine's own Debian mirror, wheels by the pip of PYTHON (default: python3).
+set -eu
+
+project=$(cd "$(dirname "$0")/.." && pwd)
+home=${IOCP_LOOP_DEBIAN:-${XDG_CACHE_HOME:-$HOME/.cache}/iocp_loop-debian}
+root=$home/root
+python=${PYTHON:-python3}
+all="3.14 3.15"
+
+say() { echo "test_debian: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+versions=
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case " $all " in *" $1 "*) versions="$versions $1" ;; *) fail "no version $1 here; there are: $all" ;; esac
+    shift
+done
+[ $# -eq 0 ] || shift
+versions=${versions:-$all}
+
+[ "$(id -u)" -eq 0 ] || fail "chroot wants root: run it with sudo"
+command -v debootstrap >/dev/null || fail "debootstrap is missing: apt-get install debootstrap"
+"$python" -c 'import tomllib, pip' 2>/dev/null || fail "$python lacks pip, or is older than 3.11: name another in PYTHON"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The root
+# ---------------------------------------------------------------------------------------------------------------------
+
+if [ ! -d "$root" ]; then
+    mirror=$(apt-get indextargets --format '$(SITE)' 'Identifier: Packages' | grep -v security | head -n 1)
+    [ -n "$mirror" ] || fail "apt knows no Debian mirror"
+    packages=gcc,libc6-dev,libffi-dev,ca-certificates,procps
+    for version in $all; do
+        packages=$packages,python$version-dev,python$version-venv,libpython$version-testsuite
+    done
+    say "making $root"
+    rm -rf "$root.new"
+    mkdir -p "$home"
+    # An older debootstrap knows the script sid, and not the names of the releases that have come since.
+    debootstrap --variant=minbase --include="$packages" testing "$root.new" "$mirror" sid >"$home/debootstrap.log" 2>&1 ||
+        { tail -n 20 "$home/debootstrap.log" >&2; fail "debootstrap failed, see $home/debootstrap.log"; }
+    mv "$root.new" "$root"
+fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wheels, downloaded outside: pip inside has neither the certificates nor the settings of this machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+"$python" - "$project/pyproject.toml" >"$home/requirements.txt" <<'END'
+import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    settings = tomllib.load(file)
+project = settings["project"]
+print(*settings["build-system"]["requires"], *project["dependencies"], *project["optional-dependencies"]["test"], sep="\n")
+END
+machine=$(uname -m)
+for version in $versions; do
+    wheels=$root/wheels/$version
+    if ! cmp -s "$home/requirements.txt" "$wheels/requirements.txt"; then
+        say "downloading wheels for Python $version"
+        rm -rf "$wheels"
+        "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "$version" \
+            --implementation cp --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
+            --platform "manylinux_2_34_$machine" --dest "$wheels" --requirement "$home/requirements.txt"
+        cp "$home/requirements.txt" "$wheels/"
+    fi
+done
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The project as it stands, and the tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+rm -rf "$root/project"
+mkdir "$root/project"
+(cd "$project" && git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -cf - -T -) |
+    tar -xf - -C "$root/project"
+
+cat >"$root/run-tests" <<'END'
+#!/bin/sh
+set -eu
+version=$1
+shift
+export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels/$version PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+[ -x "/venv-$version/bin/pip" ] || "python$version" -m venv --clear "/venv-$version"
+"/venv-$version/bin/pip" install --quiet --editable '/project[test]'
+cd /project
+"/venv-$version/bin/python" -W error -c 'import iocp_loop'
+"/venv-$version/bin/python" -m iocp_loop
+exec "/venv-$version/bin/python" -m pytest "$@"
+END
+chmod +x "$root/run-tests"
+
+# In a mount namespace: what is mounted for the root goes when the tests end, however they end.
+status=0
+for version in $versions; do
+    say "Python $version"
+    unshare --mount sh -c '
+        mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && root=$1 && shift &&
+        exec chroot "$root" /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin /run-tests "$@"
+    ' sh "$root" "$version" "$@" || { status=$?; say "Python $version: the tests failed"; }
+done
+exit "$status"

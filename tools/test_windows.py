@@ -1,0 +1,105 @@
+"""Run the project's tests on Windows CPython under Wine, on driver iocp.
+
+Copies the package and its tests into a staging folder, compiles the binding for Windows there, and runs pytest.
+The source tree is not touched.  Use it through ``tools/test_windows.sh``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from windows_python import SetupError, WindowsPython, end_cleanly, say
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: What the tests need of the project.
+STAGED = ("iocp_loop", "tests", "examples", "benchmarks", "docs", "conftest.py", "pyproject.toml", "setup.py",
+          "README.md", "CHANGELOG.md")  # fmt: skip
+NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_iocp.c", ".*_cache")
+
+
+def requirements() -> list[str]:
+    """What the tests need, as pyproject.toml names it; requirements with an environment marker are not for here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    return [each for each in wanted if ";" not in each and not re.match(r"iocp_loop\b", each)]
+
+
+@contextlib.contextmanager
+def stage(python: WindowsPython) -> Iterator[Path]:
+    """A fresh copy of what is to be tested, for this run alone."""
+    stages = python.home / "stage"
+    for old in stages.glob("*-*"):
+        if not Path("/proc", old.name.rpartition("-")[2]).exists():  # of a run that was killed
+            shutil.rmtree(old, ignore_errors=True)
+    folder = stages / f"{python.version}-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        for name in STAGED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(*NOT_STAGED))
+            elif source.exists():
+                shutil.copy2(source, folder / name)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def compile_binding(python: WindowsPython, folder: Path) -> None:
+    """Build iocp_loop/_iocp.pyd: cffi writes its C inside Windows Python, mingw-w64 compiles it here."""
+    package = folder / "iocp_loop"
+    build = folder / "build"
+    build.mkdir()
+    if python.run([str(package / "_cffi_build.py"), str(build / "_iocp.c")], timeout=120) != 0:
+        raise SetupError("cffi could not write the C of iocp_loop._iocp")
+    native = package / "_native" / "windows"
+    python.compile(
+        [build / "_iocp.c", *sorted(native.glob("*.c"))],
+        package / "_iocp.pyd",
+        includes=[native],
+        libraries=["ws2_32", "mswsock", "ntdll", "kernel32"],
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Run the tests on Windows CPython under Wine.",
+        epilog="Arguments that are not named here go to pytest.",
+    )
+    parser.add_argument("version", help="X.Y, or auto: what this machine has")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that pytest may take")
+    parser.add_argument("--run", action="store_true", help="run python.exe with the arguments instead of pytest")
+    # Only the first argument can be the version: later words belong to pytest's own options.
+    argv = sys.argv[1:]
+    if not argv or not re.fullmatch(r"auto|\d+\.\d+", argv[0]):
+        argv.insert(0, "auto")
+    options, arguments = parser.parse_known_args(argv)
+    end_cleanly()
+    try:
+        python = WindowsPython(options.version)
+        python.build(requirements())
+        with python.wine.session(), stage(python) as folder:
+            compile_binding(python, folder)
+            say(f"testing on Windows Python {python.version}")
+            if not options.run:
+                # poll can be had here too (by select), but is tested where it is used; --driver poll runs it.
+                if not any(argument.startswith("--driver") for argument in arguments):
+                    arguments[:0] = ["--driver", "iocp"]
+                arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider"]
+            return python.run(arguments, cwd=folder, timeout=options.timeout)
+    except SetupError as exc:
+        say(str(exc))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
