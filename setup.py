@@ -1,10 +1,12 @@
-"""What pyproject.toml cannot say: the native part is built by cffi, and it is optional.
+"""What pyproject.toml cannot say: the native parts are built from C, and they are optional.
 
-Without cffi at build time, without a compiler or without the headers that it needs, the build goes on and
-leaves the native part out; the package then runs on driver ``poll``, and ``python -m iocp_loop`` says so.
+There are two: the binding, which cffi makes, and the native tier (iocp_loop/native.py).  Without cffi at build time,
+without a compiler or without the headers that they need, the build goes on and leaves them out; the package then runs
+on driver ``poll``, all in Python, and ``python -m iocp_loop`` says so.
 """
 
 import runpy
+import sys
 import warnings
 from pathlib import Path
 
@@ -30,7 +32,16 @@ class OptionalBuildExt(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # whatever went wrong, the package works without
-            warnings.warn(f"{ext.name} is left out, only driver poll will work: {error}", stacklevel=1)
+            lost = "the loop will be slower" if ext is HOT else "only driver poll will work"
+            warnings.warn(f"{ext.name} is left out, {lost}: {error}", stacklevel=1)
+
+
+HOT = Extension(
+    "iocp_loop._hot",
+    sources=sorted(path.as_posix() for path in (NATIVE / "hot").glob("*.c")),
+    libraries=["ws2_32"] if sys.platform == "win32" else [],
+    optional=True,
+)
 
 
 def native_modules() -> list[str]:
@@ -45,4 +56,4 @@ def native_modules() -> list[str]:
     return [f"{BUILD_SCRIPT}:ffibuilder"]
 
 
-setup(cmdclass={"build_ext": OptionalBuildExt}, cffi_modules=native_modules())
+setup(cmdclass={"build_ext": OptionalBuildExt}, ext_modules=[HOT], cffi_modules=native_modules())

@@ -1,7 +1,8 @@
 """IocpEventLoop: asyncio's event loop on a completion port.
 
-asyncio.BaseEventLoop brings the ready queue, the timers, tasks, executors, name lookup and the orchestration of
-connections and servers.  This class gives it the rest: a proactor to wait in, transports, and the socket methods.
+asyncio.BaseEventLoop brings tasks, executors, name lookup and the orchestration of connections and servers; turns.py
+the ready queue and the timers.  This class gives them the rest: a proactor to wait in, transports, and the socket
+methods.
 """
 
 from __future__ import annotations
@@ -26,26 +27,14 @@ from .statistics import Statistics, statistics
 from .subprocesses import SubprocessMethods
 from .tls import TlsMethods
 from .transports import SocketTransport
+from .turns import Turns
 from .unix import UnixMethods
 
 __all__ = ["IocpEventLoop", "new_event_loop"]
 
 
-class _Completions:
-    """Stands in the ready queue like a Handle: all that the wait of this turn has gathered, to be delivered."""
-
-    __slots__ = ("_callback", "_run")
-    _cancelled = False
-
-    def __init__(self, dispatch: Callable[[], None]) -> None:
-        self._callback = self._run = dispatch
-
-    def __repr__(self) -> str:
-        return "<the completions of a turn>"
-
-
 class IocpEventLoop(
-    SocketMethods, ReadinessMethods, UnixMethods, TlsMethods, SignalMethods, PipeMethods, SubprocessMethods
+    Turns, SocketMethods, ReadinessMethods, UnixMethods, TlsMethods, SignalMethods, PipeMethods, SubprocessMethods
 ):
     """An asyncio event loop whose I/O is operations on a completion port.
 
@@ -61,9 +50,8 @@ class IocpEventLoop(
             asyncio.BaseEventLoop.close(self)  # nothing was opened; without this __del__ would warn of an open loop
             raise
         self._proactor = Proactor(self, carrier)
-        self._proactor.driver.before_sleep = self._has_work
-        self._selector = self._proactor  # BaseEventLoop waits by self._selector.select(timeout)
-        self._completions = _Completions(self._proactor.dispatch)
+        carrier.before_sleep = self._has_work
+        self._use(carrier.wait, carrier.dispatch)
         self._listeners: dict[socket.socket, Listener] = {}
         self._transports = weakref.WeakValueDictionary()
 
@@ -84,16 +72,6 @@ class IocpEventLoop(
 
     # -- what BaseEventLoop asks for ---------------------------------------------------------------
 
-    def _has_work(self) -> bool:
-        return bool(self._ready)  # type: ignore[attr-defined]  # BaseEventLoop's ready queue
-
-    def _process_events(self, event_list: Any) -> None:
-        if self._ready:  # type: ignore[attr-defined]  # BaseEventLoop's ready queue
-            # What was ready before is to run before, as on asyncio's own loops.
-            self._ready.append(self._completions)  # type: ignore[attr-defined]  # as above
-        else:
-            self._proactor.dispatch()
-
     def _write_to_self(self) -> None:
         self._proactor.wake()
 
@@ -109,6 +87,7 @@ class IocpEventLoop(
         self._close_signals()
         self._proactor.close()
         super().close()
+        self._forget_callbacks()
 
     def _make_socket_transport(
         self,

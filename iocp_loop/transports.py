@@ -46,7 +46,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from . import operations as ops
-from .debugging import context_for, unclosed
+from .debugging import DebugContext, context_for, unclosed
+from .native import hot
 from .proactor import Proactor, advance
 from .sendfile import send_file
 
@@ -91,7 +92,56 @@ class FlowControl(transports._FlowControlMixin):
             self._protocol.resume_writing()
 
 
-class SocketTransport(FlowControl):
+class PythonStream(FlowControl):
+    """The way of one message in and out.  The native tier has it in C (``_native/hot/streams.c``)."""
+
+    __slots__ = ("_context", "_direct", "_protocol", "_sock")
+
+    if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
+        _context: contextvars.Context | DebugContext
+        _direct: bool
+        _sock: socket.socket
+
+        def _enqueue(self, buffers: Iterable[Any]) -> None: ...
+        def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
+        def _receive_ended(self, error: OSError | None) -> None: ...
+        def _write_otherwise(self, data: Any) -> None: ...
+
+    def write(self, data: Any) -> None:
+        """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
+        if not self._direct or type(data) is not bytes:
+            self._write_otherwise(data)
+            return
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as exc:
+            self._fatal_error(exc, "Fatal write error on socket transport")
+            return
+        if sent != len(data):
+            self._enqueue((memoryview(data)[sent:],))
+
+    def _received(self, data: bytes, error: OSError | None) -> None:
+        """A completion for a Protocol: data, the end (empty), or an error."""
+        if not data:
+            self._receive_ended(error)
+            return
+        try:
+            self._context.run(self._protocol.data_received, data)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")
+
+
+if TYPE_CHECKING:
+    Stream = PythonStream
+else:
+    Stream = PythonStream if hot is None else hot.stream_type(FlowControl)
+
+
+class SocketTransport(Stream):
     """A connected stream socket as an asyncio transport (TCP, UNIX; TLS stands above it)."""
 
     # There is one for each idle connection: everything has its slot, nothing is kept that the system can be asked for
@@ -103,8 +153,6 @@ class SocketTransport(FlowControl):
         "_at_eof",
         "_buffered",
         "_closing",
-        "_context",
-        "_direct",
         "_eof_asked",
         "_file",
         "_finished",
@@ -113,13 +161,11 @@ class SocketTransport(FlowControl):
         "_paused",
         "_peername",
         "_proactor",
-        "_protocol",
         "_queue",
         "_queued",
         "_receive",
         "_sending",
         "_server",
-        "_sock",
         "_writes_after_loss",
     )
 
@@ -249,18 +295,6 @@ class SocketTransport(FlowControl):
             receive.complete = self._received_into
         else:
             receive.complete = self._received
-
-    def _received(self, data: bytes, error: OSError | None) -> None:
-        """A completion for a Protocol: data, the end (empty), or an error."""
-        if not data:
-            self._receive_ended(error)
-            return
-        try:
-            self._context.run(self._protocol.data_received, data)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")
 
     def _received_into(self, value: bytes | int, error: OSError | None) -> None:
         """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
@@ -393,21 +427,6 @@ class SocketTransport(FlowControl):
         if sending is None or isinstance(sending, ops.SendFile):
             return self._queued
         return self._queued + sending.size - sending.sent
-
-    def write(self, data: Any) -> None:
-        """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
-        if not self._direct or type(data) is not bytes:
-            self._write_otherwise(data)
-            return
-        try:
-            sent = self._sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError as exc:
-            self._fatal_error(exc, "Fatal write error on socket transport")
-            return
-        if sent != len(data):
-            self._enqueue((memoryview(data)[sent:],))
 
     def _write_otherwise(self, data: Any) -> None:
         """A write that must queue, or comes too late, or brings something else than bytes."""

@@ -35,12 +35,13 @@ import os
 import select
 import selectors
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from .. import operations as ops
 from ..operations import READABLE, WRITABLE, HandleLike, Operation
 from .driver import Driver, cancelled_error
+from .poll_turns import PollTurns
 
 __all__ = ["PollDriver"]
 
@@ -86,7 +87,7 @@ class _Watch:
         return wanted
 
 
-class PollDriver(Driver):
+class PollDriver(PollTurns, Driver):
     """The contract of :class:`~iocp_loop.ports.driver.Driver` over a readiness poller."""
 
     name = "poll"
@@ -94,9 +95,9 @@ class PollDriver(Driver):
     def __init__(self, concurrency: int = 1) -> None:
         super().__init__(concurrency)
         self._poller: _EpollPoller | _SelectorPoller = make_poller()
+        self._use_poller()
         self._watches: dict[int, _Watch] = {}
         self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
-        self._events: Iterator[tuple[int, int]] = iter(())
         self._new: set[int] = set()  # descriptors whose watch is newer than the events
         self._waker = make_waker()
         self._poller.watch(self._waker.fileno(), 0, READABLE)
@@ -244,37 +245,7 @@ class PollDriver(Driver):
             self._finish(op, None, error)
             self._settle(op.fd, watch)
 
-    # -- waiting and dispatching -------------------------------------------------------------------
-
-    def wait(self, timeout: float | None) -> None:
-        self.waits += 1
-        self._sleeping = True
-        try:
-            if self.ready or (self.before_sleep is not None and self.before_sleep()):
-                timeout = 0
-            self._events = iter(self._poller.poll(timeout))
-            self._new.clear()
-        finally:
-            self._sleeping = False
-
-    def dispatch(self) -> None:
-        if self.ready:
-            self._drain_ready()
-        watches = self._watches
-        received = 0
-        try:
-            for fd, events in self._events:
-                watch = watches.get(fd)
-                if events == READABLE and watch is not None and watch.stream is not None:
-                    # Without a look at _new: a receive that finds nothing does no harm.
-                    received += 1
-                    self._receive_data(watch.stream)
-                else:
-                    self._dispatch_other(fd, watch, events)
-        finally:
-            self.completions += received
-        if self.ready:
-            self._drain_ready()
+    # -- dispatching -------------------------------------------------------------------
 
     def _dispatch_other(self, fd: int, watch: _Watch | None, events: int) -> None:
         """Whatever is not plain data for the one stream that receives on a descriptor."""
@@ -510,6 +481,7 @@ class _EpollPoller:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self.fileno = self._epoll.fileno
 
     def watch(self, fd: int, old: int, new: int) -> None:
         epoll = self._epoll

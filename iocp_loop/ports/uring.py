@@ -6,7 +6,7 @@ A *ring* is a pair of queues in memory that we share with the kernel.  We put re
 system call, ``io_uring_enter``, hands all of them over and waits; the kernel puts completions into the completion
 queue.  Each completion carries the 64-bit number that its request was given: here the operation's token, its number
 in the in-flight table.  So a turn of the loop is one call, ``uring_wait`` in ``_native/linux/uring.c``, whatever
-happens in it; that file holds the queues, this one what they mean.
+happens in it; that file holds the queues, this one what they mean, and uring_turns.py the turn itself.
 
 A *multishot* request completes many times (``MORE`` is set on all but the last completion).  Receiving that way needs
 no submission per message: the kernel picks a buffer from a pool that we lend it, at the moment that data come, so an
@@ -64,13 +64,14 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
 from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak
 from .uring_binding import ffi, lib, new_bytes, open_ring, probe
+from .uring_turns import UringTurns
 
 if sys.platform != "linux":
     raise ImportError("io_uring exists on Linux only")
@@ -81,16 +82,12 @@ __all__ = ["UringDriver", "probe"]
 _MORE = 1
 _DATA = 2
 _BIG = 4
-_STREAM_DATA = _MORE | _DATA
 
 #: Bytes that one request can move, the kernel's MAX_RW_COUNT on the smallest page size.
 _MOST = 0x7FFF_F000
 
 #: Buffers in one sendmsg, UIO_MAXIOV.
 _MOST_BUFFERS = 1024
-
-#: The longest timeout that is handed to the kernel, ns: about 100 years.
-_LONGEST_NS = 3_000_000_000_000_000_000
 
 #: How long the kernel may take to clean up a ring that was closed; it does that in its own time, usually 10 ms.
 _OLD_RING_SECONDS = 1.0
@@ -140,7 +137,7 @@ class _Stream:
         self.streak = 0  # pieces that speak for changing between the two ways
 
 
-class UringDriver(Driver):
+class UringDriver(UringTurns, Driver):
     """The contract of :class:`~iocp_loop.ports.driver.Driver` over io_uring.
 
     Raises DriverUnavailable where io_uring can't be used, OSError when a resource is short.
@@ -148,19 +145,18 @@ class UringDriver(Driver):
 
     name = "uring"
 
-    _ring: Any = None  # ``uring *`` of the native module
-
     def __init__(self, concurrency: int = 1) -> None:
         reason = probe()
         if reason is not None:
             raise DriverUnavailable(reason)
         super().__init__(concurrency)
         self._shared = concurrency > 1
+        self._ring = None
         self._memory: Any = b""  # the pool, as one buffer
         self._arrays: tuple[Any, ...] = ()  # token, result, flags, start of each completion of a batch
-        self._taken = 0  # the serial of the last batch that was taken from the ring
-        self._batch: Iterator[tuple[int, int, int, int]] = iter(())
-        self._undispatched = False  # something of the batch may be left
+        self._taken = 0
+        self._batch = iter(())
+        self._undispatched = False
         self._polled: set[int] = set()  # tokens whose request in flight is a poll that comes before the real one
         self._old_ring_until = 0.0  # time.monotonic() up to which the kernel may be busy with an older ring
         self._acceptable: set[int] = set()  # tokens of accepts that were told meanwhile that there is a connection
@@ -347,63 +343,6 @@ class UringDriver(Driver):
                 self._finish(op, None, cancelled_error())
                 return
         self._arm(op)
-
-    def wait(self, timeout: float | None) -> None:
-        self.waits += 1
-        if self._undispatched:
-            return
-        if self._ring is None:
-            self._open_ring()
-        if timeout is not None and timeout <= 0:
-            count = lib.uring_wait(self._ring, 0, self._taken)
-        else:
-            count = self._sleep(timeout)
-        if count == -errno.EEXIST:
-            self._open_ring()
-            count = lib.uring_wait(self._ring, 0, self._taken)
-        if count > 0:
-            # A signal handler may raise right after any call.  Up to this zip the ring hands the same batch out again;
-            # the assignments after it are not interrupted.
-            self._batch = zip(*[ffi.unpack(array, count) for array in self._arrays])  # noqa: B905 - equal by make
-            self._taken += 1
-            self._undispatched = True
-            self.completions += count
-        elif count < 0:
-            raise OSError(-count, f"io_uring_enter failed: {os.strerror(-count)}")
-
-    def _sleep(self, timeout: float | None) -> int:
-        """uring_wait for at most `timeout` seconds, as somebody whom others can wake."""
-        limit = -1 if timeout is None else min(math.ceil(timeout * 1e9), _LONGEST_NS)
-        self._sleeping = True
-        try:
-            busy = self.ready or self._unarmed or self._uncancelled
-            if busy or (self.before_sleep is not None and self.before_sleep()):
-                limit = 0
-            count: int = lib.uring_wait(self._ring, limit, self._taken)
-        finally:
-            self._sleeping = False
-        return count
-
-    def dispatch(self) -> None:
-        if self.ready:
-            self._drain_ready()
-        if self._undispatched:
-            in_flight = self.in_flight
-            memory = self._memory
-            # An iterator: if a completion raises, the rest is still there for the next dispatch.
-            for token, result, flags, start in self._batch:
-                op: Any = in_flight[token]
-                if flags == _STREAM_DATA:
-                    op.complete(memory[start:result], None)
-                else:
-                    self._reap(op, result, flags, start)
-            self._undispatched = False
-        if self._unarmed or self._uncancelled:
-            self._queue_leftovers()
-        if self.ready:
-            self._drain_ready()
-        if self._shared and not self.closed:
-            self._hand_over()
 
     def _reap(self, op: Any, result: int, flags: int, start: int) -> None:
         """One completion, other than the data of a stream that goes on."""

@@ -22,7 +22,7 @@ try:
 
     ffi = cffi_ffi
     # The same functions and constants, in a plain object: looking one up in cffi's own takes as long as a call.
-    lib = SimpleNamespace(**{name: getattr(cffi_lib, name) for name in dir(cffi_lib)})
+    lib = SimpleNamespace(library=cffi_lib, **{name: getattr(cffi_lib, name) for name in dir(cffi_lib)})
 except ImportError as error:
     ffi = lib = None
     _NOT_BUILT = f"the extension module iocp_loop._uring is missing ({error}); reinstall with a C compiler at hand"

@@ -1,0 +1,305 @@
+/*
+ * Handle and TimerHandle: subclasses of asyncio's own, so that they pass for them everywhere and print as they do.
+ *
+ * The C here fills their slots directly instead of running __init__, runs the callback without going through
+ * Context.run, and keeps a few freed objects for the next.  A handle that is made from Python, as debug mode does to
+ * note where that happened, is initialised by asyncio's code and then no different.
+ */
+
+#include "hot.h"
+
+PyTypeObject *Handle_type, *TimerHandle_type;
+
+/* Where the slots of asyncio.Handle are; of asyncio.TimerHandle the last two. */
+static struct {
+    Py_ssize_t callback, args, cancelled, loop, source_traceback, repr, context, scheduled, when;
+} at;
+
+static Py_ssize_t place_offset; /* of our own field in a TimerHandle, behind asyncio's slots */
+
+enum { SPARE_LIMIT = 256 };
+
+struct spares {
+    PyObject *objects[SPARE_LIMIT];
+    int count;
+};
+
+static struct spares spare_handles, spare_timers;
+
+size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + place_offset); }
+
+void timer_set_scheduled(PyObject *timer, int scheduled)
+{
+    Py_XSETREF(SLOT(timer, at.scheduled), Py_NewRef(scheduled ? Py_True : Py_False));
+}
+
+int handle_is_cancelled(PyObject *handle) { return SLOT(handle, at.cancelled) == Py_True; }
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Making and freeing
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *allocate(PyTypeObject *type, struct spares *spares)
+{
+    if (spares->count > 0)
+        return PyObject_Init(spares->objects[--spares->count], type);
+    PyObject *self = PyType_GenericAlloc(type, 0);
+    if (self != NULL)
+        PyObject_GC_UnTrack(self); /* until its slots are filled */
+    return self;
+}
+
+/* What is left of a spare object is its memory: every slot is NULL. */
+static int keep(PyObject *self, PyTypeObject *type, PyTypeObject *own, struct spares *spares)
+{
+#ifdef Py_GIL_DISABLED
+    return 0;
+#else
+    if (type != own || spares->count == SPARE_LIMIT)
+        return 0;
+    spares->objects[spares->count++] = self;
+    return 1;
+#endif
+}
+
+static void clear_slots(PyObject *self, int timed)
+{
+    Py_CLEAR(SLOT(self, at.callback));
+    Py_CLEAR(SLOT(self, at.args));
+    Py_CLEAR(SLOT(self, at.cancelled));
+    Py_CLEAR(SLOT(self, at.loop));
+    Py_CLEAR(SLOT(self, at.source_traceback));
+    Py_CLEAR(SLOT(self, at.repr));
+    Py_CLEAR(SLOT(self, at.context));
+    if (timed) {
+        Py_CLEAR(SLOT(self, at.scheduled));
+        Py_CLEAR(SLOT(self, at.when));
+    }
+}
+
+static void handle_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    int timed = PyType_IsSubtype(type, TimerHandle_type);
+    PyObject_GC_UnTrack(self);
+    PyObject_ClearWeakRefs(self);
+    clear_slots(self, timed);
+    if (!keep(self, type, timed ? TimerHandle_type : Handle_type, timed ? &spare_timers : &spare_handles))
+        type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int handle_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(SLOT(self, at.callback));
+    Py_VISIT(SLOT(self, at.args));
+    Py_VISIT(SLOT(self, at.loop));
+    Py_VISIT(SLOT(self, at.source_traceback));
+    Py_VISIT(SLOT(self, at.context));
+    return 0;
+}
+
+static int handle_clear(PyObject *self)
+{
+    clear_slots(self, PyType_IsSubtype(Py_TYPE(self), TimerHandle_type));
+    return 0;
+}
+
+/* Fill the slots that both kinds have.  `context` NULL or None: a copy of the current one. */
+static int fill(PyObject *self, PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count,
+                PyObject *context)
+{
+    if (context == NULL || context == Py_None)
+        context = PyContext_CopyCurrent();
+    else
+        Py_INCREF(context);
+    if (context == NULL)
+        return -1;
+    SLOT(self, at.context) = context;
+    PyObject *arguments = PyTuple_New(count);
+    if (arguments == NULL)
+        return -1;
+    for (Py_ssize_t n = 0; n < count; n++)
+        PyTuple_SET_ITEM(arguments, n, Py_NewRef(args[n]));
+    SLOT(self, at.args) = arguments;
+    SLOT(self, at.callback) = Py_NewRef(callback);
+    SLOT(self, at.loop) = Py_NewRef(loop);
+    SLOT(self, at.cancelled) = Py_NewRef(Py_False);
+    SLOT(self, at.repr) = Py_NewRef(Py_None);
+    SLOT(self, at.source_traceback) = Py_NewRef(Py_None);
+    return 0;
+}
+
+PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context)
+{
+    PyObject *self = allocate(Handle_type, &spare_handles);
+    if (self == NULL)
+        return NULL;
+    int failed = fill(self, loop, callback, args, count, context);
+    PyObject_GC_Track(self);
+    if (failed)
+        Py_CLEAR(self);
+    return self;
+}
+
+PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
+                    PyObject *context)
+{
+    PyObject *self = allocate(TimerHandle_type, &spare_timers);
+    if (self == NULL)
+        return NULL;
+    SLOT(self, at.when) = Py_NewRef(when);
+    SLOT(self, at.scheduled) = Py_NewRef(Py_False);
+    *timer_place(self) = NOWHERE;
+    int failed = fill(self, loop, callback, args, count, context);
+    PyObject_GC_Track(self);
+    if (failed)
+        Py_CLEAR(self);
+    return self;
+}
+
+/* For timers that are made from Python, in debug mode: nowhere, until they are scheduled. */
+static PyObject *timer_tp_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *self = PyType_GenericNew(type, args, kwargs);
+    if (self != NULL)
+        *timer_place(self) = NOWHERE;
+    return self;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Running and cancelling
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* As asyncio.Handle._run: 0, or -1 with an exception that is to end the loop. */
+int handle_run(PyObject *handle)
+{
+    PyObject *callback = SLOT(handle, at.callback), *args = SLOT(handle, at.args);
+    PyObject *context = SLOT(handle, at.context), *result;
+    if (callback == NULL || args == NULL || context == NULL || !PyTuple_Check(args)) {
+        PyErr_SetString(PyExc_RuntimeError, "a handle that was cancelled or not initialised cannot run");
+        return -1;
+    }
+    Py_INCREF(callback);
+    Py_INCREF(args);
+    Py_INCREF(context);
+    result = call_in_context(context, callback, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args));
+    Py_DECREF(callback);
+    Py_DECREF(args);
+    Py_DECREF(context);
+    if (result != NULL) {
+        Py_DECREF(result);
+        return 0;
+    }
+    if (ends_the_loop())
+        return -1;
+    PyObject *exception = take_exception();
+    result = PyObject_CallFunctionObjArgs(helpers.report_error, handle, exception, NULL);
+    Py_XDECREF(exception);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+static PyObject *handle_run_method(PyObject *self, PyObject *ignored)
+{
+    if (handle_run(self) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
+{
+    if (SLOT(self, at.cancelled) == Py_True)
+        Py_RETURN_NONE;
+    PyObject *loop = SLOT(self, at.loop); /* borrowed; `self` keeps it */
+    if (PyObject_TypeCheck(self, TimerHandle_type) && loop != NULL) {
+        if (PyObject_TypeCheck(loop, Turns_type)) {
+            if (turns_forget_timer(loop, self) < 0)
+                return NULL;
+        } else {
+            PyObject *told = PyObject_CallMethodOneArg(loop, names.timer_handle_cancelled, self);
+            if (told == NULL)
+                return NULL;
+            Py_DECREF(told);
+        }
+    }
+    Py_XSETREF(SLOT(self, at.cancelled), Py_NewRef(Py_True));
+    if (loop != NULL && turns_in_debug(loop)) {
+        /* Before what it shows is gone: "Executing <Handle ...> took 2.5 seconds". */
+        PyObject *text = PyObject_Repr(self);
+        if (text == NULL)
+            return NULL;
+        Py_XSETREF(SLOT(self, at.repr), text);
+    }
+    Py_XSETREF(SLOT(self, at.callback), Py_NewRef(Py_None));
+    Py_XSETREF(SLOT(self, at.args), Py_NewRef(Py_None));
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The types
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyMethodDef handle_methods[] = {
+    {"_run", handle_run_method, METH_NOARGS, NULL},
+    {"cancel", handle_cancel, METH_NOARGS, "Cancel the callback; nothing happens if that was done, or if it has run."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyTypeObject *make_type(PyObject *module, PyObject *base, const char *name, Py_ssize_t more, newfunc make)
+{
+    PyType_Slot slots[] = {
+        {Py_tp_dealloc, handle_dealloc},
+        {Py_tp_traverse, handle_traverse},
+        {Py_tp_clear, handle_clear},
+        {Py_tp_methods, handle_methods},
+        {Py_tp_doc, (char *)PyDoc_STR("asyncio's handle of a callback, made and run in C.")},
+        {make == NULL ? 0 : Py_tp_new, make},
+        {0, NULL},
+    };
+    PyType_Spec spec = {
+        .name = name,
+        .basicsize = (int)(((PyTypeObject *)base)->tp_basicsize + more),
+        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+        .slots = slots,
+    };
+    PyObject *bases = PyTuple_Pack(1, base);
+    PyObject *type = bases == NULL ? NULL : PyType_FromModuleAndSpec(module, &spec, bases);
+    Py_XDECREF(bases);
+    return (PyTypeObject *)type;
+}
+
+int add_handles(PyObject *module)
+{
+    PyObject *asyncio = PyImport_ImportModule("asyncio.events");
+    if (asyncio == NULL)
+        return -1;
+    PyObject *handle = PyObject_GetAttrString(asyncio, "Handle");
+    PyObject *timer = PyObject_GetAttrString(asyncio, "TimerHandle");
+    Py_DECREF(asyncio);
+    if (handle != NULL && timer != NULL) {
+        at.callback = slot_offset(handle, "_callback");
+        at.args = slot_offset(handle, "_args");
+        at.cancelled = slot_offset(handle, "_cancelled");
+        at.loop = slot_offset(handle, "_loop");
+        at.source_traceback = slot_offset(handle, "_source_traceback");
+        at.repr = slot_offset(handle, "_repr");
+        at.context = slot_offset(handle, "_context");
+        at.scheduled = slot_offset(timer, "_scheduled");
+        at.when = slot_offset(timer, "_when");
+        place_offset = ((PyTypeObject *)timer)->tp_basicsize;
+    }
+    if (!PyErr_Occurred()) {
+        Handle_type = make_type(module, handle, "iocp_loop._hot.Handle", 0, NULL);
+        TimerHandle_type = make_type(module, timer, "iocp_loop._hot.TimerHandle", sizeof(size_t), timer_tp_new);
+    }
+    Py_XDECREF(handle);
+    Py_XDECREF(timer);
+    if (Handle_type == NULL || TimerHandle_type == NULL)
+        return -1;
+    return PyModule_AddObjectRef(module, "Handle", (PyObject *)Handle_type) < 0
+                   || PyModule_AddObjectRef(module, "TimerHandle", (PyObject *)TimerHandle_type) < 0
+               ? -1
+               : 0;
+}

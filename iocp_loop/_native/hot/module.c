@@ -1,0 +1,230 @@
+/* The module iocp_loop._hot, and what its files share; hot.h tells what is where. */
+
+#include "hot.h"
+
+struct names names;
+struct helpers helpers;
+struct operation_slots operation_slots;
+
+static PyTypeObject *socket_type; /* _socket.socket, the class beneath socket.socket */
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Shared by the files
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+Py_ssize_t slot_offset(PyObject *type, const char *name)
+{
+    PyObject *member = PyObject_GetAttrString(type, name);
+    if (member == NULL)
+        return -1;
+    if (!Py_IS_TYPE(member, &PyMemberDescr_Type)) {
+        PyErr_Format(PyExc_ImportError, "%R has no slot %s", type, name);
+        Py_DECREF(member);
+        return -1;
+    }
+    Py_ssize_t offset = ((PyMemberDescrObject *)member)->d_member->offset;
+    Py_DECREF(member);
+    return offset;
+}
+
+PyObject *take_exception(void)
+{
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyErr_GetRaisedException();
+#else
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback != NULL)
+        PyException_SetTraceback(value, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return value;
+#endif
+}
+
+int ends_the_loop(void)
+{
+    return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
+}
+
+int enter_context(PyObject *context)
+{
+    if (!PyContext_CheckExact(context))
+        return 0;
+    return PyContext_Enter(context) < 0 ? -1 : 1;
+}
+
+PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const *args, size_t count)
+{
+    PyObject *result;
+    int entered = enter_context(context);
+    if (entered < 0)
+        return NULL;
+    if (entered) {
+        result = PyObject_Vectorcall(callable, args, count, NULL);
+        if (PyContext_Exit(context) < 0)
+            Py_CLEAR(result);
+        return result;
+    }
+    PyObject *run = PyObject_GetAttr(context, names.run);
+    if (run == NULL)
+        return NULL;
+    PyObject **more = PyMem_Malloc((count + 1) * sizeof(PyObject *));
+    if (more == NULL) {
+        Py_DECREF(run);
+        return PyErr_NoMemory();
+    }
+    more[0] = callable;
+    for (size_t n = 0; n < count; n++)
+        more[n + 1] = args[n];
+    result = PyObject_Vectorcall(run, more, count + 1, NULL);
+    PyMem_Free(more);
+    Py_DECREF(run);
+    return result;
+}
+
+/* CPython's socket objects begin with their descriptor.  Looked at once, when the module is made: see check_sockets. */
+struct socket_object {
+    PyObject_HEAD
+    descriptor fd;
+};
+
+int is_socket(PyObject *object) { return socket_type != NULL && PyObject_TypeCheck(object, socket_type); }
+
+descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
+
+/* Make sure that a socket's descriptor is where we look for it.  If it is not, no object passes for a socket here, and
+ * the transports go by the methods of socket objects. */
+static int check_sockets(void)
+{
+    PyObject *module = PyImport_ImportModule("socket");
+    PyObject *sock = module == NULL ? NULL : PyObject_CallMethod(module, "socket", NULL);
+    Py_XDECREF(module);
+    if (sock == NULL)
+        return -1;
+    PyObject *number = PyObject_CallMethod(sock, "fileno", NULL);
+    module = number == NULL ? NULL : PyImport_ImportModule("_socket");
+    PyObject *type = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
+    Py_XDECREF(module);
+    if (type == NULL) {
+        Py_XDECREF(number);
+        Py_DECREF(sock);
+        return -1;
+    }
+    descriptor fd = (descriptor)PyLong_AsLongLong(number);
+    if (PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
+        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object)
+        && socket_descriptor(sock) == fd)
+        socket_type = (PyTypeObject *)Py_NewRef(type);
+    Py_DECREF(type);
+    Py_DECREF(number);
+    PyObject *closed = PyObject_CallMethod(sock, "close", NULL);
+    Py_XDECREF(closed);
+    /* A closed one has -1 there. */
+    if (closed != NULL && socket_type != NULL && socket_descriptor(sock) != NO_DESCRIPTOR)
+        Py_CLEAR(socket_type);
+    Py_DECREF(sock);
+    return closed == NULL ? -1 : 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The module
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *set_helpers(PyObject *module, PyObject *args)
+{
+    PyObject *report_error, *run_in_debug;
+    if (!PyArg_ParseTuple(args, "OO", &report_error, &run_in_debug))
+        return NULL;
+    Py_XSETREF(helpers.report_error, Py_NewRef(report_error));
+    Py_XSETREF(helpers.run_in_debug, Py_NewRef(run_in_debug));
+    Py_RETURN_NONE;
+}
+
+static PyObject *use_operations(PyObject *module, PyObject *args)
+{
+    PyObject *operation, *receive_stream;
+    struct operation_slots slots;
+    if (!PyArg_ParseTuple(args, "OO", &operation, &receive_stream))
+        return NULL;
+    slots.complete = slot_offset(operation, "complete");
+    slots.handle = slot_offset(operation, "handle");
+    slots.state = slot_offset(operation, "state");
+    slots.get_buffer = slot_offset(receive_stream, "get_buffer");
+    slots.paused = slot_offset(receive_stream, "paused");
+    if (PyErr_Occurred())
+        return NULL;
+    slots.receive_stream = Py_NewRef(receive_stream);
+    Py_XDECREF(operation_slots.receive_stream);
+    operation_slots = slots;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef module_methods[] = {
+    {"set_helpers", set_helpers, METH_VARARGS, "set_helpers(report_error, run_in_debug)"},
+    {"use_operations", use_operations, METH_VARARGS, "use_operations(Operation, ReceiveStream)"},
+    {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "iocp_loop._hot",
+    .m_doc = "The native tier of iocp_loop; see iocp_loop/native.py.",
+    .m_size = -1, /* one for the process: no subinterpreters */
+    .m_methods = module_methods,
+};
+
+static int intern_names(void)
+{
+    static const struct {
+        PyObject **where;
+        const char *text;
+    } table[] = {
+        {&names.buffer_updated, "buffer_updated"},
+        {&names.call_exception_handler, "call_exception_handler"},
+        {&names.check_callback, "_check_callback"},
+        {&names.check_closed, "_check_closed"},
+        {&names.check_thread, "_check_thread"},
+        {&names.context, "context"},
+        {&names.data_received, "data_received"},
+        {&names.dispatch_other, "_dispatch_other"},
+        {&names.drain_ready, "_drain_ready"},
+        {&names.end_stream, "_end_stream"},
+        {&names.fatal_error, "_fatal_error"},
+        {&names.hand_over, "_hand_over"},
+        {&names.open_ring, "_open_ring"},
+        {&names.queue_leftovers, "_queue_leftovers"},
+        {&names.reap, "_reap"},
+        {&names.receive_ended, "_receive_ended"},
+        {&names.receive_into_buffer, "_receive_into_buffer"},
+        {&names.run, "run"},
+        {&names.time, "time"},
+        {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
+        {&names.write_otherwise, "_write_otherwise"},
+        {&names.write_to_self, "_write_to_self"},
+    };
+    for (size_t n = 0; n < sizeof(table) / sizeof(*table); n++) {
+        *table[n].where = PyUnicode_InternFromString(table[n].text);
+        if (*table[n].where == NULL)
+            return -1;
+    }
+    return 0;
+}
+
+PyMODINIT_FUNC PyInit__hot(void)
+{
+    PyObject *module = PyModule_Create(&module_definition);
+    if (module == NULL)
+        return NULL;
+    if (intern_names() < 0 || check_sockets() < 0 || add_handles(module) < 0 || add_turns(module) < 0
+#ifdef __linux__
+        || add_uring(module) < 0 || add_epoll(module) < 0
+#endif
+    ) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -1,0 +1,288 @@
+/*
+ * The two functions that every message goes through, for a stream transport: _received, which gives the protocol what
+ * has come, and write, which tries to send at once.  All that is rare (an error, the end, a full socket) is left to the
+ * class in Python above it, by calling a method of that.
+ *
+ * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
+ */
+
+#include "hot.h"
+
+#ifdef _WIN32
+#include <winsock2.h>
+#else
+#include <errno.h>
+#include <sys/socket.h>
+#endif
+
+struct stream {
+    PyObject *sock, *protocol, *context;
+    char direct;  /* write may send at once: nothing is queued, nothing has ended */
+    char by_call; /* `sock` is a real socket, so that its descriptor can be used */
+};
+
+static PyTypeObject *Stream_type;
+static Py_ssize_t stream_offset; /* of `struct stream` in an instance */
+
+static struct stream *stream_of(PyObject *self) { return (struct stream *)((char *)self + stream_offset); }
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * What the system says
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Try to send; the number of bytes, 0 if there is no room just now, or -1 with an OSError set. */
+static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
+{
+#ifdef _WIN32
+    int count = send((SOCKET)fd, data, size > INT_MAX ? INT_MAX : (int)size, 0);
+    if (count != SOCKET_ERROR)
+        return count;
+    int code = WSAGetLastError();
+    if (code == WSAEWOULDBLOCK || code == WSAEINTR)
+        return 0;
+    PyErr_SetExcFromWindowsErr(PyExc_OSError, code);
+    return -1;
+#else
+    ssize_t count = send(fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (count >= 0)
+        return count;
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        return 0;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+#endif
+}
+
+/* self._fatal_error(exception, message) with the exception that is set, which counts as being handled meanwhile, as
+ * in an except clause: the log of debug mode shows it. */
+static int fatal_error(PyObject *self, const char *message)
+{
+    if (ends_the_loop())
+        return -1;
+    PyObject *exception = take_exception(), *before = PyErr_GetHandledException();
+    PyObject *text = PyUnicode_FromString(message);
+    PyErr_SetHandledException(exception);
+    PyObject *done =
+        text == NULL ? NULL : PyObject_CallMethodObjArgs(self, names.fatal_error, exception, text, NULL);
+    PyErr_SetHandledException(before);
+    Py_XDECREF(before);
+    Py_XDECREF(text);
+    Py_DECREF(exception);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The methods
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *stream_write(PyObject *self, PyObject *data)
+{
+    struct stream *stream = stream_of(self);
+    if (!stream->direct || !stream->by_call || !PyBytes_CheckExact(data))
+        return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+    Py_ssize_t size = PyBytes_GET_SIZE(data);
+    Py_ssize_t sent = try_to_send(socket_descriptor(stream->sock), PyBytes_AS_STRING(data), (size_t)size);
+    if (sent == size)
+        Py_RETURN_NONE;
+    if (sent < 0) {
+        if (fatal_error(self, "Fatal write error on socket transport") < 0)
+            return NULL;
+        Py_RETURN_NONE;
+    }
+    PyObject *view = PyMemoryView_FromObject(data), *rest, *done;
+    rest = view == NULL ? NULL : PySequence_GetSlice(view, sent, size);
+    Py_XDECREF(view);
+    if (rest == NULL)
+        return NULL;
+    done = PyObject_CallMethod(self, "_enqueue", "((N))", rest);
+    if (done == NULL)
+        return NULL;
+    Py_DECREF(done);
+    Py_RETURN_NONE;
+}
+
+/* protocol.data_received(data) in the context of the connection. */
+static PyObject *give(struct stream *stream, PyObject *data)
+{
+    PyObject *context = Py_NewRef(stream->context), *protocol = Py_NewRef(stream->protocol), *result = NULL;
+    int entered = enter_context(context);
+    if (entered > 0) {
+        result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
+        if (PyContext_Exit(context) < 0)
+            Py_CLEAR(result);
+    } else if (entered == 0) {
+        PyObject *method = PyObject_GetAttr(protocol, names.data_received);
+        if (method != NULL)
+            result = call_in_context(context, method, &data, 1);
+        Py_XDECREF(method);
+    }
+    Py_DECREF(protocol);
+    Py_DECREF(context);
+    return result;
+}
+
+static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct stream *stream = stream_of(self);
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
+        return NULL;
+    }
+    if (!PyBytes_CheckExact(args[0]) || PyBytes_GET_SIZE(args[0]) == 0)
+        return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
+    if (stream->context == NULL || stream->protocol == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+        return NULL;
+    }
+    PyObject *result = give(stream, args[0]);
+    if (result != NULL)
+        Py_DECREF(result);
+    else if (fatal_error(self, "Fatal error: protocol.data_received() call failed.") < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The type
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *get_sock(PyObject *self, void *ignored)
+{
+    PyObject *sock = stream_of(self)->sock;
+    if (sock == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "_sock");
+        return NULL;
+    }
+    return Py_NewRef(sock);
+}
+
+static int set_sock(PyObject *self, PyObject *value, void *ignored)
+{
+    struct stream *stream = stream_of(self);
+    stream->by_call = value != NULL && is_socket(value);
+    Py_XINCREF(value);
+    Py_XSETREF(stream->sock, value);
+    return 0;
+}
+
+/* The slots of the classes in Python beneath us.  Their own functions can't be asked to see to them: those begin at the
+ * type of the object, and would come back to ours. */
+static Py_ssize_t base_slots[32];
+static size_t base_slot_count;
+
+static int find_base_slots(PyTypeObject *base)
+{
+    PyObject *mro = base->tp_mro, *key, *value; /* borrowed */
+    base_slot_count = 0;
+    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(mro); n++) {
+        PyObject *dict = PyObject_GetAttrString(PyTuple_GET_ITEM(mro, n), "__dict__"), *copy;
+        copy = dict == NULL ? NULL : PyObject_CallMethod(dict, "copy", NULL);
+        Py_XDECREF(dict);
+        if (copy == NULL)
+            return -1;
+        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);) {
+            if (!Py_IS_TYPE(value, &PyMemberDescr_Type) || ((PyMemberDescrObject *)value)->d_member->type != T_OBJECT_EX)
+                continue;
+            if (base_slot_count == sizeof(base_slots) / sizeof(*base_slots)) {
+                Py_DECREF(copy);
+                PyErr_SetString(PyExc_ImportError, "more slots than streams.c has room for");
+                return -1;
+            }
+            base_slots[base_slot_count++] = ((PyMemberDescrObject *)value)->d_member->offset;
+        }
+        Py_DECREF(copy);
+    }
+    return 0;
+}
+
+static int stream_clear(PyObject *self)
+{
+    struct stream *stream = stream_of(self);
+    stream->direct = 0;
+    Py_CLEAR(stream->sock);
+    Py_CLEAR(stream->protocol);
+    Py_CLEAR(stream->context);
+    for (size_t n = 0; n < base_slot_count; n++)
+        Py_CLEAR(SLOT(self, base_slots[n]));
+    return 0;
+}
+
+static int stream_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    struct stream *stream = stream_of(self);
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(stream->sock);
+    Py_VISIT(stream->protocol);
+    Py_VISIT(stream->context);
+    for (size_t n = 0; n < base_slot_count; n++)
+        Py_VISIT(SLOT(self, base_slots[n]));
+    return 0;
+}
+
+static void stream_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    stream_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef stream_methods[] = {
+    {"write", stream_write, METH_O,
+     PyDoc_STR("write($self, data)\n--\n\n"
+               "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued.")},
+    {"_received", (PyCFunction)(void (*)(void))stream_received, METH_FASTCALL,
+     "A completion for a Protocol: data, the end (empty), or an error."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef stream_getset[] = {
+    {"_sock", get_sock, set_sock, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+PyObject *make_stream_type(PyObject *module, PyObject *base)
+{
+    if (Stream_type != NULL)
+        return Py_NewRef(Stream_type);
+    if (!PyType_Check(base) || !PyType_IS_GC((PyTypeObject *)base) || ((PyTypeObject *)base)->tp_dictoffset
+        || ((PyTypeObject *)base)->tp_weaklistoffset) {
+        PyErr_SetString(PyExc_TypeError, "the base must be a class with nothing but slots");
+        return NULL;
+    }
+    if (find_base_slots((PyTypeObject *)base) < 0)
+        return NULL;
+    stream_offset = ((PyTypeObject *)base)->tp_basicsize;
+    static PyMemberDef members[] = {
+        {"_protocol", T_OBJECT_EX, 0, 0, NULL},
+        {"_context", T_OBJECT_EX, 0, 0, NULL},
+        {"_direct", T_BOOL, 0, 0, NULL},
+        {NULL, 0, 0, 0, NULL},
+    };
+    members[0].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, protocol);
+    members[1].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, context);
+    members[2].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, direct);
+    PyType_Slot slots[] = {
+        {Py_tp_dealloc, stream_dealloc},
+        {Py_tp_traverse, stream_traverse},
+        {Py_tp_clear, stream_clear},
+        {Py_tp_methods, stream_methods},
+        {Py_tp_members, members},
+        {Py_tp_getset, stream_getset},
+        {Py_tp_doc, (char *)PyDoc_STR("A stream transport's way of one message in and out.")},
+        {0, NULL},
+    };
+    PyType_Spec spec = {
+        .name = "iocp_loop._hot.Stream",
+        .basicsize = (int)(stream_offset + (Py_ssize_t)sizeof(struct stream)),
+        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+        .slots = slots,
+    };
+    PyObject *bases = PyTuple_Pack(1, base);
+    Stream_type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, bases);
+    Py_XDECREF(bases);
+    Py_XINCREF(Stream_type);
+    return (PyObject *)Stream_type;
+}

@@ -1,0 +1,717 @@
+/*
+ * Turns: the ready queue, the timers, and one turn of the loop.
+ *
+ * A class in Python inherits from Turns first and from asyncio.BaseEventLoop behind it.  So the methods here stand in
+ * for BaseEventLoop's of the same names, and the attributes here (_debug, _closed, _stopping, ...) catch what
+ * BaseEventLoop's other methods assign to them; everything else stays BaseEventLoop's.
+ *
+ * The ready queue is a ring of handles.  None in it stands for the completions that the wait of this turn has gathered:
+ * what was ready before them is to run before them.
+ *
+ * The timers are a binary heap by time, and by the order of their making where times are equal.  A timer knows its place
+ * in the heap, so that a cancelled one leaves at once: a busy server sets many timeouts, and hardly any of them strikes.
+ */
+
+#include "hot.h"
+
+struct timer {
+    double when;
+    uint64_t serial;
+    PyObject *handle;
+};
+
+typedef struct {
+    PyObject_HEAD
+    PyObject **ring;
+    size_t first, count, room; /* room is a power of two, or 0 */
+    struct timer *heap;
+    size_t timers, heap_room;
+    uint64_t serial;
+    double resolution; /* of the clock, seconds: a timer that is due within it is due */
+    PyObject *wait, *dispatch;
+    char debug, closed, stopping;
+} Turns;
+
+PyTypeObject *Turns_type;
+static PyTypeObject *Queue_type;
+static PyObject *monotonic; /* time.monotonic */
+
+/* The longest wait, as in asyncio: select() takes no more on some systems.  Seconds. */
+static const double LONGEST_WAIT = 24 * 3600;
+
+int turns_in_debug(PyObject *loop)
+{
+    if (PyObject_TypeCheck(loop, Turns_type))
+        return ((Turns *)loop)->debug;
+    PyObject *answer = PyObject_CallMethod(loop, "get_debug", NULL);
+    int debug = answer != NULL && PyObject_IsTrue(answer) == 1;
+    if (answer == NULL)
+        PyErr_Clear();
+    Py_XDECREF(answer);
+    return debug;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The ready queue
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static int grow(Turns *self)
+{
+    size_t room = self->room ? 2 * self->room : 64;
+    PyObject **ring = PyMem_New(PyObject *, room);
+    if (ring == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t n = 0; n < self->count; n++)
+        ring[n] = self->ring[(self->first + n) & (self->room - 1)];
+    PyMem_Free(self->ring);
+    self->ring = ring;
+    self->room = room;
+    self->first = 0;
+    return 0;
+}
+
+/* Takes over the reference to `handle`, also when it fails. */
+static int push(Turns *self, PyObject *handle)
+{
+    if (self->count == self->room && grow(self) < 0) {
+        Py_DECREF(handle);
+        return -1;
+    }
+    self->ring[(self->first + self->count++) & (self->room - 1)] = handle;
+    return 0;
+}
+
+static PyObject *pop(Turns *self)
+{
+    PyObject *handle = self->ring[self->first];
+    self->first = (self->first + 1) & (self->room - 1);
+    self->count--;
+    return handle;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The timers
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static int earlier(const struct timer *one, const struct timer *other)
+{
+    return one->when < other->when || (one->when == other->when && one->serial < other->serial);
+}
+
+static void put(Turns *self, size_t place, struct timer timer)
+{
+    self->heap[place] = timer;
+    *timer_place(timer.handle) = place;
+}
+
+static void move_up(Turns *self, size_t place, struct timer timer)
+{
+    while (place > 0) {
+        size_t parent = (place - 1) / 2;
+        if (!earlier(&timer, &self->heap[parent]))
+            break;
+        put(self, place, self->heap[parent]);
+        place = parent;
+    }
+    put(self, place, timer);
+}
+
+static void move_down(Turns *self, size_t place, struct timer timer)
+{
+    for (;;) {
+        size_t child = 2 * place + 1;
+        if (child >= self->timers)
+            break;
+        if (child + 1 < self->timers && earlier(&self->heap[child + 1], &self->heap[child]))
+            child++;
+        if (!earlier(&self->heap[child], &timer))
+            break;
+        put(self, place, self->heap[child]);
+        place = child;
+    }
+    put(self, place, timer);
+}
+
+/* Take the timer at `place` out of the heap; its reference goes to the caller. */
+static PyObject *take_timer(Turns *self, size_t place)
+{
+    PyObject *handle = self->heap[place].handle;
+    struct timer last = self->heap[--self->timers];
+    *timer_place(handle) = NOWHERE;
+    if (place < self->timers) {
+        if (place > 0 && earlier(&last, &self->heap[(place - 1) / 2]))
+            move_up(self, place, last);
+        else
+            move_down(self, place, last);
+    }
+    return handle;
+}
+
+static int schedule(Turns *self, PyObject *handle, double when)
+{
+    if (self->timers == self->heap_room) {
+        size_t room = self->heap_room ? 2 * self->heap_room : 64;
+        struct timer *heap = self->heap;
+        PyMem_Resize(heap, struct timer, room);
+        if (heap == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        self->heap = heap;
+        self->heap_room = room;
+    }
+    struct timer timer = {when, self->serial++, Py_NewRef(handle)};
+    timer_set_scheduled(handle, 1);
+    move_up(self, self->timers++, timer);
+    return 0;
+}
+
+/* A timer is being cancelled: let it leave the heap, if it is there. */
+int turns_forget_timer(PyObject *loop, PyObject *timer)
+{
+    Turns *self = (Turns *)loop;
+    size_t place = *timer_place(timer);
+    if (place < self->timers && self->heap[place].handle == timer) {
+        take_timer(self, place);
+        timer_set_scheduled(timer, 0);
+        Py_DECREF(timer); /* the heap's; whoever cancels has another */
+    }
+    return 0;
+}
+
+static void forget_everything(Turns *self)
+{
+    while (self->count > 0)
+        Py_DECREF(pop(self));
+    while (self->timers > 0) {
+        PyObject *handle = take_timer(self, self->timers - 1);
+        timer_set_scheduled(handle, 0);
+        Py_DECREF(handle);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Scheduling callbacks
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Take `context` out of the keywords of a call.  `counted` is the number of positional arguments before them. */
+static int parse_context(const char *function, PyObject *const *args, Py_ssize_t counted, PyObject *kwnames,
+                         PyObject **context)
+{
+    *context = NULL;
+    if (kwnames == NULL)
+        return 0;
+    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(kwnames); n++) {
+        PyObject *name = PyTuple_GET_ITEM(kwnames, n);
+        if (name != names.context && PyUnicode_Compare(name, names.context) != 0) {
+            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument %R", function, name);
+            return -1;
+        }
+        *context = args[counted + n];
+    }
+    return 0;
+}
+
+static int missing(const char *function, const char *argument)
+{
+    PyErr_Format(PyExc_TypeError, "%s() missing 1 required positional argument: '%s'", function, argument);
+    return -1;
+}
+
+/* What BaseEventLoop looks at before it takes a callback. */
+static int check(Turns *self, PyObject *callback, const char *method, int any_thread)
+{
+    PyObject *done;
+    if (self->closed) {
+        done = PyObject_CallMethodNoArgs((PyObject *)self, names.check_closed);
+        if (done == NULL)
+            return -1;
+        Py_DECREF(done);
+    }
+    if (!self->debug)
+        return 0;
+    if (!any_thread) {
+        done = PyObject_CallMethodNoArgs((PyObject *)self, names.check_thread);
+        if (done == NULL)
+            return -1;
+        Py_DECREF(done);
+    }
+    PyObject *name = PyUnicode_FromString(method);
+    done = name == NULL
+               ? NULL
+               : PyObject_CallMethodObjArgs((PyObject *)self, names.check_callback, callback, name, NULL);
+    Py_XDECREF(name);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* In debug mode asyncio's __init__ notes where the handle is made.  `when` NULL: a Handle, else a TimerHandle. */
+static PyObject *make_in_debug(Turns *self, PyObject *when, PyObject *callback, PyObject *const *args,
+                               Py_ssize_t count, PyObject *context)
+{
+    PyObject *arguments = PyTuple_New(count), *handle;
+    if (arguments == NULL)
+        return NULL;
+    for (Py_ssize_t n = 0; n < count; n++)
+        PyTuple_SET_ITEM(arguments, n, Py_NewRef(args[n]));
+    if (context == NULL)
+        context = Py_None;
+    if (when == NULL)
+        handle = PyObject_CallFunctionObjArgs((PyObject *)Handle_type, callback, arguments, self, context, NULL);
+    else
+        handle = PyObject_CallFunctionObjArgs((PyObject *)TimerHandle_type, when, callback, arguments, self, context,
+                                              NULL);
+    Py_DECREF(arguments);
+    return handle;
+}
+
+static PyObject *schedule_soon(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames,
+                               const char *method, int any_thread)
+{
+    PyObject *context, *handle;
+    if (count < 1) {
+        missing(method, "callback");
+        return NULL;
+    }
+    if (parse_context(method, args, count, kwnames, &context) < 0 || check(self, args[0], method, any_thread) < 0)
+        return NULL;
+    if (self->debug)
+        handle = make_in_debug(self, NULL, args[0], args + 1, count - 1, context);
+    else
+        handle = handle_new((PyObject *)self, args[0], args + 1, count - 1, context);
+    if (handle != NULL && push(self, Py_NewRef(handle)) < 0)
+        Py_CLEAR(handle);
+    return handle;
+}
+
+static PyObject *turns_call_soon(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
+{
+    return schedule_soon(self, args, count, kwnames, "call_soon", 0);
+}
+
+static PyObject *turns_call_soon_threadsafe(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
+{
+    PyObject *handle = schedule_soon(self, args, count, kwnames, "call_soon_threadsafe", 1);
+    if (handle != NULL) {
+        PyObject *woken = PyObject_CallMethodNoArgs((PyObject *)self, names.write_to_self);
+        if (woken == NULL)
+            Py_CLEAR(handle);
+        Py_XDECREF(woken);
+    }
+    return handle;
+}
+
+static PyObject *schedule_at(Turns *self, PyObject *when, PyObject *const *args, Py_ssize_t count, PyObject *kwnames,
+                             const char *method)
+{
+    PyObject *context, *handle;
+    double seconds = PyFloat_AsDouble(when);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return NULL;
+    if (parse_context(method, args, count, kwnames, &context) < 0 || check(self, args[0], method, 0) < 0)
+        return NULL;
+    if (self->debug)
+        handle = make_in_debug(self, when, args[0], args + 1, count - 1, context);
+    else
+        handle = timer_new((PyObject *)self, when, args[0], args + 1, count - 1, context);
+    if (handle != NULL && schedule(self, handle, seconds) < 0)
+        Py_CLEAR(handle);
+    return handle;
+}
+
+static PyObject *turns_call_at(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
+{
+    if (count < 2) {
+        missing("call_at", count ? "callback" : "when");
+        return NULL;
+    }
+    if (args[0] == Py_None) {
+        PyErr_SetString(PyExc_TypeError, "when cannot be None");
+        return NULL;
+    }
+    return schedule_at(self, args[0], args + 1, count - 1, kwnames, "call_at");
+}
+
+/* loop.time() as a double; -1 with an exception. */
+static double now(Turns *self)
+{
+    PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, names.time);
+    double seconds = time == NULL ? -1.0 : PyFloat_AsDouble(time);
+    Py_XDECREF(time);
+    return seconds;
+}
+
+static PyObject *turns_call_later(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
+{
+    if (count < 2) {
+        missing("call_later", count ? "callback" : "delay");
+        return NULL;
+    }
+    if (args[0] == Py_None) {
+        PyErr_SetString(PyExc_TypeError, "delay must not be None");
+        return NULL;
+    }
+    PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, names.time), *when, *handle;
+    if (time == NULL)
+        return NULL;
+    when = PyNumber_Add(time, args[0]);
+    Py_DECREF(time);
+    if (when == NULL)
+        return NULL;
+    handle = schedule_at(self, when, args + 1, count - 1, kwnames, self->debug ? "call_at" : "call_later");
+    Py_DECREF(when);
+    return handle;
+}
+
+static PyObject *turns_time(Turns *self, PyObject *ignored) { return PyObject_CallNoArgs(monotonic); }
+
+static PyObject *turns_add_callback(Turns *self, PyObject *handle)
+{
+    if (PyObject_TypeCheck(handle, Handle_type) || PyObject_TypeCheck(handle, TimerHandle_type)) {
+        if (handle_is_cancelled(handle))
+            Py_RETURN_NONE;
+    } else {
+        PyObject *cancelled = PyObject_GetAttrString(handle, "_cancelled");
+        int skip = cancelled == NULL ? -1 : PyObject_IsTrue(cancelled);
+        Py_XDECREF(cancelled);
+        if (skip < 0)
+            return NULL;
+        if (skip)
+            Py_RETURN_NONE;
+    }
+    if (push(self, Py_NewRef(handle)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* BaseEventLoop counts cancelled timers, to sweep them out some day; ours have left already. */
+static PyObject *turns_timer_handle_cancelled(Turns *self, PyObject *handle) { Py_RETURN_NONE; }
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * One turn
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static int wait(Turns *self)
+{
+    PyObject *timeout, *done;
+    if (self->count > 0 || self->stopping)
+        timeout = PyLong_FromLong(0);
+    else if (self->timers > 0) {
+        double time = now(self), seconds;
+        if (time == -1.0 && PyErr_Occurred())
+            return -1;
+        seconds = self->heap[0].when - time;
+        timeout = PyFloat_FromDouble(seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds);
+    } else
+        timeout = Py_NewRef(Py_None);
+    if (timeout == NULL)
+        return -1;
+    done = PyObject_CallOneArg(self->wait, timeout);
+    Py_DECREF(timeout);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+static int dispatch(Turns *self)
+{
+    PyObject *done = PyObject_CallNoArgs(self->dispatch);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* Move the timers that are due to the ready queue. */
+static int ripen(Turns *self)
+{
+    double end = now(self);
+    if (end == -1.0 && PyErr_Occurred())
+        return -1;
+    end += self->resolution;
+    while (self->timers > 0 && self->heap[0].when < end) {
+        PyObject *handle = take_timer(self, 0);
+        timer_set_scheduled(handle, 0);
+        if (push(self, handle) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Run one entry of the ready queue; takes over its reference. */
+static int run(Turns *self, PyObject *handle)
+{
+    int failed = 0;
+    PyObject *done;
+    if (handle == Py_None)
+        failed = dispatch(self);
+    else if (PyObject_TypeCheck(handle, Handle_type) || PyObject_TypeCheck(handle, TimerHandle_type)) {
+        if (handle_is_cancelled(handle))
+            failed = 0;
+        else if (!self->debug)
+            failed = handle_run(handle);
+        else {
+            done = PyObject_CallFunctionObjArgs(helpers.run_in_debug, self, handle, NULL);
+            failed = done == NULL ? -1 : 0;
+            Py_XDECREF(done);
+        }
+    } else { /* somebody else's idea of a handle */
+        done = PyObject_CallFunctionObjArgs(helpers.run_in_debug, self, handle, NULL);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_DECREF(handle);
+    return failed;
+}
+
+static PyObject *turns_run_once(Turns *self, PyObject *ignored)
+{
+    if (self->wait == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "the loop has no driver");
+        return NULL;
+    }
+    if (wait(self) < 0)
+        return NULL;
+    if (self->count > 0) {
+        if (push(self, Py_NewRef(Py_None)) < 0)
+            return NULL;
+    } else if (dispatch(self) < 0)
+        return NULL;
+    if (self->timers > 0 && ripen(self) < 0)
+        return NULL;
+    /* What they schedule runs in the next turn, after another look at the port. */
+    for (size_t left = self->count; left > 0 && self->count > 0; left--)
+        if (run(self, pop(self)) < 0)
+            return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *turns_use(Turns *self, PyObject *args)
+{
+    PyObject *wait, *dispatch;
+    if (!PyArg_ParseTuple(args, "OO", &wait, &dispatch))
+        return NULL;
+    Py_XSETREF(self->wait, Py_NewRef(wait));
+    Py_XSETREF(self->dispatch, Py_NewRef(dispatch));
+    Py_RETURN_NONE;
+}
+
+static PyObject *turns_has_work(Turns *self, PyObject *ignored) { return PyBool_FromLong(self->count > 0); }
+
+static PyObject *turns_forget(Turns *self, PyObject *ignored)
+{
+    forget_everything(self);
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The ready queue as Python sees it: loop._ready, for BaseEventLoop's own methods and for the curious
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    PyObject_HEAD
+    Turns *loop;
+} Queue;
+
+static Py_ssize_t queue_length(Queue *self) { return (Py_ssize_t)self->loop->count; }
+
+static PyObject *queue_append(Queue *self, PyObject *handle)
+{
+    if (push(self->loop, Py_NewRef(handle)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *queue_popleft(Queue *self, PyObject *ignored)
+{
+    if (self->loop->count == 0) {
+        PyErr_SetString(PyExc_IndexError, "nothing is ready");
+        return NULL;
+    }
+    return pop(self->loop);
+}
+
+static PyObject *queue_clear(Queue *self, PyObject *ignored)
+{
+    while (self->loop->count > 0)
+        Py_DECREF(pop(self->loop));
+    Py_RETURN_NONE;
+}
+
+static PyObject *queue_iterate(Queue *self)
+{
+    PyObject *list = PyList_New(0), *iterator;
+    for (size_t n = 0; list != NULL && n < self->loop->count; n++)
+        if (PyList_Append(list, self->loop->ring[(self->loop->first + n) & (self->loop->room - 1)]) < 0)
+            Py_CLEAR(list);
+    if (list == NULL)
+        return NULL;
+    iterator = PyObject_GetIter(list);
+    Py_DECREF(list);
+    return iterator;
+}
+
+static void queue_dealloc(Queue *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    Py_DECREF(self->loop);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef queue_methods[] = {
+    {"append", (PyCFunction)queue_append, METH_O, NULL},
+    {"popleft", (PyCFunction)queue_popleft, METH_NOARGS, NULL},
+    {"clear", (PyCFunction)queue_clear, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot queue_slots[] = {
+    {Py_tp_dealloc, queue_dealloc},
+    {Py_tp_methods, queue_methods},
+    {Py_tp_iter, queue_iterate},
+    {Py_sq_length, queue_length},
+    {0, NULL},
+};
+
+static PyType_Spec queue_spec = {
+    .name = "iocp_loop._hot.ReadyQueue",
+    .basicsize = sizeof(Queue),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = queue_slots,
+};
+
+static PyObject *get_ready(Turns *self, void *ignored)
+{
+    Queue *queue = PyObject_New(Queue, Queue_type);
+    if (queue != NULL)
+        queue->loop = (Turns *)Py_NewRef(self);
+    return (PyObject *)queue;
+}
+
+/* A copy: the timers in no particular order. */
+static PyObject *get_scheduled(Turns *self, void *ignored)
+{
+    PyObject *list = PyList_New((Py_ssize_t)self->timers);
+    for (size_t n = 0; list != NULL && n < self->timers; n++)
+        PyList_SET_ITEM(list, (Py_ssize_t)n, Py_NewRef(self->heap[n].handle));
+    return list;
+}
+
+/* BaseEventLoop's constructor brings a queue and a list of its own. */
+static int ignore(Turns *self, PyObject *value, void *ignored) { return 0; }
+
+static PyObject *get_debug(Turns *self, void *ignored) { return PyBool_FromLong(self->debug); }
+
+static int set_debug(Turns *self, PyObject *value, void *ignored)
+{
+    int debug = value == NULL ? 0 : PyObject_IsTrue(value);
+    if (debug < 0)
+        return -1;
+    self->debug = (char)debug;
+    return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The type
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static int turns_traverse(Turns *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->wait);
+    Py_VISIT(self->dispatch);
+    for (size_t n = 0; n < self->count; n++)
+        Py_VISIT(self->ring[(self->first + n) & (self->room - 1)]);
+    for (size_t n = 0; n < self->timers; n++)
+        Py_VISIT(self->heap[n].handle);
+    return 0;
+}
+
+static int turns_clear(Turns *self)
+{
+    Py_CLEAR(self->wait);
+    Py_CLEAR(self->dispatch);
+    forget_everything(self);
+    return 0;
+}
+
+static void turns_dealloc(Turns *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    turns_clear(self);
+    PyMem_Free(self->ring);
+    PyMem_Free(self->heap);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef turns_methods[] = {
+    {"call_soon", (PyCFunction)(void (*)(void))turns_call_soon, METH_FASTCALL | METH_KEYWORDS,
+     PyDoc_STR("call_soon($self, callback, *args, context=None)\n--\n\nCall ``callback(*args)`` in the next turn.")},
+    {"call_soon_threadsafe", (PyCFunction)(void (*)(void))turns_call_soon_threadsafe, METH_FASTCALL | METH_KEYWORDS,
+     PyDoc_STR("call_soon_threadsafe($self, callback, *args, context=None)\n--\n\n"
+               "As call_soon(), from any thread: wakes the loop.")},
+    {"call_later", (PyCFunction)(void (*)(void))turns_call_later, METH_FASTCALL | METH_KEYWORDS,
+     PyDoc_STR("call_later($self, delay, callback, *args, context=None)\n--\n\n"
+               "Call ``callback(*args)`` after `delay` seconds.")},
+    {"call_at", (PyCFunction)(void (*)(void))turns_call_at, METH_FASTCALL | METH_KEYWORDS,
+     PyDoc_STR("call_at($self, when, callback, *args, context=None)\n--\n\n"
+               "Call ``callback(*args)`` when time() has come to `when`, seconds.")},
+    {"time", (PyCFunction)turns_time, METH_NOARGS,
+     PyDoc_STR("time($self)\n--\n\nThe loop's clock, time.monotonic(), in seconds.")},
+    {"_add_callback", (PyCFunction)turns_add_callback, METH_O, NULL},
+    {"_timer_handle_cancelled", (PyCFunction)turns_timer_handle_cancelled, METH_O, NULL},
+    {"_run_once", (PyCFunction)turns_run_once, METH_NOARGS, NULL},
+    {"_use", (PyCFunction)turns_use, METH_VARARGS, "_use(wait, dispatch): what a turn waits with, and delivers with."},
+    {"_has_work", (PyCFunction)turns_has_work, METH_NOARGS, "Whether a callback is ready to run."},
+    {"_forget_callbacks", (PyCFunction)turns_forget, METH_NOARGS, "Drop what is ready and every timer."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef turns_members[] = {
+    {"_closed", T_BOOL, offsetof(Turns, closed), 0, NULL},
+    {"_stopping", T_BOOL, offsetof(Turns, stopping), 0, NULL},
+    {"_clock_resolution", T_DOUBLE, offsetof(Turns, resolution), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef turns_getset[] = {
+    {"_ready", (getter)get_ready, (setter)ignore, NULL, NULL},
+    {"_scheduled", (getter)get_scheduled, (setter)ignore, NULL, NULL},
+    {"_debug", (getter)get_debug, (setter)set_debug, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot turns_slots[] = {
+    {Py_tp_doc, (char *)PyDoc_STR("The ready queue, the timers and the turn of an event loop.")},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_dealloc, turns_dealloc},
+    {Py_tp_traverse, turns_traverse},
+    {Py_tp_clear, turns_clear},
+    {Py_tp_methods, turns_methods},
+    {Py_tp_members, turns_members},
+    {Py_tp_getset, turns_getset},
+    {0, NULL},
+};
+
+static PyType_Spec turns_spec = {
+    .name = "iocp_loop._hot.Turns",
+    .basicsize = sizeof(Turns),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = turns_slots,
+};
+
+int add_turns(PyObject *module)
+{
+    PyObject *time = PyImport_ImportModule("time");
+    if (time == NULL)
+        return -1;
+    monotonic = PyObject_GetAttrString(time, "monotonic");
+    Py_DECREF(time);
+    Queue_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &queue_spec, NULL);
+    Turns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &turns_spec, NULL);
+    if (monotonic == NULL || Queue_type == NULL || Turns_type == NULL)
+        return -1;
+    return PyModule_AddObjectRef(module, "Turns", (PyObject *)Turns_type);
+}

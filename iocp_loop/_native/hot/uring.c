@@ -1,0 +1,369 @@
+/*
+ * The wait and the dispatch of driver uring.  A class in Python inherits from UringTurns first and from the driver that
+ * is written in Python behind it; ports/uring.py tells how it all works.
+ *
+ * The ring is opened and closed in Python, through cffi; what is called here is the one function of a turn, uring_wait,
+ * whose address comes from there.  The batch that it gathers stays in the ring's arrays until the next wait, so that a
+ * dispatch which an exception ended goes on where it was.
+ */
+
+#include "hot.h"
+
+#ifdef __linux__
+
+#include <errno.h>
+#include <math.h>
+#include <time.h>
+
+#include "../linux/uring.h"
+
+typedef int (*wait_function)(uring *ring, int64_t timeout_ns, uint64_t taken);
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *ring_object; /* what cffi knows it by; None while there is no ring */
+    uring *ring;
+    wait_function call;
+    PyObject *in_flight, *ready, *unarmed, *uncancelled, *before_sleep;
+    unsigned long long waits, completions, taken;
+    int next, count; /* of the batch: what is dispatched next, and how many there are */
+    char sleeping, shared;
+    int contended; /* turns in which other threads are to be reckoned with, see block */
+} UringTurns;
+
+/* The longest timeout that is handed to the kernel, ns: about 100 years. */
+static const double LONGEST_NS = 3e18;
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Waiting
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Getting the GIL back took longer than this: another thread runs Python code all the time. */
+static const int64_t CONTENDED_NS = 500000;
+
+/* For so many turns after that, look for completions with the GIL in hand, for so long, before giving it away: who
+ * gives it away gets it back one switch interval later (sys.setswitchinterval), 5 ms. */
+enum { CONTENDED_TURNS = 200, LOOK_NS = 60000 };
+
+static int64_t clock_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* uring_wait without the GIL; `limit` in ns, negative for ever. */
+static int block(UringTurns *self, int64_t limit)
+{
+    int count;
+    uring *ring = self->ring;
+    if (self->contended > 0) {
+        self->contended--;
+        int64_t until = clock_ns() + (limit >= 0 && limit < LOOK_NS ? limit : LOOK_NS);
+        do {
+            count = self->call(ring, 0, ring->serial);
+            if (count != 0)
+                return count;
+        } while (clock_ns() < until);
+    }
+    int64_t returned;
+    Py_BEGIN_ALLOW_THREADS
+    count = self->call(ring, limit, ring->serial);
+    returned = clock_ns();
+    Py_END_ALLOW_THREADS
+    if (clock_ns() - returned > CONTENDED_NS)
+        self->contended = CONTENDED_TURNS;
+    return count;
+}
+
+static int is_true(PyObject *object) { return object == NULL ? 0 : PyObject_IsTrue(object); }
+
+/* Whether a wait must not block, for there is something to do; -1 with an exception. */
+static int busy(UringTurns *self)
+{
+    int answer = is_true(self->ready);
+    if (answer == 0)
+        answer = is_true(self->unarmed);
+    if (answer == 0)
+        answer = is_true(self->uncancelled);
+    if (answer == 0 && self->before_sleep != NULL && self->before_sleep != Py_None) {
+        PyObject *work = PyObject_CallNoArgs(self->before_sleep);
+        answer = work == NULL ? -1 : PyObject_IsTrue(work);
+        Py_XDECREF(work);
+    }
+    return answer;
+}
+
+static int open_ring(UringTurns *self)
+{
+    PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, names.open_ring);
+    Py_XDECREF(done);
+    if (done != NULL && self->ring == NULL)
+        PyErr_SetString(PyExc_RuntimeError, "no ring was opened");
+    return done == NULL || self->ring == NULL ? -1 : 0;
+}
+
+static PyObject *uring_turns_wait(UringTurns *self, PyObject *timeout)
+{
+    int64_t limit = -1;
+    int count;
+    self->waits++;
+    if (self->next < self->count)
+        Py_RETURN_NONE;
+    if (timeout != Py_None) {
+        double seconds = PyFloat_AsDouble(timeout);
+        if (seconds == -1.0 && PyErr_Occurred())
+            return NULL;
+        double ns = ceil(seconds * 1e9);
+        limit = ns <= 0 ? 0 : ns > LONGEST_NS ? (int64_t)LONGEST_NS : (int64_t)ns;
+    }
+    if (self->ring == NULL && open_ring(self) < 0)
+        return NULL;
+    if (limit != 0) {
+        self->sleeping = 1;
+        int work = busy(self);
+        if (work < 0) {
+            self->sleeping = 0;
+            return NULL;
+        }
+        count = work ? self->call(self->ring, 0, self->ring->serial) : block(self, limit);
+        self->sleeping = 0;
+    } else
+        count = self->call(self->ring, 0, self->ring->serial);
+    if (count == -EEXIST) {
+        /* The ring belongs to another thread: to one that ran this loop before. */
+        if (open_ring(self) < 0)
+            return NULL;
+        count = self->call(self->ring, 0, self->ring->serial);
+    }
+    if (count < 0) {
+        errno = -count;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    self->next = 0;
+    self->count = count;
+    self->taken = self->ring->serial;
+    self->completions += (unsigned long long)count;
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Dispatching
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static int call(UringTurns *self, PyObject *method)
+{
+    PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, method);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+static int drain_ready(UringTurns *self)
+{
+    int some = is_true(self->ready);
+    return some <= 0 ? some : call(self, names.drain_ready);
+}
+
+/* One completion: to the receiver of a stream at once, or else to _reap. */
+static int deliver(UringTurns *self, uint64_t token, int64_t result, uint32_t flags, int64_t start)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(token), *op, *done;
+    if (number == NULL)
+        return -1;
+    op = PyDict_GetItemWithError(self->in_flight, number);
+    if (op == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_SetObject(PyExc_KeyError, number);
+        Py_DECREF(number);
+        return -1;
+    }
+    Py_DECREF(number);
+    Py_INCREF(op);
+    if (flags == (URING_MORE | URING_DATA)) {
+        PyObject *data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
+        PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete));
+        PyObject *args[] = {data, Py_None};
+        done = data == NULL || complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
+        Py_XDECREF(complete);
+        Py_XDECREF(data);
+    } else
+        done = PyObject_CallMethod((PyObject *)self, "_reap", "OLIL", op, (long long)result, (unsigned)flags,
+                                   (long long)start);
+    Py_DECREF(op);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+static PyObject *uring_turns_dispatch(UringTurns *self, PyObject *ignored)
+{
+    if (drain_ready(self) < 0)
+        return NULL;
+    while (self->next < self->count) {
+        /* Looked up each time: what is called may close the port. */
+        uring *ring = self->ring;
+        int n = self->next++;
+        if (ring == NULL)
+            break;
+        if (deliver(self, ring->token[n], ring->result[n], ring->flags[n], ring->start[n]) < 0)
+            return NULL;
+    }
+    int left = is_true(self->unarmed);
+    if (left == 0)
+        left = is_true(self->uncancelled);
+    if (left < 0 || (left > 0 && call(self, names.queue_leftovers) < 0))
+        return NULL;
+    if (drain_ready(self) < 0)
+        return NULL;
+    if (self->shared && self->ring != NULL && call(self, names.hand_over) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * What the driver in Python reads and writes
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *get_ring(UringTurns *self, void *ignored)
+{
+    return Py_NewRef(self->ring_object == NULL ? Py_None : self->ring_object);
+}
+
+/* A ring is (its cffi pointer, its address, the address of uring_wait), or None. */
+static int set_ring(UringTurns *self, PyObject *value, void *ignored)
+{
+    if (value == NULL || value == Py_None) {
+        self->ring = NULL;
+        self->next = self->count = 0;
+        Py_CLEAR(self->ring_object);
+        return 0;
+    }
+    PyObject *addresses = PyObject_CallMethod((PyObject *)self, "_addresses", "O", value);
+    unsigned long long ring, function;
+    if (addresses == NULL)
+        return -1;
+    int parsed = PyArg_ParseTuple(addresses, "KK", &ring, &function);
+    Py_DECREF(addresses);
+    if (!parsed)
+        return -1;
+    self->ring = (uring *)(uintptr_t)ring;
+    self->call = (wait_function)(uintptr_t)function;
+    self->next = self->count = 0;
+    Py_XSETREF(self->ring_object, Py_NewRef(value));
+    return 0;
+}
+
+/* What of the batch is left, as the driver in Python would have it. */
+static PyObject *get_batch(UringTurns *self, void *ignored)
+{
+    PyObject *list = PyList_New(0);
+    for (int n = self->next; list != NULL && self->ring != NULL && n < self->count; n++) {
+        uring *ring = self->ring;
+        PyObject *entry = Py_BuildValue("KLIL", (unsigned long long)ring->token[n], (long long)ring->result[n],
+                                        (unsigned)ring->flags[n], (long long)ring->start[n]);
+        if (entry == NULL || PyList_Append(list, entry) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(entry);
+    }
+    return list;
+}
+
+static int set_batch(UringTurns *self, PyObject *value, void *ignored)
+{
+    self->next = self->count; /* an empty one is what the constructor brings */
+    return 0;
+}
+
+static PyObject *get_undispatched(UringTurns *self, void *ignored)
+{
+    return PyBool_FromLong(self->next < self->count);
+}
+
+static int uring_turns_traverse(UringTurns *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->ring_object);
+    Py_VISIT(self->in_flight);
+    Py_VISIT(self->ready);
+    Py_VISIT(self->unarmed);
+    Py_VISIT(self->uncancelled);
+    Py_VISIT(self->before_sleep);
+    return 0;
+}
+
+static int uring_turns_clear(UringTurns *self)
+{
+    Py_CLEAR(self->ring_object);
+    Py_CLEAR(self->in_flight);
+    Py_CLEAR(self->ready);
+    Py_CLEAR(self->unarmed);
+    Py_CLEAR(self->uncancelled);
+    Py_CLEAR(self->before_sleep);
+    return 0;
+}
+
+static void uring_turns_dealloc(UringTurns *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    uring_turns_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef uring_turns_methods[] = {
+    {"wait", (PyCFunction)uring_turns_wait, METH_O, NULL},
+    {"dispatch", (PyCFunction)uring_turns_dispatch, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef uring_turns_members[] = {
+    {"in_flight", T_OBJECT_EX, offsetof(UringTurns, in_flight), 0, NULL},
+    {"ready", T_OBJECT_EX, offsetof(UringTurns, ready), 0, NULL},
+    {"_unarmed", T_OBJECT_EX, offsetof(UringTurns, unarmed), 0, NULL},
+    {"_uncancelled", T_OBJECT_EX, offsetof(UringTurns, uncancelled), 0, NULL},
+    {"before_sleep", T_OBJECT, offsetof(UringTurns, before_sleep), 0, NULL},
+    {"waits", T_ULONGLONG, offsetof(UringTurns, waits), 0, NULL},
+    {"completions", T_ULONGLONG, offsetof(UringTurns, completions), 0, NULL},
+    {"_taken", T_ULONGLONG, offsetof(UringTurns, taken), 0, NULL},
+    {"_sleeping", T_BOOL, offsetof(UringTurns, sleeping), 0, NULL},
+    {"_shared", T_BOOL, offsetof(UringTurns, shared), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef uring_turns_getset[] = {
+    {"_ring", (getter)get_ring, (setter)set_ring, NULL, NULL},
+    {"_batch", (getter)get_batch, (setter)set_batch, NULL, NULL},
+    {"_undispatched", (getter)get_undispatched, (setter)set_batch, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot uring_turns_slots[] = {
+    {Py_tp_doc, (char *)PyDoc_STR("The wait and the dispatch of driver uring.")},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_dealloc, uring_turns_dealloc},
+    {Py_tp_traverse, uring_turns_traverse},
+    {Py_tp_clear, uring_turns_clear},
+    {Py_tp_methods, uring_turns_methods},
+    {Py_tp_members, uring_turns_members},
+    {Py_tp_getset, uring_turns_getset},
+    {0, NULL},
+};
+
+static PyType_Spec uring_turns_spec = {
+    .name = "iocp_loop._hot.UringTurns",
+    .basicsize = sizeof(UringTurns),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = uring_turns_slots,
+};
+
+int add_uring(PyObject *module)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, &uring_turns_spec, NULL);
+    if (type == NULL)
+        return -1;
+    int failed = PyModule_AddObjectRef(module, "UringTurns", type);
+    Py_DECREF(type);
+    return failed;
+}
+
+#endif

@@ -1,0 +1,88 @@
+"""The native tier: C types for what runs with every callback and every message, or None where there are none.
+
+``_native/hot/hot.h`` tells what is in it.  Each of its types has a counterpart in Python of the same shape, which is
+the reference; a class inherits from the one or the other::
+
+    Turns = PythonTurns if hot is None else hot.Turns
+
+It is an extension module of its own beside the binding that cffi makes: it uses CPython's full interface, so it is built
+for one version of Python and may one day fail to build for a new one, and then the drivers must be there all the same.
+
+``IOCP_LOOP_NATIVE=0`` in the environment forces the Python tier, ``1`` makes its absence an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from asyncio import format_helpers
+from typing import Any
+
+__all__ = ["ENVIRONMENT_VARIABLE", "hot", "why_not"]
+
+ENVIRONMENT_VARIABLE = "IOCP_LOOP_NATIVE"
+
+_logger = logging.getLogger("asyncio")
+
+#: The module, or None.
+hot: Any = None
+#: Why there is none; empty if there is.
+why_not = ""
+
+_wanted = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+if _wanted not in ("auto", "0", "1"):
+    raise ImportError(f"{ENVIRONMENT_VARIABLE}={_wanted}: it must be 0 (the Python tier), 1 (the native tier) or unset")
+if _wanted == "0":
+    why_not = f"{ENVIRONMENT_VARIABLE}=0"
+else:
+    try:
+        from . import _hot as hot  # type: ignore[attr-defined,no-redef]  # a compiled module, which mypy does not see
+    except ImportError as _error:
+        why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
+        if _wanted == "1":
+            raise ImportError(f"{ENVIRONMENT_VARIABLE}=1, but {why_not}") from None
+
+
+def report_error(handle: Any, error: BaseException) -> None:
+    """Tell the loop of `handle` that its callback has raised; asyncio's handles say it in the same words."""
+    context = {
+        "message": f"Exception in callback {_describe(handle)}",
+        "exception": error,
+        "handle": handle,
+    }
+    if handle._source_traceback:
+        context["source_traceback"] = handle._source_traceback
+    handle._loop.call_exception_handler(context)
+
+
+def _describe(handle: Any) -> Any:
+    describe: Any = format_helpers._format_callback_source  # type: ignore[attr-defined]  # not in typeshed
+    try:
+        return describe(handle._callback, handle._args, debug=handle._loop.get_debug())
+    except TypeError:  # an older Python, whose function knows no `debug`
+        return describe(handle._callback, handle._args)
+
+
+def run_in_debug(loop: Any, handle: Any) -> None:
+    """Run a handle as BaseEventLoop does it in debug mode, where slow ones are logged; or one of another kind."""
+    if handle._cancelled:
+        return
+    if not loop.get_debug():
+        handle._run()
+        return
+    try:
+        loop._current_handle = handle
+        start = loop.time()
+        handle._run()
+        duration = loop.time() - start
+        if duration >= loop.slow_callback_duration:
+            _logger.warning("Executing %s took %.3f seconds", _format(handle), duration)
+    finally:
+        loop._current_handle = None
+
+
+_format: Any = asyncio.base_events._format_handle  # type: ignore[attr-defined]  # not in typeshed
+
+if hot is not None:
+    hot.set_helpers(report_error, run_in_debug)

@@ -1,0 +1,81 @@
+"""One turn of the driver ``poll``: the wait, and the dispatch of the events.
+
+ports/poll.py tells how it all works.  This is its hot path, which the native tier has in C where there is epoll
+(``_native/hot/epoll.c``): whatever is not plain data for the one stream that receives on a descriptor is left to the
+driver, by ``_dispatch_other``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .. import operations as ops
+from ..native import hot
+from ..operations import READABLE
+from .driver import Driver
+
+__all__ = ["PollTurns", "PythonPollTurns"]
+
+_Base = Driver if TYPE_CHECKING else object
+
+
+class PythonPollTurns(_Base):
+    """What a driver inherits its turn from."""
+
+    _events: Iterator[tuple[int, int]] = iter(())
+    _poller: Any
+    _watches: dict[int, Any]
+    _new: set[int]  # descriptors whose watch is newer than the events
+
+    if TYPE_CHECKING:  # the rest of the driver: PollDriver's
+
+        def _dispatch_other(self, fd: int, watch: Any, events: int) -> None: ...
+        def _receive_data(self, op: ops.ReceiveStream) -> None: ...
+
+    def _use_poller(self) -> None:
+        """Nothing to prepare; the native turn asks for the poller's descriptor here."""
+
+    def wait(self, timeout: float | None) -> None:
+        self.waits += 1
+        self._sleeping = True
+        try:
+            if self.ready or (self.before_sleep is not None and self.before_sleep()):
+                timeout = 0
+            self._events = iter(self._poller.poll(timeout))
+            self._new.clear()
+        finally:
+            self._sleeping = False
+
+    def dispatch(self) -> None:
+        if self.ready:
+            self._drain_ready()
+        watches = self._watches
+        received = 0
+        try:
+            for fd, events in self._events:
+                watch = watches.get(fd)
+                if events == READABLE and watch is not None and watch.stream is not None:
+                    # Without a look at _new: a receive that finds nothing does no harm.
+                    received += 1
+                    self._receive_data(watch.stream)
+                else:
+                    self._dispatch_other(fd, watch, events)
+        finally:
+            self.completions += received
+        if self.ready:
+            self._drain_ready()
+
+
+if TYPE_CHECKING:
+    PollTurns = PythonPollTurns
+elif hot is None or not hasattr(hot, "EpollTurns"):
+    PollTurns = PythonPollTurns
+else:
+    hot.use_operations(ops.Operation, ops.ReceiveStream)
+
+    class PollTurns(hot.EpollTurns):
+        """The native turn, which has to be told which epoll instance to wait for."""
+
+        def _use_poller(self):
+            self._epoll_fd = self._poller.fileno()

@@ -1,0 +1,122 @@
+"""One turn of the driver ``uring``: the wait, and the dispatch of what it has gathered.
+
+ports/uring.py tells how it all works.  This is its hot path, which the native tier has in C (``_native/hot/uring.c``):
+whatever is not the data of a stream that goes on is left to the driver, by ``_reap``.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .. import operations as ops
+from ..native import hot
+from .driver import Driver
+from .uring_binding import ffi, lib
+
+__all__ = ["PythonUringTurns", "UringTurns"]
+
+#: The longest timeout that is handed to the kernel, ns: about 100 years.
+LONGEST_NS = 3_000_000_000_000_000_000
+
+# A completion of a stream that goes on, with data: URING_MORE and URING_DATA of uring.h.
+_STREAM_DATA = 1 | 2
+
+_Base = Driver if TYPE_CHECKING else object
+
+
+class PythonUringTurns(_Base):
+    """What a driver inherits its turn from."""
+
+    _ring: Any  # ``uring *`` of the native module, or None
+    _memory: Any
+    _arrays: tuple[Any, ...]
+    _shared: bool
+    _taken: int  # the serial of the last batch that was taken from the ring
+    _batch: Iterator[tuple[int, int, int, int]]
+    _undispatched: bool  # something of the batch may be left
+    _unarmed: list[ops.Operation]
+    _uncancelled: list[ops.Operation]
+
+    if TYPE_CHECKING:  # the rest of the driver: UringDriver's
+
+        def _open_ring(self) -> None: ...
+        def _queue_leftovers(self) -> None: ...
+        def _hand_over(self) -> None: ...
+        def _reap(self, op: Any, result: int, flags: int, start: int) -> None: ...
+
+    def wait(self, timeout: float | None) -> None:
+        self.waits += 1
+        if self._undispatched:
+            return
+        if self._ring is None:
+            self._open_ring()
+        if timeout is not None and timeout <= 0:
+            count = lib.uring_wait(self._ring, 0, self._taken)
+        else:
+            count = self._sleep(timeout)
+        if count == -errno.EEXIST:
+            self._open_ring()
+            count = lib.uring_wait(self._ring, 0, self._taken)
+        if count > 0:
+            # A signal handler may raise right after any call.  Up to this zip the ring hands the same batch out again;
+            # the assignments after it are not interrupted.
+            self._batch = zip(*[ffi.unpack(array, count) for array in self._arrays])  # noqa: B905 - equal by make
+            self._taken += 1
+            self._undispatched = True
+            self.completions += count
+        elif count < 0:
+            raise OSError(-count, f"io_uring_enter failed: {os.strerror(-count)}")
+
+    def _sleep(self, timeout: float | None) -> int:
+        """uring_wait for at most `timeout` seconds, as somebody whom others can wake."""
+        limit = -1 if timeout is None else min(math.ceil(timeout * 1e9), LONGEST_NS)
+        self._sleeping = True
+        try:
+            busy = self.ready or self._unarmed or self._uncancelled
+            if busy or (self.before_sleep is not None and self.before_sleep()):
+                limit = 0
+            count: int = lib.uring_wait(self._ring, limit, self._taken)
+        finally:
+            self._sleeping = False
+        return count
+
+    def dispatch(self) -> None:
+        if self.ready:
+            self._drain_ready()
+        if self._undispatched:
+            in_flight = self.in_flight
+            memory = self._memory
+            # An iterator: if a completion raises, the rest is still there for the next dispatch.
+            for token, result, flags, start in self._batch:
+                op: Any = in_flight[token]
+                if flags == _STREAM_DATA:
+                    op.complete(memory[start:result], None)
+                else:
+                    self._reap(op, result, flags, start)
+            self._undispatched = False
+        if self._unarmed or self._uncancelled:
+            self._queue_leftovers()
+        if self.ready:
+            self._drain_ready()
+        if self._shared and not self.closed:
+            self._hand_over()
+
+
+if TYPE_CHECKING:
+    UringTurns = PythonUringTurns
+elif hot is None or lib is None:
+    UringTurns = PythonUringTurns
+else:
+    hot.use_operations(ops.Operation, ops.ReceiveStream)
+    _WAIT = int(ffi.cast("uintptr_t", ffi.addressof(lib.library, "uring_wait")))
+
+    class UringTurns(hot.UringTurns):
+        """The native turn, which has to be told where the ring is."""
+
+        @staticmethod
+        def _addresses(ring):
+            return int(ffi.cast("uintptr_t", ring)), _WAIT
