@@ -20,6 +20,7 @@ ffi, lib = _iocp.ffi, _iocp.lib
 
 PENDING = 997  # ERROR_IO_PENDING
 ABORTED = 995  # ERROR_OPERATION_ABORTED
+RETRY = 1237  # ERROR_RETRY
 NOT_FOUND = 1168  # ERROR_NOT_FOUND
 INVALID_PARAMETER = 87
 CONNECTION_REFUSED = {10061, 1225}
@@ -148,6 +149,17 @@ def test_a_cancelled_receive_completes_as_aborted(port: Any, pair: tuple[socket.
     assert lib.iocp_cancel(sub) == 0
     assert reap(port) == [(address(sub), 0, ABORTED)]
     assert lib.iocp_cancel(sub) == NOT_FOUND
+
+
+def test_a_request_that_its_thread_left_behind_says_so(port: Any, pair: tuple[socket.socket, socket.socket]) -> None:
+    # Wine: the thread that made the request ends before it has written the result.
+    sub = ffi.new("iocp_submission *")
+    assert lib.iocp_associate_socket(port, pair[0].fileno(), ffi.new("int *")) == 0
+    assert lib.iocp_receive(pair[0].fileno(), sub, ffi.NULL, 0) == PENDING
+    assert lib.iocp_cancel(sub) == 0
+    time.sleep(0.1)  # now the entry is on the port
+    ffi.cast("uintptr_t *", sub)[0] = 0x103  # STATUS_PENDING, in OVERLAPPED.Internal
+    assert reap(port) == [(address(sub), 0, RETRY)]
 
 
 def test_a_refused_connection_says_so(port: Any) -> None:

@@ -33,6 +33,10 @@ Sends of one socket are carried out in the order of submission, but entries of o
 order, and completions at once overtake older ones that pend.  ``CancelIoEx`` is a request: the entry comes all the
 same, with ERROR_OPERATION_ABORTED or with the result, if that was earlier.
 
+A thread that ends leaves its requests to the port.  But one may come back undone (ERROR_RETRY, see ``iocp.c``; or
+cancelled by nobody), when its thread ended at the wrong moment.  A wait to receive, a poll, an accept is made again
+then; of a send nobody knows how far it got, so that fails.
+
 Ctrl-C ends a wait: a console handler in C posts to every port (see ``_native/windows/iocp.c``).
 
 Manuals, below https://learn.microsoft.com/windows/win32/: ``fileio/i-o-completion-ports``,
@@ -66,6 +70,7 @@ from .iocp_binding import (
     MORE_DATA,
     PENDING,
     PIPE_NOT_CONNECTED,
+    RETRY,
     WSA_INVALID,
     WSA_NOT_A_SOCKET,
     Submission,
@@ -95,6 +100,9 @@ LARGEST_TRANSMISSION = (1 << 31) - 2
 #: A datagram is never larger, bytes.
 LARGEST_DATAGRAM = 65536
 
+#: What a request ends with that nobody cancelled, when its thread has ended.
+_UNDONE = frozenset({ABORTED, RETRY})
+
 _END_OF_STREAM = frozenset({END_OF_FILE, BROKEN_PIPE, PIPE_NOT_CONNECTED})
 
 
@@ -114,6 +122,14 @@ class _Association:
         self.emulated = False  # it belongs to another port
         self.stream = isinstance(handle, socket.socket) and handle.type == socket.SOCK_STREAM
         self.position = 0  # of a file, in bytes, for requests that name none
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _no_object() -> None:
@@ -321,6 +337,13 @@ class IocpDriver(Driver):
             sub.armed = False
             sub.finish(sub, count, code)
 
+    @staticmethod
+    def _left_undone(op: Any, code: int) -> bool:
+        """The request was ended by the end of the thread that made it, and by nothing else: it is to be made again."""
+        if code not in _UNDONE or op.state is not IN_FLIGHT:
+            return False
+        return isinstance(op.handle, int) or op.handle.fileno() == op.fd
+
     def _end(self, sub: Submission, value: Any, code: int = 0) -> None:
         """Deliver the last completion of an operation."""
         if code:
@@ -359,7 +382,7 @@ class IocpDriver(Driver):
     def _receive_once(self, sub: Submission, count: int, code: int) -> None:
         """Something can be received now, or the wait for it has failed."""
         op = sub.op
-        if code:
+        if code and not self._left_undone(op, code):
             self._end(sub, None, code)
             return
         sock: Any = op.handle
@@ -384,7 +407,7 @@ class IocpDriver(Driver):
         if op.state is CANCELLING:
             self._end(sub, None, ABORTED)
             return
-        if code:
+        if code and not self._left_undone(op, code):
             self._end(sub, None, code)
             return
         if op.paused:
@@ -505,14 +528,7 @@ class IocpDriver(Driver):
     def _accepted(self, sub: Submission, count: int, code: int) -> None:
         """A connection has come in, or one has failed: that concerns the connection, and not the listener."""
         op = sub.op
-        value = None
-        if code == 0 and op.handle.fileno() == op.fd:
-            code = lib.iocp_accept_finish(op.fd, sub.native)
-            if code == 0:
-                conn = adopt_accepted(op.handle, sub.native.accepted)
-                value = conn, sub.get_address() or conn.getpeername()
-        if value is None:
-            lib.iocp_close_socket(sub.native.accepted)
+        value = self._accepted_connection(sub, code)
         if value is not None and type(op) is ops.Accept:
             self._end(sub, value)
             return
@@ -538,6 +554,20 @@ class IocpDriver(Driver):
             self.completions += 1
             op.complete(value, None)
 
+    @staticmethod
+    def _accepted_connection(sub: Submission, code: int) -> tuple[socket.socket, Any] | None:
+        """The connection that an accept has brought, and its address; None if it is gone already, or was none."""
+        listener = sub.op.handle
+        if code not in (0, RETRY) or listener.fileno() != sub.op.fd or lib.iocp_accept_finish(sub.op.fd, sub.native):
+            lib.iocp_close_socket(sub.native.accepted)
+            return None
+        conn = adopt_accepted(listener, sub.native.accepted)
+        try:
+            return conn, sub.get_address() or conn.getpeername()
+        except OSError:
+            conn.close()
+            return None
+
     def _start_connect(self, op: ops.Connect, association: _Association) -> None:
         sub = self._take(op, self._connected)
         try:
@@ -557,8 +587,10 @@ class IocpDriver(Driver):
             self._finish(op, None)
 
     def _connected(self, sub: Submission, count: int, code: int) -> None:
-        if code == 0:
-            code = lib.iocp_connect_finish(sub.op.fd)
+        if code in (0, RETRY):
+            undone, code = code == RETRY, lib.iocp_connect_finish(sub.op.fd)
+            if undone and not code and not _has_peer(sub.op.handle):
+                code = RETRY
         error = error_of(code) if code else None
         if error is not None and code != ABORTED:
             error.strerror = f"Connect call failed {sub.op.address}: {error.strerror}"
@@ -586,10 +618,13 @@ class IocpDriver(Driver):
         self._submitted(sub, code, association)
 
     def _received_from(self, sub: Submission, count: int, code: int) -> None:
+        op = sub.op
+        if code and self._left_undone(op, code):
+            self._arm_receive_from(sub, self._associations[op.fd])
+            return
         if code:
             self._end(sub, None, code)
             return
-        op = sub.op
         value: Any = count if hasattr(op, "buffer") else bytes(sub.keep[:count])
         if isinstance(op, (ops.ReceiveFrom, ops.ReceiveFromInto)):
             value = value, sub.get_address()
@@ -598,6 +633,9 @@ class IocpDriver(Driver):
     def _received_datagram(self, sub: Submission, count: int, code: int) -> None:
         """A datagram of a stream; then some more, as long as there are any: a call each, in place of two."""
         op = sub.op
+        if code and self._left_undone(op, code):
+            self._arm(op)
+            return
         if code:
             self._end(sub, None, code)
             return
@@ -708,6 +746,9 @@ class IocpDriver(Driver):
     def _polled(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
         events = lib.iocp_polled(sub.native)
+        if code and self._left_undone(op, code):
+            self._arm_poll(sub)
+            return
         if code == 0 and events & lib.IOCP_CLOSED:
             code = ABORTED if op.state is CANCELLING else INVALID_HANDLE
         if code or op.state is CANCELLING or not op.stream:

@@ -20,6 +20,10 @@
  * Statuses.  An entry carries an NTSTATUS (in OVERLAPPED.Internal).  For sockets it is translated to what Winsock's
  * own functions would have said (WSAECONNRESET, where the general translation says ERROR_NETNAME_DELETED).
  *
+ * A request that its thread left behind.  Windows carries a request on when the thread that made it ends, if the handle
+ * has a port.  Wine has the thread itself write the result; if it ends just then, the entry comes with the status still
+ * pending.  Such a request is given back as ERROR_RETRY: it has not been carried out to the end, and can be made again.
+ *
  * Manuals (https://learn.microsoft.com/windows/win32/...): fileio/i-o-completion-ports, winsock/overlapped-i-o-and-
  * event-objects-2, api/mswsock/nf-mswsock-acceptex, api/mswsock/nc-mswsock-lpfn_connectex, ipc/named-pipes.
  */
@@ -311,7 +315,9 @@ long iocp_wait(iocp_port *port, long long timeout_ns)
             continue; /* it has done its work: the wait is over */
         out[0] = (uintptr_t)overlapped;
         out[1] = entries[n].dwNumberOfBytesTransferred;
-        if (entries[n].lpCompletionKey == IOCP_KEY_SOCKET)
+        if (overlapped->Internal == (ULONG_PTR)STATUS_PENDING)
+            out[2] = ERROR_RETRY;
+        else if (entries[n].lpCompletionKey == IOCP_KEY_SOCKET)
             out[2] = socket_error_of_status((NTSTATUS)overlapped->Internal);
         else
             out[2] = error_of_status((NTSTATUS)overlapped->Internal);
@@ -465,6 +471,7 @@ long iocp_accept(uintptr_t listener, iocp_submission *sub, int family, int type,
     sub->accepted = 0;
     if (s == INVALID_SOCKET)
         return WSAGetLastError();
+    ZeroMemory(sub->area, sizeof sub->area); /* no address, should the entry come without one */
     error = socket_result(!found.accept_ex(listener, s, sub->area, 0, ADDRESS_ROOM, ADDRESS_ROOM, &sub->bytes,
                                            overlapped));
     if (error && error != ERROR_IO_PENDING)
