@@ -50,10 +50,11 @@ class IocpEventLoop(
             asyncio.BaseEventLoop.close(self)  # nothing was opened; without this __del__ would warn of an open loop
             raise
         self._proactor = Proactor(self, carrier)
-        carrier.before_sleep = self._has_work
-        self._use(carrier.wait, carrier.dispatch)
+        self._selector = self._proactor  # BaseEventLoop waits by self._selector.select(timeout)
+        self._use(carrier)
         self._listeners: dict[socket.socket, Listener] = {}
         self._transports = weakref.WeakValueDictionary()
+        self._prepare_quick_calls()
 
     @property
     def driver(self) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import socket
 import weakref
 from collections import deque
@@ -243,13 +244,18 @@ class Proactor:
         if not isinstance(op, _PRECIOUS):
             return
         if error is None:
-            self._keep_unclaimed(op, value)
+            self.keep_value(op, value)
         line = self._lines[op.handle]
         line.ending.discard(op)
         if not line.ending:
             del self._lines[op.handle]
             for go_on in line.waiting:
                 go_on()
+
+    def abandon(self, op: Operation) -> None:
+        """Nobody awaits `op`, which is in flight, any more: ask for its end, and keep what it gets all the same."""
+        op.complete = functools.partial(self._ended_unawaited, op)
+        self._cancel_precious(op)
 
     def _submit_in_turn(self, future: _OperationFuture, op: Operation) -> None:
         """Submit behind cancelled operations on the same handle, or answer with what one of them had got."""
@@ -289,9 +295,10 @@ class Proactor:
         """Keep what `future` got, if whoever awaited it was cancelled in the turn in which it came."""
         got_something = future.done() and not future.cancelled() and future.exception() is None
         if got_something and isinstance(future, _OperationFuture):
-            self._keep_unclaimed(future._op, future.result())
+            self.keep_value(future._op, future.result())
 
-    def _keep_unclaimed(self, op: Operation, value: Any) -> None:
+    def keep_value(self, op: Operation, value: Any) -> None:
+        """Keep `value`, which `op` got when nobody awaited it any more, for the next one of its kind."""
         if isinstance(op, ops.ReceiveInto):
             value = bytes(op.buffer[:value])
         elif isinstance(op, ops.ReceiveFromInto):

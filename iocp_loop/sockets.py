@@ -12,6 +12,7 @@ import ssl
 import weakref
 from typing import Any, TypeVar
 
+from .native import hot
 from .operations import HandleLike, fileno
 from .proactor import Proactor
 from .sendfile import send_file
@@ -33,6 +34,19 @@ class SocketMethods(asyncio.BaseEventLoop):
     _proactor: Proactor
     #: The open transports by descriptor, so that nobody else reads from or writes to what they own.
     _transports: weakref.WeakValueDictionary[int, asyncio.BaseTransport]
+    #: The native tier's way for the plain case (``_native/hot/sockets.c``), or None.
+    _quick: Any = None
+
+    def _prepare_quick_calls(self) -> None:
+        if hot is not None and hasattr(hot, "socket_calls"):
+            self._quick = hot.socket_calls(
+                self,
+                self._proactor,
+                self._proactor.driver,
+                self._proactor._unclaimed.data,
+                self._proactor._lines,
+                self._transports.data,
+            )
 
     def _check_sock(self, sock: socket.socket) -> None:
         if isinstance(sock, ssl.SSLSocket):
@@ -56,6 +70,13 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     async def sock_recv(self, sock: socket.socket, n: int) -> bytes:
         """Receive at most `n` bytes; empty at the end of the stream."""
+        quick = self._quick
+        if quick is not None:
+            got = quick.receive(sock, n)
+            if type(got) is bytes:
+                return got
+            if got is not None:
+                return await got  # type: ignore[no-any-return]  # made in C
         self._check_sock(sock)
         if not self._proactor.claims(sock):
             try:
@@ -101,11 +122,14 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     async def sock_sendall(self, sock: socket.socket, data: Any) -> None:
         """Send all of `data`."""
-        self._check_sock(sock)
-        try:
-            sent = sock.send(data)
-        except _WOULD_BLOCK:
-            sent = 0
+        quick = self._quick
+        sent = None if quick is None else quick.send(sock, data)
+        if sent is None:
+            self._check_sock(sock)
+            try:
+                sent = sock.send(data)
+            except _WOULD_BLOCK:
+                sent = 0
         if type(data) is bytes and sent == len(data):
             return
         view = memoryview(data)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .native import hot
+from .ports.driver import Driver
 
 __all__ = ["PythonTurns", "Turns"]
 
@@ -30,30 +31,18 @@ class _Completions:
         return "<the completions of a turn>"
 
 
-class _Port:
-    """What BaseEventLoop waits in, under the name that it calls."""
-
-    __slots__ = ("_wait",)
-
-    def __init__(self, wait: Callable[[float | None], None]) -> None:
-        self._wait = wait
-
-    def select(self, timeout: float | None) -> tuple[()]:
-        """Wait at most `timeout` seconds for completions, which stay where they are until the dispatch."""
-        self._wait(timeout)
-        return ()
-
-
 class PythonTurns(asyncio.BaseEventLoop):
     """The turn of BaseEventLoop, with completions instead of events."""
 
     _ready: Any  # BaseEventLoop's ready queue
 
-    def _use(self, wait: Callable[[float | None], None], dispatch: Callable[[], None]) -> None:
-        """Wait with the one and deliver with the other, from now on."""
-        self._selector = _Port(wait)
-        self._dispatch = dispatch
-        self._completions = _Completions(dispatch)
+    _selector: Any  # what BaseEventLoop waits in: the proactor, whose `select` is the driver's `wait`
+
+    def _use(self, driver: Driver) -> None:
+        """Wait for and deliver the completions of `driver`, from now on."""
+        driver.before_sleep = self._has_work
+        self._dispatch = driver.dispatch
+        self._completions = _Completions(driver.dispatch)
 
     def _has_work(self) -> bool:
         """True if a callback is ready to run."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from iocp_loop import native
 from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, Operation
 from iocp_loop.ports import DriverUnavailable, availability, make_driver
@@ -28,6 +29,7 @@ if sys.platform != "linux":
     pytest.skip("io_uring exists on Linux only", allow_module_level=True)
 
 uring: Any = importlib.import_module("iocp_loop.ports.uring")
+uring_turns: Any = importlib.import_module("iocp_loop.ports.uring_turns")
 binding: Any = importlib.import_module("iocp_loop.ports.uring_binding")
 
 _state = availability("uring")
@@ -116,6 +118,7 @@ def test_what_was_cancelled_before_the_kernel_saw_it_never_reaches_it(rig: Rig, 
 
 
 @needs_uring
+@pytest.mark.skipif(native.hot is not None, reason="in the native tier nothing can come between: IOCP_LOOP_NATIVE=0")
 def test_an_interrupt_right_after_the_wait_loses_no_completion(
     rig: Rig, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +134,7 @@ def test_an_interrupt_right_after_the_wait_loses_no_completion(
 
     real = binding.ffi
     with monkeypatch.context() as patch:
-        patch.setattr(uring, "ffi", Interrupted())
+        patch.setattr(uring_turns, "ffi", Interrupted())
         with pytest.raises(KeyboardInterrupt):
             rig.until(lambda: False)
     assert rig.value(op) == b"data"

@@ -137,6 +137,7 @@ class PollDriver(PollTurns, Driver):
             events = READABLE
         else:
             raise NotImplementedError(f"the poll driver has no operation {op.kind}")
+        self._adopt_socket_wait(op.fd)
         self._launch(op)
         if kind is ops.Connect:
             try:
@@ -153,6 +154,12 @@ class PollDriver(PollTurns, Driver):
         except OSError:  # epoll refuses regular files too, but no call on one waits: it was made above
             self._retract(op)
             raise
+
+    def _adopt_socket_wait(self, fd: int) -> None:
+        """Before anything else is begun on `fd`: watch here for the receive that the native tier waits for there."""
+        waiting = self._take_socket_wait(fd)
+        if waiting is not None:
+            self._add(waiting, READABLE)
 
     def _attempt(self, op: Operation) -> bool:
         """Make the call of an ordinary operation; True when it is over, well or badly."""

@@ -7,6 +7,7 @@ driver, by ``_dispatch_other``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,10 @@ class PythonPollTurns(_Base):
 
     def _use_poller(self) -> None:
         """Nothing to prepare; the native turn asks for the poller's descriptor here."""
+
+    def _take_socket_wait(self, fd: int) -> ops.Operation | None:
+        """A receive on `fd` that is not known here; only the native tier has such."""
+        return None
 
     def wait(self, timeout: float | None) -> None:
         self.waits += 1
@@ -72,10 +77,14 @@ if TYPE_CHECKING:
 elif hot is None or not hasattr(hot, "EpollTurns"):
     PollTurns = PythonPollTurns
 else:
-    hot.use_operations(ops.Operation, ops.ReceiveStream)
+    hot.use_operations(ops)
 
     class PollTurns(hot.EpollTurns):
         """The native turn, which has to be told which epoll instance to wait for."""
 
         def _use_poller(self):
-            self._epoll_fd = self._poller.fileno()
+            if hasattr(self._poller, "fileno"):
+                self._epoll_fd = self._poller.fileno()
+            else:  # not epoll
+                self.wait = functools.partial(PythonPollTurns.wait, self)
+                self.dispatch = functools.partial(PythonPollTurns.dispatch, self)

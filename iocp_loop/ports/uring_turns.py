@@ -22,6 +22,10 @@ __all__ = ["PythonUringTurns", "UringTurns"]
 #: The longest timeout that is handed to the kernel, ns: about 100 years.
 LONGEST_NS = 3_000_000_000_000_000_000
 
+#: The shortest that is not 0, ns.  By so much the kernel itself lets timers be late (prctl(2), PR_SET_TIMERSLACK), and
+#: to wake once for the timers of so long a time is cheaper than to wake for each.
+SHORTEST_NS = 50_000
+
 # A completion of a stream that goes on, with data: URING_MORE and URING_DATA of uring.h.
 _STREAM_DATA = 1 | 2
 
@@ -73,7 +77,7 @@ class PythonUringTurns(_Base):
 
     def _sleep(self, timeout: float | None) -> int:
         """uring_wait for at most `timeout` seconds, as somebody whom others can wake."""
-        limit = -1 if timeout is None else min(math.ceil(timeout * 1e9), LONGEST_NS)
+        limit = -1 if timeout is None else min(max(math.ceil(timeout * 1e9), SHORTEST_NS), LONGEST_NS)
         self._sleeping = True
         try:
             busy = self.ready or self._unarmed or self._uncancelled
@@ -111,12 +115,15 @@ if TYPE_CHECKING:
 elif hot is None or lib is None:
     UringTurns = PythonUringTurns
 else:
-    hot.use_operations(ops.Operation, ops.ReceiveStream)
-    _WAIT = int(ffi.cast("uintptr_t", ffi.addressof(lib.library, "uring_wait")))
+    hot.use_operations(ops)
+    _FUNCTIONS = [
+        int(ffi.cast("uintptr_t", ffi.addressof(lib.library, name)))
+        for name in ("uring_wait", "uring_prep_receive", "uring_prep_poll")
+    ]
 
     class UringTurns(hot.UringTurns):
-        """The native turn, which has to be told where the ring is."""
+        """The native turn, which has to be told where the ring is, and the functions of the binding that it calls."""
 
         @staticmethod
         def _addresses(ring):
-            return int(ffi.cast("uintptr_t", ring)), _WAIT
+            return int(ffi.cast("uintptr_t", ring)), *_FUNCTIONS

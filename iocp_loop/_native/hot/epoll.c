@@ -18,11 +18,20 @@
 
 enum { BATCH = 1024, SCRATCH_SIZE = 256 * 1024 };
 
+/* A socket that sock_recv waits for.  Its registration stays when the wait is over: next time there is none to make, as
+ * long as the socket is the same.  An event that nobody waits for ends it. */
+struct socket_watch {
+    PyObject *sock; /* a weak reference; NULL: not registered */
+    PyObject *op;   /* the Receive that waits, or NULL */
+};
+
 typedef struct {
     PyObject_HEAD
     int fd; /* of the epoll instance */
-    PyObject *watches, *fresh, *ready, *before_sleep;
-    unsigned long long waits, completions;
+    PyObject *watches, *fresh, *in_flight, *submissions, *ready, *before_sleep;
+    struct socket_watch *sockets; /* by descriptor */
+    int sockets_room;
+    unsigned long long waits, completions, tokens;
     Py_ssize_t stream_slot; /* of a watch */
     int next, count;
     char sleeping;
@@ -41,8 +50,6 @@ static int64_t clock_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
-
-static int is_true(PyObject *object) { return object == NULL ? 0 : PyObject_IsTrue(object); }
 
 /* epoll_wait without the GIL; `limit` in ms, negative for ever. */
 static int block(EpollTurns *self, int limit)
@@ -70,21 +77,20 @@ static int block(EpollTurns *self, int limit)
     return count;
 }
 
-static PyObject *epoll_turns_wait(EpollTurns *self, PyObject *timeout)
+/* Wait at most so many seconds; negative: for ever. */
+static int wait(PyObject *driver, double seconds)
 {
+    EpollTurns *self = (EpollTurns *)driver;
     int limit = -1, count, work, code;
     self->waits++;
-    if (timeout != Py_None) {
-        double seconds = PyFloat_AsDouble(timeout);
-        if (seconds == -1.0 && PyErr_Occurred())
-            return NULL;
+    if (seconds >= 0) {
         double ms = ceil(seconds * 1000); /* rounded up: never early */
-        limit = ms <= 0 ? 0 : ms > INT_MAX ? INT_MAX : (int)ms;
+        limit = ms > INT_MAX ? INT_MAX : (int)ms;
     }
     /* What a dispatch that an exception ended has left is told again: the poller is level-triggered. */
     self->next = self->count = 0;
     self->sleeping = 1;
-    work = limit == 0 ? 1 : is_true(self->ready);
+    work = limit == 0 || has_items(self->ready);
     if (work == 0 && self->before_sleep != NULL && self->before_sleep != Py_None) {
         PyObject *answer = PyObject_CallNoArgs(self->before_sleep);
         work = answer == NULL ? -1 : PyObject_IsTrue(answer);
@@ -92,17 +98,33 @@ static PyObject *epoll_turns_wait(EpollTurns *self, PyObject *timeout)
     }
     if (work < 0) {
         self->sleeping = 0;
-        return NULL;
+        return -1;
     }
     count = work ? epoll_wait(self->fd, self->events, BATCH, 0) : block(self, limit);
     code = errno;
     self->sleeping = 0;
     if (count < 0) {
+        if (code == EINTR)
+            return 0;
         errno = code;
-        return code == EINTR ? Py_NewRef(Py_None) : PyErr_SetFromErrno(PyExc_OSError);
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
     }
     self->count = count;
-    if (self->fresh != NULL && PySet_Clear(self->fresh) < 0)
+    return self->fresh == NULL ? 0 : PySet_Clear(self->fresh);
+}
+
+static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout)
+{
+    double seconds = -1;
+    if (timeout != Py_None) {
+        seconds = PyFloat_AsDouble(timeout);
+        if (seconds == -1.0 && PyErr_Occurred())
+            return NULL;
+        if (seconds < 0)
+            seconds = 0;
+    }
+    if (wait(self, seconds) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -144,6 +166,157 @@ static int receive(EpollTurns *self, PyObject *op)
     return done == NULL ? -1 : 0;
 }
 
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Receive operations of sock_recv (sockets.c)
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyTypeObject *EpollTurns_type;
+
+static int is_weakly(PyObject *reference, PyObject *object)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject *alive;
+    int same = PyWeakref_GetRef(reference, &alive) == 1 && alive == object;
+    Py_XDECREF(alive);
+    return same;
+#else
+    return PyWeakref_GetObject(reference) == object;
+#endif
+}
+
+/* Room for `fd` in the table; NULL with an exception. */
+static struct socket_watch *socket_watch_of(EpollTurns *self, int fd)
+{
+    if (fd >= self->sockets_room) {
+        int room = self->sockets_room ? self->sockets_room : 64;
+        while (room <= fd)
+            room *= 2;
+        struct socket_watch *sockets = self->sockets;
+        PyMem_Resize(sockets, struct socket_watch, (size_t)room);
+        if (sockets == NULL) {
+            PyErr_NoMemory();
+            return NULL;
+        }
+        for (int n = self->sockets_room; n < room; n++)
+            sockets[n].sock = sockets[n].op = NULL;
+        self->sockets = sockets;
+        self->sockets_room = room;
+    }
+    return &self->sockets[fd];
+}
+
+static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
+{
+    EpollTurns *self = (EpollTurns *)driver;
+    if (op == NULL) {
+        PyObject *number = PyLong_FromLong(fd);
+        int watched = number == NULL ? -1 : PyDict_Contains(self->watches, number);
+        Py_XDECREF(number);
+        if (watched < 0)
+            PyErr_Clear();
+        if (watched || self->fd < 0)
+            return 0;
+        return fd >= self->sockets_room || self->sockets[fd].op == NULL
+               || SLOT(self->sockets[fd].op, operation_slots.state) != operation_slots.in_flight;
+    }
+    struct socket_watch *watch = socket_watch_of(self, fd);
+    if (watch == NULL)
+        return -1;
+    PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
+    if (watch->sock == NULL || !is_weakly(watch->sock, sock)) {
+        struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+        PyObject *reference = PyWeakref_NewRef(sock, NULL);
+        if (reference == NULL)
+            return -1;
+        if (epoll_ctl(self->fd, EPOLL_CTL_ADD, fd, &event) < 0
+            && (errno != EEXIST || epoll_ctl(self->fd, EPOLL_CTL_MOD, fd, &event) < 0)) {
+            Py_DECREF(reference);
+            PyErr_SetFromErrno(PyExc_OSError);
+            return -1;
+        }
+        Py_XSETREF(watch->sock, reference);
+    }
+    if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
+        return -1;
+    Py_XSETREF(watch->op, Py_NewRef(op));
+    return 1;
+}
+
+submit_function epoll_submit_function(PyObject *driver)
+{
+    return PyObject_TypeCheck(driver, EpollTurns_type) ? submit_receive : NULL;
+}
+
+/* The socket behind `fd` is ready. */
+static int receive_for_wait(EpollTurns *self, int fd)
+{
+    struct socket_watch *watch = &self->sockets[fd];
+    PyObject *op = watch->op;
+    if (op == NULL || SLOT(op, operation_slots.state) != operation_slots.in_flight) {
+        /* Nobody waits, and the poller would go on telling. */
+        epoll_ctl(self->fd, EPOLL_CTL_DEL, fd, NULL);
+        Py_CLEAR(watch->op);
+        Py_CLEAR(watch->sock);
+        return 0;
+    }
+    PyObject *error = Py_None, *wait = SLOT(op, operation_slots.complete); /* borrowed */
+    PyObject *data = receive_now(fd, PyLong_AsSize_t(SLOT(op, operation_slots.size)));
+    if (data == Py_None) {
+        Py_DECREF(data);
+        return 0;
+    }
+    if (data == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_OSError))
+            return -1;
+        error = take_exception();
+        data = Py_NewRef(Py_None);
+    }
+    watch->op = NULL; /* ours now */
+    Py_XINCREF(wait);
+    self->completions++;
+    int failed = land(op, self->in_flight);
+    if (!failed && wait != NULL && Py_IS_TYPE(wait, SocketWait_type))
+        failed = socket_wait_complete(wait, data, error);
+    else if (!failed && wait != NULL) { /* its coroutine is gone */
+        PyObject *args[] = {data, error};
+        PyObject *done = PyObject_Vectorcall(wait, args, 2, NULL);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(wait);
+    Py_DECREF(op);
+    Py_DECREF(data);
+    if (error != Py_None)
+        Py_DECREF(error);
+    return failed;
+}
+
+/* _take_socket_wait(fd): the Receive that waits there, which the caller takes over, or None.  The registration is
+ * forgotten too; the poller may still have it. */
+static PyObject *take_socket_wait(EpollTurns *self, PyObject *number)
+{
+    long fd = PyLong_AsLong(number);
+    if (fd == -1 && PyErr_Occurred())
+        return NULL;
+    if (fd < 0 || fd >= self->sockets_room || self->sockets[fd].sock == NULL)
+        Py_RETURN_NONE;
+    struct socket_watch *watch = &self->sockets[fd];
+    PyObject *op = watch->op;
+    watch->op = NULL;
+    Py_CLEAR(watch->sock);
+    if (op != NULL && SLOT(op, operation_slots.state) != operation_slots.in_flight)
+        Py_CLEAR(op);
+    return op == NULL ? Py_NewRef(Py_None) : op;
+}
+
+static void forget_sockets(EpollTurns *self)
+{
+    for (int n = 0; n < self->sockets_room; n++) {
+        Py_CLEAR(self->sockets[n].op);
+        Py_CLEAR(self->sockets[n].sock);
+    }
+}
+
 static int deliver(EpollTurns *self, struct epoll_event event)
 {
     PyObject *fd = PyLong_FromLong(event.data.fd), *watch, *stream, *done;
@@ -154,6 +327,10 @@ static int deliver(EpollTurns *self, struct epoll_event event)
     if (watch == NULL && PyErr_Occurred()) {
         Py_DECREF(fd);
         return -1;
+    }
+    if (watch == NULL && event.data.fd < self->sockets_room && self->sockets[event.data.fd].sock != NULL) {
+        Py_DECREF(fd);
+        return receive_for_wait(self, event.data.fd);
     }
     watch = Py_NewRef(watch == NULL ? Py_None : watch);
     if (watch != Py_None && self->stream_slot == 0)
@@ -176,24 +353,35 @@ static int deliver(EpollTurns *self, struct epoll_event event)
 
 static int drain_ready(EpollTurns *self)
 {
-    int some = is_true(self->ready);
-    if (some <= 0)
-        return some;
+    if (!has_items(self->ready))
+        return 0;
     PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, names.drain_ready);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
 
-static PyObject *epoll_turns_dispatch(EpollTurns *self, PyObject *ignored)
+static int dispatch(PyObject *driver)
 {
+    EpollTurns *self = (EpollTurns *)driver;
     if (drain_ready(self) < 0)
-        return NULL;
+        return -1;
     while (self->next < self->count)
         if (deliver(self, self->events[self->next++]) < 0)
-            return NULL;
-    if (drain_ready(self) < 0)
+            return -1;
+    return drain_ready(self);
+}
+
+static PyObject *epoll_turns_dispatch(PyObject *self, PyObject *ignored)
+{
+    if (dispatch(self) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+const struct turn_calls *epoll_calls(PyCFunction function)
+{
+    static const struct turn_calls calls = {wait, dispatch};
+    return function == (PyCFunction)epoll_turns_wait ? &calls : NULL;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +407,10 @@ static int epoll_turns_traverse(EpollTurns *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->watches);
     Py_VISIT(self->fresh);
+    Py_VISIT(self->in_flight);
+    Py_VISIT(self->submissions);
+    for (int n = 0; n < self->sockets_room; n++)
+        Py_VISIT(self->sockets[n].op);
     Py_VISIT(self->ready);
     Py_VISIT(self->before_sleep);
     return 0;
@@ -228,6 +420,9 @@ static int epoll_turns_clear(EpollTurns *self)
 {
     Py_CLEAR(self->watches);
     Py_CLEAR(self->fresh);
+    Py_CLEAR(self->in_flight);
+    Py_CLEAR(self->submissions);
+    forget_sockets(self);
     Py_CLEAR(self->ready);
     Py_CLEAR(self->before_sleep);
     return 0;
@@ -239,13 +434,15 @@ static void epoll_turns_dealloc(EpollTurns *self)
     PyObject_GC_UnTrack(self);
     epoll_turns_clear(self);
     PyMem_Free(self->scratch);
+    PyMem_Free(self->sockets);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
 static PyMethodDef epoll_turns_methods[] = {
-    {"wait", (PyCFunction)epoll_turns_wait, METH_O, NULL},
-    {"dispatch", (PyCFunction)epoll_turns_dispatch, METH_NOARGS, NULL},
+    {"wait", epoll_turns_wait, METH_O, NULL},
+    {"dispatch", epoll_turns_dispatch, METH_NOARGS, NULL},
+    {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -253,6 +450,9 @@ static PyMemberDef epoll_turns_members[] = {
     {"_epoll_fd", T_INT, offsetof(EpollTurns, fd), 0, NULL},
     {"_watches", T_OBJECT_EX, offsetof(EpollTurns, watches), 0, NULL},
     {"_new", T_OBJECT_EX, offsetof(EpollTurns, fresh), 0, NULL},
+    {"in_flight", T_OBJECT_EX, offsetof(EpollTurns, in_flight), 0, NULL},
+    {"submissions", T_OBJECT_EX, offsetof(EpollTurns, submissions), 0, NULL},
+    {"_tokens", T_ULONGLONG, offsetof(EpollTurns, tokens), 0, NULL},
     {"ready", T_OBJECT_EX, offsetof(EpollTurns, ready), 0, NULL},
     {"before_sleep", T_OBJECT, offsetof(EpollTurns, before_sleep), 0, NULL},
     {"waits", T_ULONGLONG, offsetof(EpollTurns, waits), 0, NULL},
@@ -281,12 +481,10 @@ static PyType_Spec epoll_turns_spec = {
 
 int add_epoll(PyObject *module)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &epoll_turns_spec, NULL);
-    if (type == NULL)
+    EpollTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &epoll_turns_spec, NULL);
+    if (EpollTurns_type == NULL)
         return -1;
-    int failed = PyModule_AddObjectRef(module, "EpollTurns", type);
-    Py_DECREF(type);
-    return failed;
+    return PyModule_AddObjectRef(module, "EpollTurns", (PyObject *)EpollTurns_type);
 }
 
 #endif

@@ -4,6 +4,12 @@
  * The C here fills their slots directly instead of running __init__, runs the callback without going through
  * Context.run, and keeps a few freed objects for the next.  A handle that is made from Python, as debug mode does to
  * note where that happened, is initialised by asyncio's code and then no different.
+ *
+ * The garbage collector.  Nearly every handle is dropped by whoever made it, runs once and is gone, and to let the
+ * collector look at each would cost more than to run it.  So a handle is not tracked while its loop has it: the loop,
+ * when it is traversed, visits what its handles refer to as if the references were its own (handle_visit).  When the
+ * loop is done with a handle that somebody else still holds, it is tracked from then on (handle_release): a timer that is
+ * kept in an attribute of the object whose method it calls is a cycle.
  */
 
 #include "hot.h"
@@ -17,7 +23,7 @@ static struct {
 
 static Py_ssize_t place_offset; /* of our own field in a TimerHandle, behind asyncio's slots */
 
-enum { SPARE_LIMIT = 256 };
+enum { SPARE_LIMIT = 1024 };
 
 struct spares {
     PyObject *objects[SPARE_LIMIT];
@@ -45,17 +51,17 @@ static PyObject *allocate(PyTypeObject *type, struct spares *spares)
         return PyObject_Init(spares->objects[--spares->count], type);
     PyObject *self = PyType_GenericAlloc(type, 0);
     if (self != NULL)
-        PyObject_GC_UnTrack(self); /* until its slots are filled */
+        PyObject_GC_UnTrack(self);
     return self;
 }
 
 /* What is left of a spare object is its memory: every slot is NULL. */
-static int keep(PyObject *self, PyTypeObject *type, PyTypeObject *own, struct spares *spares)
+static int keep(PyObject *self, struct spares *spares)
 {
 #ifdef Py_GIL_DISABLED
     return 0;
 #else
-    if (type != own || spares->count == SPARE_LIMIT)
+    if (spares->count == SPARE_LIMIT)
         return 0;
     spares->objects[spares->count++] = self;
     return 1;
@@ -80,13 +86,52 @@ static void clear_slots(PyObject *self, int timed)
 static void handle_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    int timed = PyType_IsSubtype(type, TimerHandle_type);
+    int timed = type == TimerHandle_type;
     PyObject_GC_UnTrack(self);
-    PyObject_ClearWeakRefs(self);
+    if (SLOT(self, type->tp_weaklistoffset) != NULL)
+        PyObject_ClearWeakRefs(self);
     clear_slots(self, timed);
-    if (!keep(self, type, timed ? TimerHandle_type : Handle_type, timed ? &spare_timers : &spare_handles))
+    if (!keep(self, timed ? &spare_timers : &spare_handles))
         type->tp_free(self);
     Py_DECREF(type);
+}
+
+/* The arguments of an untracked handle are untracked too. */
+static int visit_arguments(PyObject *args, visitproc visit, void *arg)
+{
+    if (args == NULL || !PyTuple_CheckExact(args) || PyObject_GC_IsTracked(args)) {
+        Py_VISIT(args);
+        return 0;
+    }
+    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(args); n++)
+        Py_VISIT(PyTuple_GET_ITEM(args, n));
+    return 0;
+}
+
+int handle_visit(PyObject *self, visitproc visit, void *arg)
+{
+    if (!is_own_handle(self) || PyObject_GC_IsTracked(self)) {
+        Py_VISIT(self);
+        return 0;
+    }
+    int stop = visit_arguments(SLOT(self, at.args), visit, arg);
+    if (stop)
+        return stop;
+    Py_VISIT(SLOT(self, at.callback));
+    Py_VISIT(SLOT(self, at.loop));
+    Py_VISIT(SLOT(self, at.context));
+    return 0;
+}
+
+void handle_release(PyObject *self)
+{
+    if (Py_REFCNT(self) > 1 && is_own_handle(self) && !PyObject_GC_IsTracked(self)) {
+        PyObject *args = SLOT(self, at.args); /* borrowed */
+        if (args != NULL && PyTuple_CheckExact(args) && PyTuple_GET_SIZE(args) > 0 && !PyObject_GC_IsTracked(args))
+            PyObject_GC_Track(args);
+        PyObject_GC_Track(self);
+    }
+    Py_DECREF(self);
 }
 
 static int handle_traverse(PyObject *self, visitproc visit, void *arg)
@@ -102,7 +147,7 @@ static int handle_traverse(PyObject *self, visitproc visit, void *arg)
 
 static int handle_clear(PyObject *self)
 {
-    clear_slots(self, PyType_IsSubtype(Py_TYPE(self), TimerHandle_type));
+    clear_slots(self, Py_IS_TYPE(self, TimerHandle_type));
     return 0;
 }
 
@@ -122,6 +167,8 @@ static int fill(PyObject *self, PyObject *loop, PyObject *callback, PyObject *co
         return -1;
     for (Py_ssize_t n = 0; n < count; n++)
         PyTuple_SET_ITEM(arguments, n, Py_NewRef(args[n]));
+    if (count > 0)
+        PyObject_GC_UnTrack(arguments);
     SLOT(self, at.args) = arguments;
     SLOT(self, at.callback) = Py_NewRef(callback);
     SLOT(self, at.loop) = Py_NewRef(loop);
@@ -136,9 +183,7 @@ PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, 
     PyObject *self = allocate(Handle_type, &spare_handles);
     if (self == NULL)
         return NULL;
-    int failed = fill(self, loop, callback, args, count, context);
-    PyObject_GC_Track(self);
-    if (failed)
+    if (fill(self, loop, callback, args, count, context) < 0)
         Py_CLEAR(self);
     return self;
 }
@@ -152,9 +197,7 @@ PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject
     SLOT(self, at.when) = Py_NewRef(when);
     SLOT(self, at.scheduled) = Py_NewRef(Py_False);
     *timer_place(self) = NOWHERE;
-    int failed = fill(self, loop, callback, args, count, context);
-    PyObject_GC_Track(self);
-    if (failed)
+    if (fill(self, loop, callback, args, count, context) < 0)
         Py_CLEAR(self);
     return self;
 }
@@ -213,7 +256,7 @@ static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
     if (SLOT(self, at.cancelled) == Py_True)
         Py_RETURN_NONE;
     PyObject *loop = SLOT(self, at.loop); /* borrowed; `self` keeps it */
-    if (PyObject_TypeCheck(self, TimerHandle_type) && loop != NULL) {
+    if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL) {
         if (PyObject_TypeCheck(loop, Turns_type)) {
             if (turns_forget_timer(loop, self) < 0)
                 return NULL;

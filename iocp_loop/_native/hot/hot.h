@@ -6,6 +6,7 @@
  *   handles.c   Handle and TimerHandle: asyncio's own classes, made and run without a frame of Python
  *   turns.c     Turns: the ready queue, the timers and one turn of the loop      (turns.py)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
+ *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
  *   module.c    puts them together
@@ -34,10 +35,10 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *buffer_updated, *call_exception_handler, *check_callback, *check_closed, *check_thread, *context,
-        *data_received, *dispatch_other, *drain_ready, *end_stream, *fatal_error, *open_ring, *queue_leftovers, *reap,
-        *receive_ended, *receive_into_buffer, *run, *time, *timer_handle_cancelled, *write_otherwise, *write_to_self,
-        *hand_over;
+    PyObject *abandon, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
+        *drain_ready, *end_stream, *fatal_error, *future_blocking, *hand_over, *keep_value, *open_ring,
+        *queue_leftovers, *reap, *receive_ended, *run, *set_result, *time, *timer_handle_cancelled, *write_otherwise,
+        *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
@@ -48,9 +49,12 @@ extern struct helpers {
 
 /* Where the slots of iocp_loop.operations.Operation are. */
 extern struct operation_slots {
-    Py_ssize_t complete, handle, state;
-    PyObject *receive_stream;   /* the type ReceiveStream */
-    Py_ssize_t get_buffer, paused; /* its slots */
+    Py_ssize_t complete, driver_data, fd, handle, key, state, token;
+    PyObject *receive_stream; /* the type ReceiveStream, and its slots */
+    Py_ssize_t get_buffer, paused;
+    PyObject *receive; /* the type Receive, and its slot */
+    Py_ssize_t size;
+    PyObject *new, *in_flight, *done; /* values of `state` */
 } operation_slots;
 
 /* The exception that is set, taken away, as one object with its traceback. */
@@ -81,16 +85,63 @@ extern PyTypeObject *Handle_type, *TimerHandle_type;
 PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context);
 PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
                     PyObject *context);
+/* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
+int handle_visit(PyObject *handle, visitproc visit, void *arg);
+void handle_release(PyObject *handle);
 int handle_is_cancelled(PyObject *handle);
 int handle_run(PyObject *handle);
 size_t *timer_place(PyObject *timer); /* where it stands in the heap of its loop */
 void timer_set_scheduled(PyObject *timer, int scheduled);
 #define NOWHERE SIZE_MAX
 
+/* Whether `object` was made by handles.c, whose types have no subclasses. */
+static inline int is_own_handle(PyObject *object)
+{
+    return Py_IS_TYPE(object, Handle_type) || Py_IS_TYPE(object, TimerHandle_type);
+}
+
 /* turns.c */
 extern PyTypeObject *Turns_type;
 int turns_forget_timer(PyObject *loop, PyObject *timer);
 int turns_in_debug(PyObject *loop);
+
+/* What a turn calls of a native driver, with the driver as the first argument. */
+struct turn_calls {
+    int (*wait)(PyObject *driver, double seconds); /* negative: for ever */
+    int (*dispatch)(PyObject *driver);
+};
+
+/* The calls for the driver that `wait` is a method of, if that is one of ours; else NULL. */
+const struct turn_calls *native_calls(PyObject *wait);
+#ifdef __linux__
+const struct turn_calls *uring_calls(PyCFunction function);
+const struct turn_calls *epoll_calls(PyCFunction function);
+#endif
+
+/* Submit a Receive operation to a native driver.  1: it is in flight; 0: the driver can't take it this way, which with
+ * `op` NULL is only asked; -1: error. */
+typedef int (*submit_function)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
+submit_function native_submit(PyObject *driver); /* NULL if there is none */
+#ifdef __linux__
+submit_function uring_submit_function(PyObject *driver);
+submit_function epoll_submit_function(PyObject *driver);
+#endif
+
+/* The bookkeeping of a submission and of the last completion, as Driver._launch and _land do it. */
+int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);
+int land(PyObject *op, PyObject *in_flight);
+
+#ifndef _WIN32
+/* sockets.c.  Bytes, or None if there is nothing to receive just now. */
+PyObject *receive_now(descriptor fd, size_t size);
+extern PyTypeObject *SocketWait_type;
+int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error);
+PyObject *make_socket_calls(PyObject *module, PyObject *args);
+int add_sockets(PyObject *module);
+#endif
+
+/* Whether a list or a deque has anything in it; both keep their size where var-sized objects do. */
+static inline int has_items(PyObject *object) { return object != NULL && Py_SIZE(object) > 0; }
 
 int add_handles(PyObject *module);
 int add_turns(PyObject *module);

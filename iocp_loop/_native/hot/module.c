@@ -48,6 +48,54 @@ int ends_the_loop(void)
     return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
 }
 
+const struct turn_calls *native_calls(PyObject *wait)
+{
+    const struct turn_calls *calls = NULL;
+    if (!PyCFunction_Check(wait))
+        return NULL;
+#ifdef __linux__
+    calls = uring_calls(PyCFunction_GET_FUNCTION(wait));
+    if (calls == NULL)
+        calls = epoll_calls(PyCFunction_GET_FUNCTION(wait));
+#endif
+    return calls;
+}
+
+submit_function native_submit(PyObject *driver)
+{
+    submit_function submit = NULL;
+#ifdef __linux__
+    submit = uring_submit_function(driver);
+    if (submit == NULL)
+        submit = epoll_submit_function(driver);
+#endif
+    return submit;
+}
+
+int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(token), *kind = (PyObject *)Py_TYPE(op);
+    if (number == NULL || PyDict_SetItem(in_flight, number, op) < 0) {
+        Py_XDECREF(number);
+        return -1;
+    }
+    Py_XSETREF(SLOT(op, operation_slots.token), number);
+    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.in_flight));
+    PyObject *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
+    if (before == NULL && PyErr_Occurred())
+        return -1;
+    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
+    int failed = count == NULL ? -1 : PyDict_SetItem(submissions, kind, count);
+    Py_XDECREF(count);
+    return failed;
+}
+
+int land(PyObject *op, PyObject *in_flight)
+{
+    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.done));
+    return PyDict_DelItem(in_flight, SLOT(op, operation_slots.token));
+}
+
 int enter_context(PyObject *context)
 {
     if (!PyContext_CheckExact(context))
@@ -142,28 +190,51 @@ static PyObject *set_helpers(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *use_operations(PyObject *module, PyObject *args)
+/* use_operations(operations): where its classes have their slots. */
+static PyObject *use_operations(PyObject *module, PyObject *operations)
 {
-    PyObject *operation, *receive_stream;
-    struct operation_slots slots;
-    if (!PyArg_ParseTuple(args, "OO", &operation, &receive_stream))
-        return NULL;
-    slots.complete = slot_offset(operation, "complete");
-    slots.handle = slot_offset(operation, "handle");
-    slots.state = slot_offset(operation, "state");
-    slots.get_buffer = slot_offset(receive_stream, "get_buffer");
-    slots.paused = slot_offset(receive_stream, "paused");
+    static const struct {
+        const char *type, *slot;
+        size_t where;
+    } table[] = {
+        {"Operation", "complete", offsetof(struct operation_slots, complete)},
+        {"Operation", "driver_data", offsetof(struct operation_slots, driver_data)},
+        {"Operation", "fd", offsetof(struct operation_slots, fd)},
+        {"Operation", "handle", offsetof(struct operation_slots, handle)},
+        {"Operation", "key", offsetof(struct operation_slots, key)},
+        {"Operation", "state", offsetof(struct operation_slots, state)},
+        {"Operation", "token", offsetof(struct operation_slots, token)},
+        {"ReceiveStream", "get_buffer", offsetof(struct operation_slots, get_buffer)},
+        {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
+        {"Receive", "size", offsetof(struct operation_slots, size)},
+    };
+    if (operation_slots.receive != NULL)
+        Py_RETURN_NONE;
+    for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
+        PyObject *type = PyObject_GetAttrString(operations, table[n].type);
+        Py_ssize_t offset = type == NULL ? -1 : slot_offset(type, table[n].slot);
+        Py_XDECREF(type);
+        if (offset < 0)
+            return NULL;
+        *(Py_ssize_t *)((char *)&operation_slots + table[n].where) = offset;
+    }
+    operation_slots.new = PyObject_GetAttrString(operations, "NEW");
+    operation_slots.in_flight = PyObject_GetAttrString(operations, "IN_FLIGHT");
+    operation_slots.done = PyObject_GetAttrString(operations, "DONE");
+    operation_slots.receive_stream = PyObject_GetAttrString(operations, "ReceiveStream");
+    operation_slots.receive = PyObject_GetAttrString(operations, "Receive");
     if (PyErr_Occurred())
         return NULL;
-    slots.receive_stream = Py_NewRef(receive_stream);
-    Py_XDECREF(operation_slots.receive_stream);
-    operation_slots = slots;
     Py_RETURN_NONE;
 }
 
 static PyMethodDef module_methods[] = {
     {"set_helpers", set_helpers, METH_VARARGS, "set_helpers(report_error, run_in_debug)"},
-    {"use_operations", use_operations, METH_VARARGS, "use_operations(Operation, ReceiveStream)"},
+    {"use_operations", use_operations, METH_O, "Look up the slots of the classes of iocp_loop.operations."},
+#ifndef _WIN32
+    {"socket_calls", make_socket_calls, METH_VARARGS,
+     "socket_calls(loop, proactor, driver, unclaimed, lines, transports)"},
+#endif
     {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
     {NULL, NULL, 0, NULL},
 };
@@ -182,24 +253,26 @@ static int intern_names(void)
         PyObject **where;
         const char *text;
     } table[] = {
-        {&names.buffer_updated, "buffer_updated"},
-        {&names.call_exception_handler, "call_exception_handler"},
+        {&names.abandon, "abandon"},
         {&names.check_callback, "_check_callback"},
         {&names.check_closed, "_check_closed"},
         {&names.check_thread, "_check_thread"},
         {&names.context, "context"},
+        {&names.create_future, "create_future"},
         {&names.data_received, "data_received"},
-        {&names.dispatch_other, "_dispatch_other"},
+        {&names.done, "done"},
         {&names.drain_ready, "_drain_ready"},
         {&names.end_stream, "_end_stream"},
         {&names.fatal_error, "_fatal_error"},
+        {&names.future_blocking, "_asyncio_future_blocking"},
         {&names.hand_over, "_hand_over"},
+        {&names.keep_value, "keep_value"},
         {&names.open_ring, "_open_ring"},
         {&names.queue_leftovers, "_queue_leftovers"},
         {&names.reap, "_reap"},
         {&names.receive_ended, "_receive_ended"},
-        {&names.receive_into_buffer, "_receive_into_buffer"},
         {&names.run, "run"},
+        {&names.set_result, "set_result"},
         {&names.time, "time"},
         {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
         {&names.write_otherwise, "_write_otherwise"},
@@ -219,6 +292,9 @@ PyMODINIT_FUNC PyInit__hot(void)
     if (module == NULL)
         return NULL;
     if (intern_names() < 0 || check_sockets() < 0 || add_handles(module) < 0 || add_turns(module) < 0
+#ifndef _WIN32
+        || add_sockets(module) < 0
+#endif
 #ifdef __linux__
         || add_uring(module) < 0 || add_epoll(module) < 0
 #endif

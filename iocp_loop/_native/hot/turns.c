@@ -28,7 +28,9 @@ typedef struct {
     size_t timers, heap_room;
     uint64_t serial;
     double resolution; /* of the clock, seconds: a timer that is due within it is due */
-    PyObject *wait, *dispatch;
+    PyObject *driver, *wait, *dispatch;
+    const struct turn_calls *calls; /* of a native driver; NULL: call its methods */
+    PyObject *task_factory;
     char debug, closed, stopping;
 } Turns;
 
@@ -176,7 +178,7 @@ int turns_forget_timer(PyObject *loop, PyObject *timer)
     if (place < self->timers && self->heap[place].handle == timer) {
         take_timer(self, place);
         timer_set_scheduled(timer, 0);
-        Py_DECREF(timer); /* the heap's; whoever cancels has another */
+        handle_release(timer); /* the heap's; whoever cancels has another */
     }
     return 0;
 }
@@ -184,11 +186,11 @@ int turns_forget_timer(PyObject *loop, PyObject *timer)
 static void forget_everything(Turns *self)
 {
     while (self->count > 0)
-        Py_DECREF(pop(self));
+        handle_release(pop(self));
     while (self->timers > 0) {
         PyObject *handle = take_timer(self, self->timers - 1);
         timer_set_scheduled(handle, 0);
-        Py_DECREF(handle);
+        handle_release(handle);
     }
 }
 
@@ -369,7 +371,7 @@ static PyObject *turns_time(Turns *self, PyObject *ignored) { return PyObject_Ca
 
 static PyObject *turns_add_callback(Turns *self, PyObject *handle)
 {
-    if (PyObject_TypeCheck(handle, Handle_type) || PyObject_TypeCheck(handle, TimerHandle_type)) {
+    if (is_own_handle(handle)) {
         if (handle_is_cancelled(handle))
             Py_RETURN_NONE;
     } else {
@@ -395,17 +397,20 @@ static PyObject *turns_timer_handle_cancelled(Turns *self, PyObject *handle) { P
 
 static int wait(Turns *self)
 {
+    double seconds = -1; /* for ever */
     PyObject *timeout, *done;
     if (self->count > 0 || self->stopping)
-        timeout = PyLong_FromLong(0);
+        seconds = 0;
     else if (self->timers > 0) {
-        double time = now(self), seconds;
+        double time = now(self);
         if (time == -1.0 && PyErr_Occurred())
             return -1;
         seconds = self->heap[0].when - time;
-        timeout = PyFloat_FromDouble(seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds);
-    } else
-        timeout = Py_NewRef(Py_None);
+        seconds = seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds;
+    }
+    if (self->calls != NULL)
+        return self->calls->wait(self->driver, seconds);
+    timeout = seconds < 0 ? Py_NewRef(Py_None) : PyFloat_FromDouble(seconds);
     if (timeout == NULL)
         return -1;
     done = PyObject_CallOneArg(self->wait, timeout);
@@ -416,6 +421,8 @@ static int wait(Turns *self)
 
 static int dispatch(Turns *self)
 {
+    if (self->calls != NULL)
+        return self->calls->dispatch(self->driver);
     PyObject *done = PyObject_CallNoArgs(self->dispatch);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
@@ -444,7 +451,7 @@ static int run(Turns *self, PyObject *handle)
     PyObject *done;
     if (handle == Py_None)
         failed = dispatch(self);
-    else if (PyObject_TypeCheck(handle, Handle_type) || PyObject_TypeCheck(handle, TimerHandle_type)) {
+    else if (is_own_handle(handle)) {
         if (handle_is_cancelled(handle))
             failed = 0;
         else if (!self->debug)
@@ -459,7 +466,7 @@ static int run(Turns *self, PyObject *handle)
         failed = done == NULL ? -1 : 0;
         Py_XDECREF(done);
     }
-    Py_DECREF(handle);
+    handle_release(handle);
     return failed;
 }
 
@@ -485,15 +492,72 @@ static PyObject *turns_run_once(Turns *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
-static PyObject *turns_use(Turns *self, PyObject *args)
+static PyObject *turns_use(Turns *self, PyObject *driver)
 {
-    PyObject *wait, *dispatch;
-    if (!PyArg_ParseTuple(args, "OO", &wait, &dispatch))
+    PyObject *wait = PyObject_GetAttrString(driver, "wait");
+    PyObject *dispatch = PyObject_GetAttrString(driver, "dispatch");
+    PyObject *has_work = PyObject_GetAttrString((PyObject *)self, "_has_work");
+    if (wait == NULL || dispatch == NULL || has_work == NULL
+        || PyObject_SetAttrString(driver, "before_sleep", has_work) < 0) {
+        Py_XDECREF(wait);
+        Py_XDECREF(dispatch);
+        Py_XDECREF(has_work);
         return NULL;
-    Py_XSETREF(self->wait, Py_NewRef(wait));
-    Py_XSETREF(self->dispatch, Py_NewRef(dispatch));
+    }
+    Py_DECREF(has_work);
+    self->calls = native_calls(wait);
+    Py_XSETREF(self->driver, Py_NewRef(driver));
+    Py_XSETREF(self->wait, wait);
+    Py_XSETREF(self->dispatch, dispatch);
     Py_RETURN_NONE;
 }
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Futures and tasks: what is asked for with every request of a server
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static PyObject *future_type, *task_type;           /* asyncio.Future and asyncio.Task */
+static PyObject *loop_keyword, *loop_name_keywords; /* ("loop",) and ("loop", "name") */
+static PyObject *slow_create_task;                       /* BaseEventLoop.create_task */
+
+static PyObject *turns_create_future(Turns *self, PyObject *ignored)
+{
+    PyObject *args[] = {(PyObject *)self};
+    return PyObject_Vectorcall(future_type, args, 0, loop_keyword);
+}
+
+/* BaseEventLoop's way for all that is not plain: a task factory, debug mode, keywords that a later Python brings. */
+static PyObject *create_task_slowly(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
+{
+    Py_ssize_t all = count + (kwnames == NULL ? 0 : PyTuple_GET_SIZE(kwnames));
+    PyObject **more = PyMem_New(PyObject *, all + 1), *task;
+    if (more == NULL)
+        return PyErr_NoMemory();
+    more[0] = (PyObject *)self;
+    for (Py_ssize_t n = 0; n < all; n++)
+        more[n + 1] = args[n];
+    task = PyObject_Vectorcall(slow_create_task, more, (size_t)count + 1, kwnames);
+    PyMem_Free(more);
+    return task;
+}
+
+static PyObject *turns_create_task(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
+{
+    if (self->debug || self->closed || (self->task_factory != NULL && self->task_factory != Py_None) || count != 1)
+        return create_task_slowly(self, args, count, kwnames);
+    if (kwnames == NULL) {
+        PyObject *plain[] = {args[0], (PyObject *)self};
+        return PyObject_Vectorcall(task_type, plain, 1, loop_keyword);
+    }
+    /* asyncio.create_task always brings a name. */
+    if (PyTuple_GET_SIZE(kwnames) == 1 && PyTuple_GET_ITEM(kwnames, 0) == PyTuple_GET_ITEM(loop_name_keywords, 1)) {
+        PyObject *named[] = {args[0], (PyObject *)self, args[1]};
+        return PyObject_Vectorcall(task_type, named, 1, loop_name_keywords);
+    }
+    return create_task_slowly(self, args, count, kwnames);
+}
+
+static PyObject *turns_get_debug(Turns *self, PyObject *ignored) { return PyBool_FromLong(self->debug); }
 
 static PyObject *turns_has_work(Turns *self, PyObject *ignored) { return PyBool_FromLong(self->count > 0); }
 
@@ -527,13 +591,15 @@ static PyObject *queue_popleft(Queue *self, PyObject *ignored)
         PyErr_SetString(PyExc_IndexError, "nothing is ready");
         return NULL;
     }
-    return pop(self->loop);
+    PyObject *handle = pop(self->loop);
+    handle_release(Py_NewRef(handle));
+    return handle;
 }
 
 static PyObject *queue_clear(Queue *self, PyObject *ignored)
 {
     while (self->loop->count > 0)
-        Py_DECREF(pop(self->loop));
+        handle_release(pop(self->loop));
     Py_RETURN_NONE;
 }
 
@@ -618,19 +684,25 @@ static int set_debug(Turns *self, PyObject *value, void *ignored)
 static int turns_traverse(Turns *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->driver);
     Py_VISIT(self->wait);
     Py_VISIT(self->dispatch);
-    for (size_t n = 0; n < self->count; n++)
-        Py_VISIT(self->ring[(self->first + n) & (self->room - 1)]);
-    for (size_t n = 0; n < self->timers; n++)
-        Py_VISIT(self->heap[n].handle);
-    return 0;
+    Py_VISIT(self->task_factory);
+    int stop = 0;
+    for (size_t n = 0; !stop && n < self->count; n++)
+        stop = handle_visit(self->ring[(self->first + n) & (self->room - 1)], visit, arg);
+    for (size_t n = 0; !stop && n < self->timers; n++)
+        stop = handle_visit(self->heap[n].handle, visit, arg);
+    return stop;
 }
 
 static int turns_clear(Turns *self)
 {
+    self->calls = NULL;
+    Py_CLEAR(self->driver);
     Py_CLEAR(self->wait);
     Py_CLEAR(self->dispatch);
+    Py_CLEAR(self->task_factory);
     forget_everything(self);
     return 0;
 }
@@ -645,6 +717,8 @@ static void turns_dealloc(Turns *self)
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
+
+static char create_task_doc[400];
 
 static PyMethodDef turns_methods[] = {
     {"call_soon", (PyCFunction)(void (*)(void))turns_call_soon, METH_FASTCALL | METH_KEYWORDS,
@@ -663,15 +737,22 @@ static PyMethodDef turns_methods[] = {
     {"_add_callback", (PyCFunction)turns_add_callback, METH_O, NULL},
     {"_timer_handle_cancelled", (PyCFunction)turns_timer_handle_cancelled, METH_O, NULL},
     {"_run_once", (PyCFunction)turns_run_once, METH_NOARGS, NULL},
-    {"_use", (PyCFunction)turns_use, METH_VARARGS, "_use(wait, dispatch): what a turn waits with, and delivers with."},
+    {"create_future", (PyCFunction)turns_create_future, METH_NOARGS,
+     PyDoc_STR("create_future($self)\n--\n\nA Future of this loop.")},
+    {"get_debug", (PyCFunction)turns_get_debug, METH_NOARGS,
+     PyDoc_STR("get_debug($self)\n--\n\nWhether debug mode is on.")},
+    {"_use", (PyCFunction)turns_use, METH_O, "Wait for and deliver the completions of a driver, from now on."},
     {"_has_work", (PyCFunction)turns_has_work, METH_NOARGS, "Whether a callback is ready to run."},
     {"_forget_callbacks", (PyCFunction)turns_forget, METH_NOARGS, "Drop what is ready and every timer."},
+    /* The signature is that of the running Python; see add_turns. */
+    {"create_task", (PyCFunction)(void (*)(void))turns_create_task, METH_FASTCALL | METH_KEYWORDS, create_task_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef turns_members[] = {
     {"_closed", T_BOOL, offsetof(Turns, closed), 0, NULL},
     {"_stopping", T_BOOL, offsetof(Turns, stopping), 0, NULL},
+    {"_task_factory", T_OBJECT, offsetof(Turns, task_factory), 0, NULL},
     {"_clock_resolution", T_DOUBLE, offsetof(Turns, resolution), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
@@ -702,8 +783,43 @@ static PyType_Spec turns_spec = {
     .slots = turns_slots,
 };
 
+static PyObject *attribute(const char *module, const char *name)
+{
+    PyObject *from = PyImport_ImportModule(module);
+    PyObject *found = from == NULL ? NULL : PyObject_GetAttrString(from, name);
+    Py_XDECREF(from);
+    return found;
+}
+
+/* Write the signature of BaseEventLoop.create_task, which has changed over the versions, where inspect looks for ours. */
+static int describe_create_task(void)
+{
+    static const char start[] = "(self", text[] = "\n--\n\nRun a coroutine as a Task of this loop.";
+    PyObject *loop_type = attribute("asyncio", "BaseEventLoop"), *function = attribute("inspect", "signature");
+    slow_create_task = loop_type == NULL ? NULL : PyObject_GetAttrString(loop_type, "create_task");
+    PyObject *signature =
+        slow_create_task == NULL || function == NULL ? NULL : PyObject_CallOneArg(function, slow_create_task);
+    PyObject *written = signature == NULL ? NULL : PyObject_Str(signature);
+    const char *parameters = written == NULL ? NULL : PyUnicode_AsUTF8(written);
+    if (parameters != NULL && strncmp(parameters, start, sizeof start - 1) == 0)
+        snprintf(create_task_doc, sizeof create_task_doc, "create_task($self%s%s", parameters + sizeof start - 1, text);
+    Py_XDECREF(loop_type);
+    Py_XDECREF(function);
+    Py_XDECREF(signature);
+    Py_XDECREF(written);
+    return parameters == NULL ? -1 : 0;
+}
+
 int add_turns(PyObject *module)
 {
+    future_type = attribute("asyncio", "Future");
+    task_type = attribute("asyncio", "Task");
+    PyObject *loop = PyUnicode_InternFromString("loop"), *name = PyUnicode_InternFromString("name");
+    loop_keyword = Py_BuildValue("(O)", loop);
+    loop_name_keywords = Py_BuildValue("(NN)", loop, name);
+    if (future_type == NULL || task_type == NULL || loop_keyword == NULL || loop_name_keywords == NULL
+        || describe_create_task() < 0)
+        return -1;
     PyObject *time = PyImport_ImportModule("time");
     if (time == NULL)
         return -1;

@@ -13,26 +13,37 @@
 
 #include <errno.h>
 #include <math.h>
+#include <poll.h>
 #include <time.h>
 
 #include "../linux/uring.h"
 
 typedef int (*wait_function)(uring *ring, int64_t timeout_ns, uint64_t taken);
+typedef int (*receive_function)(uring *ring, int fd, uint64_t token, uint32_t size);
+typedef int (*poll_function)(uring *ring, int fd, uint64_t token, uint32_t events);
 
 typedef struct {
     PyObject_HEAD
     PyObject *ring_object; /* what cffi knows it by; None while there is no ring */
     uring *ring;
     wait_function call;
-    PyObject *in_flight, *ready, *unarmed, *uncancelled, *before_sleep;
-    unsigned long long waits, completions, taken;
+    receive_function prepare_receive;
+    poll_function prepare_poll;
+    PyObject *in_flight, *submissions, *ready, *unarmed, *uncancelled, *before_sleep;
+    unsigned long long waits, completions, taken, tokens;
     int next, count; /* of the batch: what is dispatched next, and how many there are */
     char sleeping, shared;
     int contended; /* turns in which other threads are to be reckoned with, see block */
 } UringTurns;
 
+static PyTypeObject *UringTurns_type;
+
 /* The longest timeout that is handed to the kernel, ns: about 100 years. */
 static const double LONGEST_NS = 3e18;
+
+/* The shortest that is not 0.  By so much the kernel itself lets timers be late (prctl(2), PR_SET_TIMERSLACK), and to
+ * wake once for the timers of so long a time is cheaper than to wake for each. */
+enum { SHORTEST_NS = 50000 };
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Waiting
@@ -76,17 +87,11 @@ static int block(UringTurns *self, int64_t limit)
     return count;
 }
 
-static int is_true(PyObject *object) { return object == NULL ? 0 : PyObject_IsTrue(object); }
-
 /* Whether a wait must not block, for there is something to do; -1 with an exception. */
 static int busy(UringTurns *self)
 {
-    int answer = is_true(self->ready);
-    if (answer == 0)
-        answer = is_true(self->unarmed);
-    if (answer == 0)
-        answer = is_true(self->uncancelled);
-    if (answer == 0 && self->before_sleep != NULL && self->before_sleep != Py_None) {
+    int answer = has_items(self->ready) || has_items(self->unarmed) || has_items(self->uncancelled);
+    if (!answer && self->before_sleep != NULL && self->before_sleep != Py_None) {
         PyObject *work = PyObject_CallNoArgs(self->before_sleep);
         answer = work == NULL ? -1 : PyObject_IsTrue(work);
         Py_XDECREF(work);
@@ -103,28 +108,27 @@ static int open_ring(UringTurns *self)
     return done == NULL || self->ring == NULL ? -1 : 0;
 }
 
-static PyObject *uring_turns_wait(UringTurns *self, PyObject *timeout)
+/* Wait at most so many seconds; negative: for ever. */
+static int wait(PyObject *driver, double seconds)
 {
+    UringTurns *self = (UringTurns *)driver;
     int64_t limit = -1;
     int count;
     self->waits++;
     if (self->next < self->count)
-        Py_RETURN_NONE;
-    if (timeout != Py_None) {
-        double seconds = PyFloat_AsDouble(timeout);
-        if (seconds == -1.0 && PyErr_Occurred())
-            return NULL;
+        return 0;
+    if (seconds >= 0) {
         double ns = ceil(seconds * 1e9);
-        limit = ns <= 0 ? 0 : ns > LONGEST_NS ? (int64_t)LONGEST_NS : (int64_t)ns;
+        limit = ns == 0 ? 0 : ns < SHORTEST_NS ? SHORTEST_NS : ns > LONGEST_NS ? (int64_t)LONGEST_NS : (int64_t)ns;
     }
     if (self->ring == NULL && open_ring(self) < 0)
-        return NULL;
+        return -1;
     if (limit != 0) {
         self->sleeping = 1;
         int work = busy(self);
         if (work < 0) {
             self->sleeping = 0;
-            return NULL;
+            return -1;
         }
         count = work ? self->call(self->ring, 0, self->ring->serial) : block(self, limit);
         self->sleeping = 0;
@@ -133,17 +137,33 @@ static PyObject *uring_turns_wait(UringTurns *self, PyObject *timeout)
     if (count == -EEXIST) {
         /* The ring belongs to another thread: to one that ran this loop before. */
         if (open_ring(self) < 0)
-            return NULL;
+            return -1;
         count = self->call(self->ring, 0, self->ring->serial);
     }
     if (count < 0) {
         errno = -count;
-        return PyErr_SetFromErrno(PyExc_OSError);
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
     }
     self->next = 0;
     self->count = count;
     self->taken = self->ring->serial;
     self->completions += (unsigned long long)count;
+    return 0;
+}
+
+static PyObject *uring_turns_wait(PyObject *self, PyObject *timeout)
+{
+    double seconds = -1;
+    if (timeout != Py_None) {
+        seconds = PyFloat_AsDouble(timeout);
+        if (seconds == -1.0 && PyErr_Occurred())
+            return NULL;
+        if (seconds < 0)
+            seconds = 0;
+    }
+    if (wait(self, seconds) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -160,8 +180,95 @@ static int call(UringTurns *self, PyObject *method)
 
 static int drain_ready(UringTurns *self)
 {
-    int some = is_true(self->ready);
-    return some <= 0 ? some : call(self, names.drain_ready);
+    return has_items(self->ready) ? call(self, names.drain_ready) : 0;
+}
+
+/* self._reap(op, result, flags, start) */
+static PyObject *reap(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
+{
+    PyObject *args[] = {(PyObject *)self, op, PyLong_FromLongLong(result), PyLong_FromUnsignedLong(flags),
+                        PyLong_FromLongLong(start)};
+    PyObject *done = NULL;
+    if (args[2] != NULL && args[3] != NULL && args[4] != NULL)
+        done = PyObject_VectorcallMethod(names.reap, args, 5, NULL);
+    for (int n = 2; n < 5; n++)
+        Py_XDECREF(args[n]);
+    return done;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Receive operations of sock_recv (sockets.c)
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* A message of this size or more is not received by the kernel into its pool, piece by piece, but by recv, once a poll
+ * tells that it has come. */
+enum { RECEIVE_BY_POLL = 32 * 1024 };
+
+static int by_poll(PyObject *op)
+{
+    return SLOT(op, operation_slots.driver_data) == Py_True;
+}
+
+static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
+{
+    UringTurns *self = (UringTurns *)driver;
+    if (op == NULL)
+        return self->ring != NULL && !self->shared;
+    if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
+        return -1;
+    int code;
+    if (size >= RECEIVE_BY_POLL) {
+        Py_XSETREF(SLOT(op, operation_slots.driver_data), Py_NewRef(Py_True));
+        code = self->prepare_poll(self->ring, fd, self->tokens, POLLIN);
+    } else
+        code = self->prepare_receive(self->ring, fd, self->tokens, (uint32_t)size);
+    if (code < 0 && PyList_Append(self->unarmed, op) < 0)
+        return -1;
+    return 1;
+}
+
+static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
+{
+    PyObject *data, *error = Py_None, *wait;
+    if (flags & URING_DATA)
+        data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
+    else {
+        data = receive_now(socket_descriptor(SLOT(op, operation_slots.handle)),
+                           PyLong_AsSize_t(SLOT(op, operation_slots.size)));
+        if (data == Py_None && SLOT(op, operation_slots.state) == operation_slots.in_flight) {
+            Py_DECREF(data); /* somebody else was faster */
+            unsigned long long token = PyLong_AsUnsignedLongLong(SLOT(op, operation_slots.token));
+            if (self->prepare_poll(self->ring, socket_descriptor(SLOT(op, operation_slots.handle)), token, POLLIN) < 0)
+                return PyList_Append(self->unarmed, op);
+            return 0;
+        }
+        if (data == Py_None) { /* being cancelled: let the driver say so */
+            Py_DECREF(data);
+            PyObject *done = reap(self, op, -ECANCELED, 0, 0);
+            Py_XDECREF(done);
+            return done == NULL ? -1 : 0;
+        }
+    }
+    if (data == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_OSError))
+            return -1;
+        error = take_exception();
+        data = Py_NewRef(Py_None);
+    }
+    wait = Py_NewRef(SLOT(op, operation_slots.complete));
+    int failed = land(op, self->in_flight);
+    if (!failed)
+        failed = socket_wait_complete(wait, data, error);
+    Py_DECREF(wait);
+    Py_DECREF(data);
+    if (error != Py_None)
+        Py_DECREF(error);
+    return failed;
+}
+
+submit_function uring_submit_function(PyObject *driver)
+{
+    return PyObject_TypeCheck(driver, UringTurns_type) ? submit_receive : NULL;
 }
 
 /* One completion: to the receiver of a stream at once, or else to _reap. */
@@ -186,18 +293,24 @@ static int deliver(UringTurns *self, uint64_t token, int64_t result, uint32_t fl
         done = data == NULL || complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
         Py_XDECREF(complete);
         Py_XDECREF(data);
+    } else if (SLOT(op, operation_slots.complete) != NULL
+               && Py_IS_TYPE(SLOT(op, operation_slots.complete), SocketWait_type)
+               && (flags & URING_DATA || (result >= 0 && by_poll(op)))) {
+        int failed = end_socket_wait(self, op, result, flags, start);
+        Py_DECREF(op);
+        return failed;
     } else
-        done = PyObject_CallMethod((PyObject *)self, "_reap", "OLIL", op, (long long)result, (unsigned)flags,
-                                   (long long)start);
+        done = reap(self, op, result, flags, start);
     Py_DECREF(op);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
 
-static PyObject *uring_turns_dispatch(UringTurns *self, PyObject *ignored)
+static int dispatch(PyObject *driver)
 {
+    UringTurns *self = (UringTurns *)driver;
     if (drain_ready(self) < 0)
-        return NULL;
+        return -1;
     while (self->next < self->count) {
         /* Looked up each time: what is called may close the port. */
         uring *ring = self->ring;
@@ -205,18 +318,28 @@ static PyObject *uring_turns_dispatch(UringTurns *self, PyObject *ignored)
         if (ring == NULL)
             break;
         if (deliver(self, ring->token[n], ring->result[n], ring->flags[n], ring->start[n]) < 0)
-            return NULL;
+            return -1;
     }
-    int left = is_true(self->unarmed);
-    if (left == 0)
-        left = is_true(self->uncancelled);
-    if (left < 0 || (left > 0 && call(self, names.queue_leftovers) < 0))
-        return NULL;
+    if ((has_items(self->unarmed) || has_items(self->uncancelled)) && call(self, names.queue_leftovers) < 0)
+        return -1;
     if (drain_ready(self) < 0)
-        return NULL;
+        return -1;
     if (self->shared && self->ring != NULL && call(self, names.hand_over) < 0)
+        return -1;
+    return 0;
+}
+
+static PyObject *uring_turns_dispatch(PyObject *self, PyObject *ignored)
+{
+    if (dispatch(self) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+const struct turn_calls *uring_calls(PyCFunction function)
+{
+    static const struct turn_calls calls = {wait, dispatch};
+    return function == (PyCFunction)uring_turns_wait ? &calls : NULL;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +351,7 @@ static PyObject *get_ring(UringTurns *self, void *ignored)
     return Py_NewRef(self->ring_object == NULL ? Py_None : self->ring_object);
 }
 
-/* A ring is (its cffi pointer, its address, the address of uring_wait), or None. */
+/* cffi's pointer to a ring, or None.  `_addresses` tells where it is, and where the functions are that we call. */
 static int set_ring(UringTurns *self, PyObject *value, void *ignored)
 {
     if (value == NULL || value == Py_None) {
@@ -238,15 +361,17 @@ static int set_ring(UringTurns *self, PyObject *value, void *ignored)
         return 0;
     }
     PyObject *addresses = PyObject_CallMethod((PyObject *)self, "_addresses", "O", value);
-    unsigned long long ring, function;
+    unsigned long long ring, wait, receive, poll;
     if (addresses == NULL)
         return -1;
-    int parsed = PyArg_ParseTuple(addresses, "KK", &ring, &function);
+    int parsed = PyArg_ParseTuple(addresses, "KKKK", &ring, &wait, &receive, &poll);
     Py_DECREF(addresses);
     if (!parsed)
         return -1;
     self->ring = (uring *)(uintptr_t)ring;
-    self->call = (wait_function)(uintptr_t)function;
+    self->call = (wait_function)(uintptr_t)wait;
+    self->prepare_receive = (receive_function)(uintptr_t)receive;
+    self->prepare_poll = (poll_function)(uintptr_t)poll;
     self->next = self->count = 0;
     Py_XSETREF(self->ring_object, Py_NewRef(value));
     return 0;
@@ -283,6 +408,7 @@ static int uring_turns_traverse(UringTurns *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->ring_object);
     Py_VISIT(self->in_flight);
+    Py_VISIT(self->submissions);
     Py_VISIT(self->ready);
     Py_VISIT(self->unarmed);
     Py_VISIT(self->uncancelled);
@@ -294,6 +420,7 @@ static int uring_turns_clear(UringTurns *self)
 {
     Py_CLEAR(self->ring_object);
     Py_CLEAR(self->in_flight);
+    Py_CLEAR(self->submissions);
     Py_CLEAR(self->ready);
     Py_CLEAR(self->unarmed);
     Py_CLEAR(self->uncancelled);
@@ -311,19 +438,21 @@ static void uring_turns_dealloc(UringTurns *self)
 }
 
 static PyMethodDef uring_turns_methods[] = {
-    {"wait", (PyCFunction)uring_turns_wait, METH_O, NULL},
-    {"dispatch", (PyCFunction)uring_turns_dispatch, METH_NOARGS, NULL},
+    {"wait", uring_turns_wait, METH_O, NULL},
+    {"dispatch", uring_turns_dispatch, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef uring_turns_members[] = {
     {"in_flight", T_OBJECT_EX, offsetof(UringTurns, in_flight), 0, NULL},
+    {"submissions", T_OBJECT_EX, offsetof(UringTurns, submissions), 0, NULL},
     {"ready", T_OBJECT_EX, offsetof(UringTurns, ready), 0, NULL},
     {"_unarmed", T_OBJECT_EX, offsetof(UringTurns, unarmed), 0, NULL},
     {"_uncancelled", T_OBJECT_EX, offsetof(UringTurns, uncancelled), 0, NULL},
     {"before_sleep", T_OBJECT, offsetof(UringTurns, before_sleep), 0, NULL},
     {"waits", T_ULONGLONG, offsetof(UringTurns, waits), 0, NULL},
     {"completions", T_ULONGLONG, offsetof(UringTurns, completions), 0, NULL},
+    {"_tokens", T_ULONGLONG, offsetof(UringTurns, tokens), 0, NULL},
     {"_taken", T_ULONGLONG, offsetof(UringTurns, taken), 0, NULL},
     {"_sleeping", T_BOOL, offsetof(UringTurns, sleeping), 0, NULL},
     {"_shared", T_BOOL, offsetof(UringTurns, shared), 0, NULL},
@@ -358,12 +487,10 @@ static PyType_Spec uring_turns_spec = {
 
 int add_uring(PyObject *module)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &uring_turns_spec, NULL);
-    if (type == NULL)
+    UringTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &uring_turns_spec, NULL);
+    if (UringTurns_type == NULL)
         return -1;
-    int failed = PyModule_AddObjectRef(module, "UringTurns", type);
-    Py_DECREF(type);
-    return failed;
+    return PyModule_AddObjectRef(module, "UringTurns", (PyObject *)UringTurns_type);
 }
 
 #endif

@@ -1,0 +1,452 @@
+/*
+ * sock_recv and sock_sendall, as far as they are quick: for plain sockets, outside debug mode.
+ *
+ * SocketCalls.receive tries at once.  If there is nothing to receive, it returns a SocketWait, which a coroutine awaits: it
+ * submits a Receive operation that it fills in itself, and yields a Future to wait with.  The operation is one like any
+ * other: it stands in the in-flight table, may be cancelled, moves with the loop to another thread.  Whatever is not the
+ * plain case is answered with None, and the caller goes the way in Python (sockets.py, proactor.py), which is the
+ * reference.
+ *
+ * What a wait has got when nobody awaits it any more is not lost: the proactor keeps it (Proactor.abandon, keep_value).
+ */
+
+#include "hot.h"
+
+#ifndef _WIN32
+#include <errno.h>
+#include <sys/socket.h>
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *loop, *proactor, *driver;
+    PyObject *unclaimed, *lines, *transports; /* dicts; a socket in one of them is not for the quick way */
+    submit_function submit;
+} SocketCalls;
+
+typedef struct {
+    PyObject_HEAD
+    SocketCalls *calls;
+    PyObject *sock, *op, *future, *value, *error;
+    size_t size;
+    char begun;
+} SocketWait;
+
+PyTypeObject *SocketWait_type;
+static PyTypeObject *Calls_type;
+static PyObject *socket_class; /* socket.socket; a subclass of it may be more than a socket */
+
+enum { SCRATCH_SIZE = 256 * 1024 };
+static char *scratch; /* one for the process: what is received is copied out before anything else can happen */
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The system's calls
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+PyObject *receive_now(descriptor fd, size_t size)
+{
+    ssize_t count = recv(fd, scratch, size < SCRATCH_SIZE ? size : SCRATCH_SIZE, MSG_DONTWAIT);
+    if (count >= 0)
+        return PyBytes_FromStringAndSize(scratch, count);
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        return Py_NewRef(Py_None);
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
+static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
+{
+    if ((PyObject *)Py_TYPE(sock) != socket_class || turns_in_debug(loop) || !is_socket(sock))
+        return NO_DESCRIPTOR;
+    return socket_descriptor(sock);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The wait
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Make the operation and submit it.  1: done; 0: not here and now; -1: error. */
+static int submit(SocketWait *self)
+{
+    SocketCalls *calls = self->calls;
+    PyTypeObject *type = (PyTypeObject *)operation_slots.receive;
+    PyObject *op = type->tp_alloc(type, 0);
+    if (op == NULL)
+        return -1;
+    descriptor fd = socket_descriptor(self->sock);
+    SLOT(op, operation_slots.handle) = Py_NewRef(self->sock);
+    SLOT(op, operation_slots.fd) = PyLong_FromLong(fd);
+    SLOT(op, operation_slots.key) = Py_NewRef(Py_None);
+    SLOT(op, operation_slots.state) = Py_NewRef(operation_slots.new);
+    SLOT(op, operation_slots.token) = PyLong_FromLong(0);
+    SLOT(op, operation_slots.complete) = Py_NewRef(self);
+    SLOT(op, operation_slots.driver_data) = Py_NewRef(Py_None);
+    SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size);
+    if (SLOT(op, operation_slots.fd) == NULL || SLOT(op, operation_slots.token) == NULL
+        || SLOT(op, operation_slots.size) == NULL) {
+        Py_DECREF(op);
+        return -1;
+    }
+    int done = calls->submit(calls->driver, op, fd, self->size);
+    if (done > 0)
+        Py_XSETREF(self->op, op);
+    else
+        Py_DECREF(op);
+    return done;
+}
+
+/* The operation has ended: `value` or `error`, the other None. */
+int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error)
+{
+    SocketWait *self = (SocketWait *)wait;
+    PyObject *done;
+    if (self->op != NULL) /* part the two, which refer to each other */
+        Py_XSETREF(SLOT(self->op, operation_slots.complete), Py_NewRef(Py_None));
+    int answer = -1;
+    if (self->future != NULL) {
+        done = PyObject_CallMethodNoArgs(self->future, names.done);
+        answer = done == NULL ? -1 : PyObject_IsTrue(done);
+        Py_XDECREF(done);
+        if (answer < 0)
+            return -1;
+    }
+    if (answer == 1) { /* cancelled, and its task has not run yet */
+        if (error == Py_None) {
+            done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, self->op, value, NULL);
+            Py_XDECREF(done);
+            return done == NULL ? -1 : 0;
+        }
+        return 0;
+    }
+    Py_XSETREF(self->value, error == Py_None ? Py_NewRef(value) : NULL);
+    Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
+    if (self->future == NULL)
+        return 0;
+    done = PyObject_CallMethodOneArg(self->future, names.set_result, Py_None);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* As the `complete` of its operation, when that is called from Python. */
+static PyObject *wait_call(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    PyObject *value, *error;
+    if (!PyArg_ParseTuple(args, "OO", &value, &error) || socket_wait_complete(self, value, error) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* The answer of an operation that has ended. */
+static PySendResult answer(SocketWait *self, PyObject **result)
+{
+    Py_CLEAR(self->future);
+    if (self->error == NULL) {
+        *result = self->value;
+        self->value = NULL;
+        if (*result == NULL)
+            PyErr_SetString(PyExc_RuntimeError, "the wait for a socket went on before it had ended");
+        return *result == NULL ? PYGEN_ERROR : PYGEN_RETURN;
+    }
+    PyErr_SetObject((PyObject *)Py_TYPE(self->error), self->error);
+    Py_CLEAR(self->error);
+    *result = NULL;
+    return PYGEN_ERROR;
+}
+
+static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **result)
+{
+    *result = NULL;
+    if (self->begun)
+        return answer(self, result);
+    self->begun = 1;
+    PyObject *args[] = {self->calls->loop};
+    self->future = PyObject_VectorcallMethod(names.create_future, args, 1, NULL);
+    if (self->future == NULL)
+        return PYGEN_ERROR;
+    int done = submit(self);
+    if (done == 0)
+        PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
+    if (done <= 0)
+        return PYGEN_ERROR;
+    /* What a Future does when it is awaited: its task asks for this. */
+    if (PyObject_SetAttr(self->future, names.future_blocking, Py_True) < 0)
+        return PYGEN_ERROR;
+    *result = Py_NewRef(self->future);
+    return PYGEN_NEXT;
+}
+
+static PyObject *wait_next(SocketWait *self)
+{
+    PyObject *result;
+    switch (wait_send(self, Py_None, &result)) {
+    case PYGEN_NEXT:
+        return result;
+    case PYGEN_RETURN: {
+        PyObject *stop = PyObject_CallOneArg(PyExc_StopIteration, result);
+        Py_DECREF(result);
+        if (stop != NULL)
+            PyErr_SetObject(PyExc_StopIteration, stop);
+        Py_XDECREF(stop);
+        return NULL;
+    }
+    default:
+        return NULL;
+    }
+}
+
+static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wait_next(self); }
+
+/* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
+static int abandon(SocketWait *self)
+{
+    PyObject *done = Py_None, *op = self->op;
+    Py_XINCREF(op);
+    if (self->value != NULL && op != NULL) {
+        done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, op, self->value, NULL);
+        Py_CLEAR(self->value);
+    } else if (op != NULL
+               && SLOT(op, operation_slots.complete) == (PyObject *)self)
+        done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
+    if (done != Py_None)
+        Py_XDECREF(done);
+    Py_XDECREF(op);
+    Py_CLEAR(self->op);
+    Py_CLEAR(self->future);
+    return done == NULL ? -1 : 0;
+}
+
+static PyObject *wait_throw(SocketWait *self, PyObject *args)
+{
+    PyObject *type, *value = NULL, *traceback = NULL;
+    if (!PyArg_ParseTuple(args, "O|OO", &type, &value, &traceback) || abandon(self) < 0)
+        return NULL;
+    if (PyExceptionInstance_Check(type))
+        PyErr_SetObject((PyObject *)Py_TYPE(type), type);
+    else
+        PyErr_SetObject(type, value == Py_None ? NULL : value);
+    return NULL;
+}
+
+static PyObject *wait_close(SocketWait *self, PyObject *ignored)
+{
+    if (abandon(self) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *itself(PyObject *self) { return Py_NewRef(self); }
+
+static int wait_traverse(SocketWait *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->calls);
+    Py_VISIT(self->sock);
+    Py_VISIT(self->op);
+    Py_VISIT(self->future);
+    Py_VISIT(self->value);
+    Py_VISIT(self->error);
+    return 0;
+}
+
+static int wait_clear(SocketWait *self)
+{
+    Py_CLEAR(self->calls);
+    Py_CLEAR(self->sock);
+    Py_CLEAR(self->op);
+    Py_CLEAR(self->future);
+    Py_CLEAR(self->value);
+    Py_CLEAR(self->error);
+    return 0;
+}
+
+static void wait_dealloc(SocketWait *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    wait_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef wait_methods[] = {
+    {"send", (PyCFunction)wait_send_method, METH_O, NULL},
+    {"throw", (PyCFunction)wait_throw, METH_VARARGS, NULL},
+    {"close", (PyCFunction)wait_close, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot wait_slots[] = {
+    {Py_tp_doc, (char *)PyDoc_STR("A coroutine's wait for a socket.")},
+    {Py_tp_dealloc, wait_dealloc},
+    {Py_tp_traverse, wait_traverse},
+    {Py_tp_clear, wait_clear},
+    {Py_tp_call, wait_call},
+    {Py_tp_methods, wait_methods},
+    {Py_tp_iter, itself},
+    {Py_tp_iternext, wait_next},
+    {Py_am_await, itself},
+    {Py_am_send, wait_send},
+    {0, NULL},
+};
+
+static PyType_Spec wait_spec = {
+    .name = "iocp_loop._hot.SocketWait",
+    .basicsize = sizeof(SocketWait),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = wait_slots,
+};
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The calls
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* receive(sock, n): bytes; or a SocketWait to await; or None, for the way in Python. */
+static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "receive() takes a socket and a size");
+        return NULL;
+    }
+    PyObject *sock = args[0];
+    descriptor fd = plain_descriptor(self->loop, sock);
+    if (fd == NO_DESCRIPTOR || !PyLong_CheckExact(args[1]) || PyDict_GET_SIZE(self->unclaimed) > 0
+        || PyDict_GET_SIZE(self->lines) > 0)
+        Py_RETURN_NONE;
+    Py_ssize_t size = PyLong_AsSsize_t(args[1]);
+    if (size <= 0) {
+        PyErr_Clear(); /* too large; Python's way says what it thinks of that */
+        Py_RETURN_NONE;
+    }
+    PyObject *data = receive_now(fd, (size_t)size);
+    if (data != Py_None)
+        return data;
+    PyObject *number = PyLong_FromLong(fd);
+    int owned = number == NULL ? -1 : PyDict_Contains(self->transports, number);
+    Py_XDECREF(number);
+    if (owned < 0) {
+        Py_DECREF(data);
+        return NULL;
+    }
+    if (owned || !self->submit(self->driver, NULL, fd, 0))
+        return data; /* None */
+    Py_DECREF(data);
+    SocketWait *wait = PyObject_GC_New(SocketWait, SocketWait_type);
+    if (wait == NULL)
+        return NULL;
+    wait->calls = (SocketCalls *)Py_NewRef(self);
+    wait->sock = Py_NewRef(sock);
+    wait->op = wait->future = wait->value = wait->error = NULL;
+    wait->size = (size_t)size;
+    wait->begun = 0;
+    PyObject_GC_Track(wait);
+    return (PyObject *)wait;
+}
+
+/* send(sock, data): how many bytes the system has taken, perhaps 0; or None, for the way in Python. */
+static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "send() takes a socket and data");
+        return NULL;
+    }
+    descriptor fd = plain_descriptor(self->loop, args[0]);
+    if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
+        Py_RETURN_NONE;
+    ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), (size_t)PyBytes_GET_SIZE(args[1]), MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent >= 0)
+        return PyLong_FromSsize_t(sent);
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        return PyLong_FromLong(0);
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static int calls_traverse(SocketCalls *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->loop);
+    Py_VISIT(self->proactor);
+    Py_VISIT(self->driver);
+    Py_VISIT(self->unclaimed);
+    Py_VISIT(self->lines);
+    Py_VISIT(self->transports);
+    return 0;
+}
+
+static int calls_clear(SocketCalls *self)
+{
+    Py_CLEAR(self->loop);
+    Py_CLEAR(self->proactor);
+    Py_CLEAR(self->driver);
+    Py_CLEAR(self->unclaimed);
+    Py_CLEAR(self->lines);
+    Py_CLEAR(self->transports);
+    return 0;
+}
+
+static void calls_dealloc(SocketCalls *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    calls_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef calls_methods[] = {
+    {"receive", (PyCFunction)(void (*)(void))calls_receive, METH_FASTCALL, NULL},
+    {"send", (PyCFunction)(void (*)(void))calls_send, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot calls_slots[] = {
+    {Py_tp_doc, (char *)PyDoc_STR("The quick part of a loop's calls on sockets.")},
+    {Py_tp_dealloc, calls_dealloc},
+    {Py_tp_traverse, calls_traverse},
+    {Py_tp_clear, calls_clear},
+    {Py_tp_methods, calls_methods},
+    {0, NULL},
+};
+
+static PyType_Spec calls_spec = {
+    .name = "iocp_loop._hot.SocketCalls",
+    .basicsize = sizeof(SocketCalls),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = calls_slots,
+};
+
+/* socket_calls(loop, proactor, driver, unclaimed, lines, transports), the last three dicts; None if the driver has no
+ * quick way. */
+PyObject *make_socket_calls(PyObject *module, PyObject *args)
+{
+    PyObject *loop, *proactor, *driver, *unclaimed, *lines, *transports;
+    if (!PyArg_ParseTuple(args, "OOOO!O!O!", &loop, &proactor, &driver, &PyDict_Type, &unclaimed, &PyDict_Type, &lines,
+                          &PyDict_Type, &transports))
+        return NULL;
+    submit_function submit = native_submit(driver);
+    if (submit == NULL || operation_slots.receive == NULL)
+        Py_RETURN_NONE;
+    SocketCalls *self = PyObject_GC_New(SocketCalls, Calls_type);
+    if (self == NULL)
+        return NULL;
+    self->loop = Py_NewRef(loop);
+    self->proactor = Py_NewRef(proactor);
+    self->driver = Py_NewRef(driver);
+    self->unclaimed = Py_NewRef(unclaimed);
+    self->lines = Py_NewRef(lines);
+    self->transports = Py_NewRef(transports);
+    self->submit = submit;
+    PyObject_GC_Track(self);
+    return (PyObject *)self;
+}
+
+int add_sockets(PyObject *module)
+{
+    PyObject *from = PyImport_ImportModule("socket");
+    socket_class = from == NULL ? NULL : PyObject_GetAttrString(from, "socket");
+    Py_XDECREF(from);
+    scratch = PyMem_Malloc(SCRATCH_SIZE);
+    SocketWait_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &wait_spec, NULL);
+    Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
+    return socket_class == NULL || scratch == NULL || SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
+}
+
+#endif
