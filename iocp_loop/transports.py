@@ -95,13 +95,14 @@ class FlowControl(transports._FlowControlMixin):
 class PythonStream(FlowControl):
     """The way of one message in and out.  The native tier has it in C (``_native/hot/streams.c``)."""
 
-    __slots__ = ("_context", "_direct", "_protocol", "_sock")
+    __slots__ = ("_closing", "_context", "_direct", "_paused", "_protocol", "_sock")
 
     if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
         _context: contextvars.Context | DebugContext
         _direct: bool
         _sock: socket.socket
 
+        def _copy_to_protocol(self, data: memoryview) -> None: ...
         def _enqueue(self, buffers: Iterable[Any]) -> None: ...
         def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
         def _receive_ended(self, error: OSError | None) -> None: ...
@@ -134,6 +135,38 @@ class PythonStream(FlowControl):
         except BaseException as exc:
             self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")
 
+    def _received_into(self, value: bytes | int, error: OSError | None) -> None:
+        """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
+        if not value:
+            self._receive_ended(error)
+        elif type(value) is int:
+            self._buffer_updated(value)
+        else:
+            self._copy_to_protocol(memoryview(cast("bytes", value)))
+
+    def _buffer_updated(self, count: int) -> None:
+        try:
+            self._context.run(self._protocol.buffer_updated, count)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.buffer_updated() call failed.")
+
+    def _get_buffer_of_protocol(self, size_hint: int = -1) -> memoryview | None:
+        """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
+        if self._paused or self._closing:
+            return None
+        try:
+            view = ops.writable_view(self._context.run(self._protocol.get_buffer, size_hint))
+            if not view.nbytes:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self._fatal_error(exc, "Fatal error: protocol.get_buffer() call failed.")
+            return None
+        return view
+
 
 if TYPE_CHECKING:
     Stream = PythonStream
@@ -152,13 +185,11 @@ class SocketTransport(Stream):
         "__weakref__",
         "_at_eof",
         "_buffered",
-        "_closing",
         "_eof_asked",
         "_file",
         "_finished",
         "_held",
         "_lost",
-        "_paused",
         "_peername",
         "_proactor",
         "_queue",
@@ -296,15 +327,6 @@ class SocketTransport(Stream):
         else:
             receive.complete = self._received
 
-    def _received_into(self, value: bytes | int, error: OSError | None) -> None:
-        """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
-        if not value:
-            self._receive_ended(error)
-        elif type(value) is int:
-            self._buffer_updated(value)
-        else:
-            self._copy_to_protocol(memoryview(cast("bytes", value)))
-
     def _received_while_paused(self, value: Any, error: OSError | None) -> None:
         self._held += ((value, error),)
 
@@ -326,6 +348,7 @@ class SocketTransport(Stream):
         while data and not self._closing:
             if self._paused:
                 self._held = ((bytes(data), None), *self._held)
+                self._choose_receiver()
                 return
             buffer = self._get_buffer_of_protocol(len(data))
             if buffer is None:
@@ -333,30 +356,7 @@ class SocketTransport(Stream):
             count = min(len(data), buffer.nbytes)
             buffer[:count] = data[:count]
             data = data[count:]
-            self._buffer_updated(count)
-
-    def _buffer_updated(self, count: int) -> None:
-        try:
-            self._context.run(self._protocol.buffer_updated, count)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.buffer_updated() call failed.")
-
-    def _get_buffer_of_protocol(self, size_hint: int = -1) -> memoryview | None:
-        """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
-        if self._paused or self._closing:
-            return None
-        try:
-            view = ops.writable_view(self._context.run(self._protocol.get_buffer, size_hint))
-            if not view.nbytes:
-                raise RuntimeError("get_buffer() returned an empty buffer")
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.get_buffer() call failed.")
-            return None
-        return view
+            self._received_into(count, None)
 
     def _end_of_stream(self) -> None:
         try:

@@ -150,6 +150,7 @@ class UringDriver(UringTurns, Driver):
         if reason is not None:
             raise DriverUnavailable(reason)
         super().__init__(concurrency)
+        self._use_stream(_Stream)
         self._shared = concurrency > 1
         self._ring = None
         self._memory: Any = b""  # the pool, as one buffer

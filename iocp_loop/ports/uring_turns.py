@@ -52,6 +52,10 @@ class PythonUringTurns(_Base):
         def _hand_over(self) -> None: ...
         def _reap(self, op: Any, result: int, flags: int, start: int) -> None: ...
 
+    @staticmethod
+    def _use_stream(kind: type) -> None:
+        """Nothing to prepare; the native turn looks at what the driver keeps for a stream."""
+
     def wait(self, timeout: float | None) -> None:
         self.waits += 1
         if self._undispatched:

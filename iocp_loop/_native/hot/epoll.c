@@ -134,12 +134,19 @@ static int receive(EpollTurns *self, PyObject *op)
 {
     PyObject *sock = SLOT(op, operation_slots.handle), *done, *data, *complete; /* `sock` is borrowed */
     PyObject *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
-    if ((get_buffer != NULL && get_buffer != Py_None) || sock == NULL || !is_socket(sock)) {
+    if (sock == NULL || !is_socket(sock)) {
         done = PyObject_CallMethod((PyObject *)self, "_receive_data", "O", op);
         Py_XDECREF(done);
         return done == NULL ? -1 : 0;
     }
-    ssize_t count = recv(socket_descriptor(sock), self->scratch, SCRATCH_SIZE, MSG_DONTWAIT);
+    ssize_t count;
+    int lent = get_buffer != NULL && get_buffer != Py_None;
+    if (lent) {
+        count = receive_into(socket_descriptor(sock), get_buffer);
+        if (count == NO_BUFFER)
+            return PyErr_Occurred() ? -1 : 0;
+    } else
+        count = recv(socket_descriptor(sock), self->scratch, SCRATCH_SIZE, MSG_DONTWAIT);
     if (count < 0) {
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
             return 0;
@@ -150,7 +157,7 @@ static int receive(EpollTurns *self, PyObject *op)
         Py_XDECREF(done);
         return done == NULL ? -1 : 0;
     }
-    data = PyBytes_FromStringAndSize(self->scratch, count);
+    data = lent ? PyLong_FromSsize_t(count) : PyBytes_FromStringAndSize(self->scratch, count);
     if (data == NULL)
         return -1;
     if (count == 0)

@@ -35,8 +35,8 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *abandon, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
-        *drain_ready, *end_stream, *fatal_error, *future_blocking, *hand_over, *keep_value, *open_ring,
+    PyObject *abandon, *buffer_updated, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
+        *drain_ready, *end_stream, *fatal_error, *future_blocking, *get_buffer, *go_on, *hand_over, *keep_value, *open_ring,
         *queue_leftovers, *reap, *receive_ended, *run, *set_result, *time, *timer_handle_cancelled, *write_otherwise,
         *write_to_self;
 } names;
@@ -134,6 +134,11 @@ int land(PyObject *op, PyObject *in_flight);
 #ifndef _WIN32
 /* sockets.c.  Bytes, or None if there is nothing to receive just now. */
 PyObject *receive_now(descriptor fd, size_t size);
+/* recv as much as there is; -1 with errno.  `data` is set if there is some. */
+ssize_t receive_to_scratch(descriptor fd, PyObject **data);
+/* recv into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or without. */
+ssize_t receive_into(descriptor fd, PyObject *get_buffer);
+enum { NO_BUFFER = -2 };
 extern PyTypeObject *SocketWait_type;
 int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error);
 PyObject *make_socket_calls(PyObject *module, PyObject *args);

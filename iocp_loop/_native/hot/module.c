@@ -254,6 +254,7 @@ static int intern_names(void)
         const char *text;
     } table[] = {
         {&names.abandon, "abandon"},
+        {&names.buffer_updated, "buffer_updated"},
         {&names.check_callback, "_check_callback"},
         {&names.check_closed, "_check_closed"},
         {&names.check_thread, "_check_thread"},
@@ -265,6 +266,8 @@ static int intern_names(void)
         {&names.end_stream, "_end_stream"},
         {&names.fatal_error, "_fatal_error"},
         {&names.future_blocking, "_asyncio_future_blocking"},
+        {&names.get_buffer, "get_buffer"},
+        {&names.go_on, "_go_on"},
         {&names.hand_over, "_hand_over"},
         {&names.keep_value, "keep_value"},
         {&names.open_ring, "_open_ring"},

@@ -52,6 +52,29 @@ PyObject *receive_now(descriptor fd, size_t size)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
+ssize_t receive_to_scratch(descriptor fd, PyObject **data)
+{
+    ssize_t count = recv(fd, scratch, SCRATCH_SIZE, MSG_DONTWAIT);
+    *data = count > 0 ? PyBytes_FromStringAndSize(scratch, count) : NULL;
+    return count;
+}
+
+ssize_t receive_into(descriptor fd, PyObject *get_buffer)
+{
+    Py_buffer view;
+    PyObject *buffer = PyObject_CallNoArgs(get_buffer);
+    if (buffer == NULL || buffer == Py_None || PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) < 0) {
+        Py_XDECREF(buffer);
+        return NO_BUFFER;
+    }
+    ssize_t count = recv(fd, view.buf, (size_t)view.len, MSG_DONTWAIT);
+    int code = errno;
+    PyBuffer_Release(&view);
+    Py_DECREF(buffer);
+    errno = code;
+    return count;
+}
+
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {

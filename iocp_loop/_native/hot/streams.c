@@ -18,6 +18,7 @@
 struct stream {
     PyObject *sock, *protocol, *context;
     char direct;  /* write may send at once: nothing is queued, nothing has ended */
+    char paused, closing;
     char by_call; /* `sock` is a real socket, so that its descriptor can be used */
 };
 
@@ -144,6 +145,128 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+ * The same for a BufferedProtocol
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* protocol.method(argument) in the context of the connection. */
+static PyObject *ask(struct stream *stream, PyObject *method, PyObject *argument)
+{
+    PyObject *context = Py_NewRef(stream->context), *result = NULL;
+    PyObject *callable = PyObject_GetAttr(stream->protocol, method);
+    if (callable != NULL)
+        result = call_in_context(context, callable, &argument, 1);
+    Py_XDECREF(callable);
+    Py_DECREF(context);
+    return result;
+}
+
+/* Get a buffer of the protocol for `hint` bytes.  1: here it is, to be released; 0: the protocol has failed to give one,
+ * and was told; -1: error. */
+static int get_buffer(PyObject *self, Py_ssize_t hint, Py_buffer *view)
+{
+    struct stream *stream = stream_of(self);
+    PyObject *size = PyLong_FromSsize_t(hint);
+    PyObject *buffer = size == NULL ? NULL : ask(stream, names.get_buffer, size);
+    int failed = buffer == NULL || PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE) < 0;
+    Py_XDECREF(size);
+    Py_XDECREF(buffer);
+    if (!failed && (view->readonly || view->len == 0)) {
+        if (view->readonly)
+            PyErr_SetString(PyExc_TypeError, "a writable buffer is needed, this one is read-only");
+        else
+            PyErr_SetString(PyExc_RuntimeError, "get_buffer() returned an empty buffer");
+        PyBuffer_Release(view);
+        failed = 1;
+    }
+    if (!failed)
+        return 1;
+    return fatal_error(self, "Fatal error: protocol.get_buffer() call failed.");
+}
+
+/* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
+static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct stream *stream = stream_of(self);
+    Py_ssize_t hint = -1;
+    Py_buffer view;
+    if (count > 0) {
+        hint = PyLong_AsSsize_t(args[0]);
+        if (hint == -1 && PyErr_Occurred())
+            return NULL;
+    }
+    if (stream->paused || stream->closing || stream->context == NULL || stream->protocol == NULL)
+        Py_RETURN_NONE;
+    int got = get_buffer(self, hint, &view);
+    if (got < 0)
+        return NULL;
+    if (got == 0)
+        Py_RETURN_NONE;
+    PyObject *memory = PyMemoryView_FromObject(view.obj);
+    PyBuffer_Release(&view);
+    if (memory != NULL && strcmp(PyMemoryView_GET_BUFFER(memory)->format, "B") != 0)
+        Py_SETREF(memory, PyObject_CallMethod(memory, "cast", "s", "B"));
+    return memory;
+}
+
+static int buffer_updated(PyObject *self, Py_ssize_t count)
+{
+    PyObject *number = PyLong_FromSsize_t(count);
+    PyObject *done = number == NULL ? NULL : ask(stream_of(self), names.buffer_updated, number);
+    Py_XDECREF(number);
+    Py_XDECREF(done);
+    return done == NULL ? fatal_error(self, "Fatal error: protocol.buffer_updated() call failed.") : 0;
+}
+
+/* Copy what has come into the protocol's buffer; what does not fit in goes the slower way, bit by bit. */
+static int copy_to_protocol(PyObject *self, PyObject *data)
+{
+    Py_buffer view;
+    Py_ssize_t size = PyBytes_GET_SIZE(data);
+    int got = get_buffer(self, size, &view);
+    if (got <= 0)
+        return got;
+    Py_ssize_t count = size < view.len ? size : view.len;
+    memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
+    PyBuffer_Release(&view);
+    if (buffer_updated(self, count) < 0)
+        return -1;
+    if (count == size)
+        return 0;
+    PyObject *whole = PyMemoryView_FromObject(data), *rest, *done;
+    rest = whole == NULL ? NULL : PySequence_GetSlice(whole, count, size);
+    done = rest == NULL ? NULL : PyObject_CallMethod(self, "_copy_to_protocol", "O", rest);
+    Py_XDECREF(whole);
+    Py_XDECREF(rest);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct stream *stream = stream_of(self);
+    if (count != 2 || stream->context == NULL || stream->protocol == NULL) {
+        PyErr_SetString(PyExc_TypeError, "_received_into() takes a value and an error");
+        return NULL;
+    }
+    int some = args[0] == Py_None ? 0 : PyObject_IsTrue(args[0]), failed;
+    if (some < 0)
+        return NULL;
+    if (!some)
+        return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
+    if (PyLong_Check(args[0]))
+        failed = buffer_updated(self, PyLong_AsSsize_t(args[0]));
+    else if (PyBytes_CheckExact(args[0]))
+        failed = copy_to_protocol(self, args[0]);
+    else {
+        PyErr_SetString(PyExc_TypeError, "a completion of a stream is bytes or their number");
+        failed = -1;
+    }
+    if (failed)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
 
@@ -235,6 +358,10 @@ static PyMethodDef stream_methods[] = {
                "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued.")},
     {"_received", (PyCFunction)(void (*)(void))stream_received, METH_FASTCALL,
      "A completion for a Protocol: data, the end (empty), or an error."},
+    {"_received_into", (PyCFunction)(void (*)(void))stream_received_into, METH_FASTCALL,
+     "A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."},
+    {"_get_buffer_of_protocol", (PyCFunction)(void (*)(void))stream_get_buffer, METH_FASTCALL,
+     "A buffer to receive into; None if there must be none now, or the protocol failed to give one."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -259,11 +386,15 @@ PyObject *make_stream_type(PyObject *module, PyObject *base)
         {"_protocol", T_OBJECT_EX, 0, 0, NULL},
         {"_context", T_OBJECT_EX, 0, 0, NULL},
         {"_direct", T_BOOL, 0, 0, NULL},
+        {"_paused", T_BOOL, 0, 0, NULL},
+        {"_closing", T_BOOL, 0, 0, NULL},
         {NULL, 0, 0, 0, NULL},
     };
     members[0].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, protocol);
     members[1].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, context);
     members[2].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, direct);
+    members[3].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, paused);
+    members[4].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, closing);
     PyType_Slot slots[] = {
         {Py_tp_dealloc, stream_dealloc},
         {Py_tp_traverse, stream_traverse},

@@ -266,6 +266,108 @@ static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint3
     return failed;
 }
 
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Streams that receive in bulk: by a poll, and recv into one hot buffer
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* The slots of the driver's _Stream, and the limits that ports/uring.py explains. */
+static struct {
+    PyObject *type;
+    Py_ssize_t armed, bulk, polling, stopping, streak;
+} at;
+
+enum { BULK_SIZE = 16 * 1024, BULK_UNTIL = 4 };
+
+static PyObject *use_stream(PyObject *ignored, PyObject *type)
+{
+    at.armed = slot_offset(type, "armed");
+    at.bulk = slot_offset(type, "bulk");
+    at.polling = slot_offset(type, "polling");
+    at.stopping = slot_offset(type, "stopping");
+    at.streak = slot_offset(type, "streak");
+    if (PyErr_Occurred())
+        return NULL;
+    Py_XSETREF(at.type, Py_NewRef(type));
+    Py_RETURN_NONE;
+}
+
+static int receives_bulk(PyObject *op)
+{
+    PyObject *stream = SLOT(op, operation_slots.driver_data); /* borrowed */
+    return at.type != NULL && (PyObject *)Py_TYPE(op) == operation_slots.receive_stream && stream != NULL
+           && (PyObject *)Py_TYPE(stream) == at.type && SLOT(stream, at.polling) == Py_True
+           && SLOT(op, operation_slots.paused) != Py_True
+           && SLOT(op, operation_slots.state) == operation_slots.in_flight;
+}
+
+/* Arm the stream again: another poll, or whatever the driver thinks is right now. */
+static int go_on(UringTurns *self, PyObject *op, PyObject *stream)
+{
+    if (SLOT(stream, at.bulk) == Py_True && SLOT(stream, at.armed) == Py_False && self->ring != NULL
+        && SLOT(op, operation_slots.paused) != Py_True
+        && SLOT(op, operation_slots.state) == operation_slots.in_flight) {
+        unsigned long long token = PyLong_AsUnsignedLongLong(SLOT(op, operation_slots.token));
+        long fd = PyLong_AsLong(SLOT(op, operation_slots.fd));
+        if (self->prepare_poll(self->ring, (int)fd, token, POLLIN) >= 0) {
+            Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_True));
+            Py_XSETREF(SLOT(stream, at.stopping), Py_NewRef(Py_False));
+            return 0;
+        }
+    }
+    PyObject *done = PyObject_CallMethodOneArg((PyObject *)self, names.go_on, op);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* As _receive_bulk of the driver: the socket is readable. */
+static int receive_bulk(UringTurns *self, PyObject *op)
+{
+    PyObject *sock = SLOT(op, operation_slots.handle), *get_buffer = SLOT(op, operation_slots.get_buffer);
+    PyObject *stream = Py_NewRef(SLOT(op, operation_slots.driver_data)), *value = NULL, *done = NULL;
+    ssize_t count;
+    int lent = get_buffer != NULL && get_buffer != Py_None, failed = 0;
+    Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_False));
+    if (lent)
+        count = receive_into(socket_descriptor(sock), get_buffer);
+    else
+        count = receive_to_scratch(socket_descriptor(sock), &value);
+    if (count > 0 && lent)
+        value = PyLong_FromSsize_t(count);
+    if (count > 0 && value != NULL) {
+        long streak = count < BULK_SIZE ? PyLong_AsLong(SLOT(stream, at.streak)) + 1 : 0;
+        if (streak >= BULK_UNTIL) {
+            Py_XSETREF(SLOT(stream, at.bulk), Py_NewRef(Py_False));
+            streak = 0;
+        }
+        Py_XSETREF(SLOT(stream, at.streak), PyLong_FromLong(streak));
+        PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {value, Py_None};
+        done = complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
+        Py_XDECREF(complete);
+        Py_XDECREF(done);
+        if (done == NULL) { /* it is on its way up; the stream goes on all the same */
+            PyObject *exception = take_exception();
+            go_on(self, op, stream);
+            PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+            Py_XDECREF(exception);
+            failed = -1;
+        } else
+            failed = go_on(self, op, stream);
+    } else if (count > 0 || (count == NO_BUFFER && PyErr_Occurred()))
+        failed = -1;
+    else if (count == NO_BUFFER || (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)))
+        failed = go_on(self, op, stream);
+    else {
+        /* The end, or an error: it is still there when the driver looks for itself. */
+        Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_True));
+        done = reap(self, op, POLLIN, 0, 0);
+        Py_XDECREF(done);
+        failed = done == NULL ? -1 : 0;
+    }
+    Py_XDECREF(value);
+    Py_DECREF(stream);
+    return failed;
+}
+
 submit_function uring_submit_function(PyObject *driver)
 {
     return PyObject_TypeCheck(driver, UringTurns_type) ? submit_receive : NULL;
@@ -293,6 +395,10 @@ static int deliver(UringTurns *self, uint64_t token, int64_t result, uint32_t fl
         done = data == NULL || complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
         Py_XDECREF(complete);
         Py_XDECREF(data);
+    } else if (result >= 0 && !(flags & URING_DATA) && receives_bulk(op)) {
+        int failed = receive_bulk(self, op);
+        Py_DECREF(op);
+        return failed;
     } else if (SLOT(op, operation_slots.complete) != NULL
                && Py_IS_TYPE(SLOT(op, operation_slots.complete), SocketWait_type)
                && (flags & URING_DATA || (result >= 0 && by_poll(op)))) {
@@ -440,6 +546,7 @@ static void uring_turns_dealloc(UringTurns *self)
 static PyMethodDef uring_turns_methods[] = {
     {"wait", uring_turns_wait, METH_O, NULL},
     {"dispatch", uring_turns_dispatch, METH_NOARGS, NULL},
+    {"_use_stream", use_stream, METH_O | METH_STATIC, "Look up the slots of what the driver keeps for a stream."},
     {NULL, NULL, 0, NULL},
 };
 
