@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .datagrams import DatagramTransport
+from .embedding import EmbeddingMethods
 from .pipes import PipeMethods
 from .ports import make_driver
 from .proactor import Proactor
@@ -34,7 +35,15 @@ __all__ = ["IocpEventLoop", "new_event_loop"]
 
 
 class IocpEventLoop(
-    Turns, SocketMethods, ReadinessMethods, UnixMethods, TlsMethods, SignalMethods, PipeMethods, SubprocessMethods
+    Turns,
+    SocketMethods,
+    ReadinessMethods,
+    UnixMethods,
+    TlsMethods,
+    SignalMethods,
+    PipeMethods,
+    SubprocessMethods,
+    EmbeddingMethods,
 ):
     """An asyncio event loop whose I/O is operations on a completion port.
 

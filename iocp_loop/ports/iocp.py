@@ -330,6 +330,10 @@ class IocpDriver(Driver):
         if self.ready:
             self._drain_ready()
 
+    @property
+    def gathered(self) -> bool:
+        return bool(self.ready or self._at_once or self._port.count)
+
     def _deliver_reaped(self) -> None:
         outstanding = self._outstanding
         for address, count, code in self._reaped:

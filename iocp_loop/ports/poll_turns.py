@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from .. import operations as ops
@@ -51,6 +52,10 @@ class PythonPollTurns(_Base):
             self._new.clear()
         finally:
             self._sleeping = False
+
+    @property
+    def gathered(self) -> bool:
+        return bool(self.ready) or length_hint(self._events) > 0
 
     def dispatch(self) -> None:
         if self.ready:
