@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .clock import ClockMethods
 from .datagrams import DatagramTransport
 from .embedding import EmbeddingMethods
 from .pipes import PipeMethods
@@ -44,6 +45,7 @@ class IocpEventLoop(
     PipeMethods,
     SubprocessMethods,
     EmbeddingMethods,
+    ClockMethods,
 ):
     """An asyncio event loop whose I/O is operations on a completion port.
 

@@ -34,10 +34,10 @@ def test_poll_runs_nothing_and_dispatch_does(loop: Loop) -> None:
 
 
 def test_poll_waits_no_longer_than_its_limit(loop: Loop) -> None:
-    started = time.monotonic()
+    started = time.perf_counter()
     assert not loop.poll(0)
     assert not loop.poll(0.05)
-    assert time.monotonic() - started >= 0.049999  # clocks are added and subtracted, which rounds
+    assert time.perf_counter() - started >= 0.05 - 1e-5
 
 
 def test_poll_waits_for_timers_and_dispatch_runs_them(loop: Loop) -> None:
@@ -49,7 +49,7 @@ def test_poll_waits_for_timers_and_dispatch_runs_them(loop: Loop) -> None:
     assert not ran
     loop.dispatch()
     assert len(ran) == 1
-    assert ran[0] >= due - time.get_clock_info("monotonic").resolution
+    assert ran[0] >= due - 1e-5
 
 
 def test_poll_gathers_completions_and_dispatch_delivers_them(loop: Loop, pair: Pair) -> None:

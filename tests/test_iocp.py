@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import os
@@ -22,6 +23,7 @@ if sys.platform != "win32":
 import _winapi
 import msvcrt
 
+import iocp_loop
 from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
 from iocp_loop.ports import iocp
@@ -524,6 +526,42 @@ def test_much_data_both_ways(port: CompletionPort, pair: Pair) -> None:
         assert result(port, ops.SendAll(ours, pieces)) == len(data)
         ours.shutdown(socket.SHUT_WR)
     assert got == [data]
+
+
+# -- timers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("high_resolution", [True, False])
+def test_sleeps_are_never_short_and_short_ones_are_fine(high_resolution: bool) -> None:
+    loop = iocp_loop.new_event_loop("iocp")
+    native = loop._proactor.driver._port
+    timer = native.timer
+    if high_resolution and not timer:
+        loop.close()
+        pytest.skip("this Windows has no high-resolution timer, or cannot tie one to a port")
+    if not high_resolution:
+        native.timer = 0
+    took = []
+    for delay in [0.0003, 0.002, 0.0051, 0.031, 0.032, 0.05] + [0.001] * 20:
+        started = time.perf_counter()
+        loop.run_until_complete(asyncio.sleep(delay))
+        took.append(time.perf_counter() - started)
+        assert took[-1] >= delay
+    if high_resolution:
+        assert sorted(took[6:])[10] < 0.004
+    native.timer = timer
+    loop.close()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python 3.13 and later have a fine monotonic clock on Windows")
+def test_the_clock_of_the_loop_is_finer_than_that_of_the_system() -> None:
+    """gh-75720: with ticks of 15.6 ms, asyncio runs a timer that is 15 ms early."""
+    loop = iocp_loop.new_event_loop("iocp")
+    assert time.get_clock_info("monotonic").resolution > 0.01
+    assert loop._clock_resolution < 0.00001
+    before = loop.time()
+    assert any(loop.time() > before for _ in range(1000))
+    loop.close()
 
 
 # -- Ctrl-C ----------------------------------------------------------------------------------------
