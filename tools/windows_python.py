@@ -311,8 +311,9 @@ class WindowsPython:
         if not requirements or (stamp.exists() and stamp.read_text() == wanted):
             return
         say(f"packages: {', '.join(requirements)}")
-        # pip judges environment markers by the Python that runs it, so what pytest wants on Windows is named here.
-        self._pip("install", "--upgrade", "--no-compile", "--target", stamp.parent, "colorama", *requirements)
+        # pip judges environment markers by the Python that runs it, so what pytest and psycopg want on Windows is here.
+        also = ["colorama", "tzdata"]
+        self._pip("install", "--upgrade", "--no-compile", "--target", stamp.parent, *also, *requirements)
         stamp.write_text(wanted)
 
     def _pip(self, verb: str, *arguments: str | Path) -> None:
