@@ -15,10 +15,12 @@ comes back with the entry *is* the submission; `_outstanding` is the table from 
 struct and the buffers alive until the entry was reaped.  An ordinary operation has one submission at a time.  An
 accept stream has several, each with the socket that its connection will have.
 
-Sockets receive without lending memory: a WSARecv of zero bytes completes when there is something to receive, and then
-``recv`` takes it, into one scratch buffer that all streams share.  So an idle connection costs no buffer, a pause or a
-cancel can lose nothing, and what the kernel may write to are our own structs.  Datagrams can't be had so: a short
-receive would cut them.  They get a real buffer.
+Sockets receive without lending memory at first: a WSARecv of zero bytes completes when there is something to receive,
+and then ``recv`` takes it, into one scratch buffer that all streams share.  So a connection that says nothing costs no
+buffer, and a pause or a cancel can lose nothing.  A stream whose data come in small pieces is lent a slot, a few KiB of
+a pool that is limited, for its next receive: that saves the ``recv``.  What comes then is delivered, also if the stream
+has been paused or cancelled meanwhile.  Once a piece fills the slot, or no slot is left, zero bytes are asked for
+again.  Datagrams can't be had so: a short receive would cut them.  They get a real buffer.
 
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).
@@ -73,6 +75,8 @@ from .iocp_binding import (
     RETRY,
     WSA_INVALID,
     WSA_NOT_A_SOCKET,
+    Slot,
+    SlotPool,
     Submission,
     check,
     error_of,
@@ -87,6 +91,10 @@ __all__ = ["IocpDriver", "probe"]
 
 #: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
 SCRATCH_SIZE = 256 * 1024
+
+#: The pool of slots for small receives: the size of one, bytes, and how many a port lends at most.
+SLOT_SIZE = 4096
+SLOT_LIMIT = 1024
 
 #: The largest request, bytes: a DWORD holds 4 GiB, but locking so much memory at once helps nobody.
 LARGEST_REQUEST = 1 << 30
@@ -153,6 +161,7 @@ class IocpDriver(Driver):
         self._devices: list[_PollDevice] = []
         self._associations: dict[int, _Association] = {}
         self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
+        self._slots = SlotPool(SLOT_SIZE, SLOT_LIMIT)
         self._skips = ffi.new("int *")
         self._number = ffi.new("uintptr_t *")
         self._starts: dict[type[Operation], Callable[[Any, _Association], None]] = {
@@ -239,7 +248,10 @@ class IocpDriver(Driver):
     def _give_back(self, sub: Submission) -> None:
         if sub.native.event:
             lib.iocp_emulate_finish(sub.native)
-        sub.op = sub.keep = None
+        if sub.slot is not None:
+            self._slots.give_back(sub.slot)
+        sub.op = sub.keep = sub.slot = None
+        sub.small = False
         sub.finish = nobody
         self._spare.append(sub)
 
@@ -289,7 +301,13 @@ class IocpDriver(Driver):
         if op.state is not IN_FLIGHT or op.paused or sub.armed:
             return  # in this order: once it is over, the submission may serve another
         if type(op) is ops.ReceiveStream:
-            self._arm_receive(sub, self._associations[op.fd])
+            association = self._associations[op.fd]
+            slot = self._slots.take() if sub.small and not association.emulated else None
+            if slot is None:
+                self._arm_receive(sub, association)
+                return
+            sub.slot = slot
+            self._submitted(sub, lib.iocp_receive(op.fd, sub.native, slot[0], SLOT_SIZE), association)
         else:
             self._arm_receive_from(sub, self._associations[op.fd])
 
@@ -408,6 +426,10 @@ class IocpDriver(Driver):
     def _receive_some(self, sub: Submission, count: int, code: int) -> None:
         """One receive of a stream, delivered at once.  The hottest function of this driver."""
         op = sub.op
+        slot = sub.slot
+        if slot is not None:
+            self._receive_from_slot(sub, op, slot, count, code)
+            return
         if op.state is CANCELLING:
             self._end(sub, None, ABORTED)
             return
@@ -423,6 +445,7 @@ class IocpDriver(Driver):
                 count = op.handle.recv_into(scratch)
                 if count:
                     again = count == SCRATCH_SIZE
+                    sub.small = count < SLOT_SIZE
                     self.completions += 1
                     op.complete(scratch[:count], None)
                 else:
@@ -442,6 +465,29 @@ class IocpDriver(Driver):
             # Also when an exception is on its way that ends the loop's run: another run may follow.
             if again and op.state is IN_FLIGHT and not op.paused and not sub.armed:
                 self._next_dispatch(sub)  # the buffer was full: there is more
+            else:
+                self._arm(op)
+
+    def _receive_from_slot(self, sub: Submission, op: Any, slot: Slot, count: int, code: int) -> None:
+        """The same for a receive that had memory: the data are here already, whatever has become of the stream."""
+        data = slot[1][slot[2] : slot[2] + count]
+        sub.slot = None
+        self._slots.give_back(slot)
+        full = count == SLOT_SIZE
+        sub.small = not full
+        try:
+            if count:
+                self.completions += 1
+                op.complete(data, None)
+        finally:
+            if op.state is CANCELLING:
+                self._end(sub, None, ABORTED)
+            elif code and not self._left_undone(op, code):
+                self._end(sub, None, code)
+            elif not count and not code:
+                self._end(sub, b"")
+            elif full and op.state is IN_FLIGHT and not op.paused and not sub.armed:
+                self._next_dispatch(sub)  # there may be more
             else:
                 self._arm(op)
 
@@ -818,7 +864,7 @@ class IocpDriver(Driver):
         self._give_back(sub)
 
     def _leak_outstanding(self) -> None:
-        leak(*((sub.native, sub.keep) for sub in self._outstanding.values()))
+        leak(*((sub.native, sub.keep, sub.slot) for sub in self._outstanding.values()))
 
     def _close_handles(self) -> None:
         for device in self._devices:
