@@ -117,7 +117,7 @@ _END_OF_STREAM = frozenset({END_OF_FILE, BROKEN_PIPE, PIPE_NOT_CONNECTED})
 class _Association:
     """What is known of a handle that was associated with the port."""
 
-    __slots__ = ("emulated", "handle", "key", "position", "skips", "stream")
+    __slots__ = ("emulated", "ending", "handle", "key", "position", "skips", "stream", "waiting")
 
     def __init__(self, handle: HandleLike, key: int) -> None:
         #: Gives the object whose handle this is; None when it is gone or was a mere number.
@@ -130,6 +130,9 @@ class _Association:
         self.emulated = False  # it belongs to another port
         self.stream = isinstance(handle, socket.socket) and handle.type == socket.SOCK_STREAM
         self.position = 0  # of a file, in bytes, for requests that name none
+        #: How many receives into slots were cancelled and have not ended, and the receives that must not overtake them.
+        self.ending = 0
+        self.waiting: list[Any] = []
 
 
 def _has_peer(sock: socket.socket) -> bool:
@@ -285,6 +288,9 @@ class IocpDriver(Driver):
         subs = op.driver_data if type(op.driver_data) is set else (op.driver_data,)
         armed = [sub for sub in subs if sub.armed]
         for sub in armed:
+            if sub.slot is not None:  # it may have got bytes that come before those of whoever receives next
+                sub.keep = self._associations[op.fd]
+                sub.keep.ending += 1
             lib.iocp_cancel(sub.native)
         if not armed:  # it rests: a paused stream, or one whose `complete` runs just now
             for sub in subs:
@@ -302,6 +308,9 @@ class IocpDriver(Driver):
             return  # in this order: once it is over, the submission may serve another
         if type(op) is ops.ReceiveStream:
             association = self._associations[op.fd]
+            if association.ending:
+                association.waiting.append(op)
+                return
             slot = self._slots.take() if sub.small and not association.emulated else None
             if slot is None:
                 self._arm_receive(sub, association)
@@ -392,7 +401,10 @@ class IocpDriver(Driver):
     def _start_receive(self, op: ops.Receive | ops.ReceiveInto, association: _Association) -> None:
         if association.stream:
             sub = self._take(op, self._receive_once)
-            self._arm_receive(sub, association)
+            if association.ending:
+                association.waiting.append(op)
+            else:
+                self._arm_receive(sub, association)
         else:
             self._start_receive_from(op, association)
 
@@ -421,7 +433,8 @@ class IocpDriver(Driver):
             self._end(sub, value)
 
     def _start_receive_stream(self, op: ops.ReceiveStream, association: _Association) -> None:
-        self._arm_receive(self._take(op, self._receive_some), association)
+        self._take(op, self._receive_some)
+        self._arm(op)
 
     def _receive_some(self, sub: Submission, count: int, code: int) -> None:
         """One receive of a stream, delivered at once.  The hottest function of this driver."""
@@ -471,6 +484,7 @@ class IocpDriver(Driver):
     def _receive_from_slot(self, sub: Submission, op: Any, slot: Slot, count: int, code: int) -> None:
         """The same for a receive that had memory: the data are here already, whatever has become of the stream."""
         data = slot[1][slot[2] : slot[2] + count]
+        association = sub.keep if op.state is CANCELLING else None
         sub.slot = None
         self._slots.give_back(slot)
         full = count == SLOT_SIZE
@@ -480,16 +494,31 @@ class IocpDriver(Driver):
                 self.completions += 1
                 op.complete(data, None)
         finally:
-            if op.state is CANCELLING:
+            if sub.armed:
+                pass  # `complete` paused and resumed
+            elif op.state is CANCELLING:
                 self._end(sub, None, ABORTED)
             elif code and not self._left_undone(op, code):
                 self._end(sub, None, code)
             elif not count and not code:
                 self._end(sub, b"")
-            elif full and op.state is IN_FLIGHT and not op.paused and not sub.armed:
+            elif full and op.state is IN_FLIGHT and not op.paused:
                 self._next_dispatch(sub)  # there may be more
             else:
                 self._arm(op)
+            if association is not None:
+                self._end_of_a_cancelled_receive(association)
+
+    def _end_of_a_cancelled_receive(self, association: _Association) -> None:
+        """Let those go on that stood in line behind it."""
+        association.ending -= 1
+        if not association.ending:
+            waiting, association.waiting = association.waiting, []
+            for op in waiting:
+                if type(op) is ops.ReceiveStream:
+                    self._arm(op)
+                elif op.state is IN_FLIGHT:
+                    self._arm_receive(op.driver_data, association)
 
     # -- sending -----------------------------------------------------------------------------------
 
