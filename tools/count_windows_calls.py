@@ -101,7 +101,7 @@ class Trace:
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def settle(self, seconds: float = 1.0) -> None:
+    def settle(self, seconds: float = 3.0) -> None:
         """Wait until nothing has been traced for a while."""
         while time.monotonic() - self.last < seconds:
             time.sleep(seconds / 10)

@@ -17,10 +17,10 @@ accept stream has several, each with the socket that its connection will have.
 
 Sockets receive without lending memory at first: a WSARecv of zero bytes completes when there is something to receive,
 and then ``recv`` takes it, into one scratch buffer that all streams share.  So a connection that says nothing costs no
-buffer, and a pause or a cancel can lose nothing.  A stream whose data come in small pieces is lent a slot, a few KiB of
+buffer, and a pause or a cancel can lose nothing.  A stream whose data come in small pieces is lent a slot, 16 KiB of
 a pool that is limited, for its next receive: that saves the ``recv``.  What comes then is delivered, also if the stream
-has been paused or cancelled meanwhile.  Once a piece fills the slot, or no slot is left, zero bytes are asked for
-again.  Datagrams can't be had so: a short receive would cut them.  They get a real buffer.
+has been paused or cancelled meanwhile, and whoever receives next stands in line behind it.  Once a piece fills the
+slot, or no slot is left, zero bytes are asked for again.  Datagrams can't be had so: a short receive would cut them.  They get a real buffer.
 
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).
@@ -93,8 +93,8 @@ __all__ = ["IocpDriver", "probe"]
 SCRATCH_SIZE = 256 * 1024
 
 #: The pool of slots for small receives: the size of one, bytes, and how many a port lends at most.
-SLOT_SIZE = 4096
-SLOT_LIMIT = 1024
+SLOT_SIZE = 16384
+SLOT_LIMIT = 512
 
 #: The largest request, bytes: a DWORD holds 4 GiB, but locking so much memory at once helps nobody.
 LARGEST_REQUEST = 1 << 30

@@ -72,7 +72,7 @@ Slot = tuple[Any, Any, int]
 class SlotPool:
     """Lends memory to receives: slots of `size` bytes, at most `limit` of them, made in blocks as they are needed."""
 
-    PER_BLOCK = 64
+    PER_BLOCK = 32
 
     def __init__(self, size: int, limit: int) -> None:
         self.size = size
