@@ -36,6 +36,7 @@ __all__ = ["IocpEventLoop", "new_event_loop"]
 
 
 class IocpEventLoop(
+    ClockMethods,  # before the turn, which has a clock too
     Turns,
     SocketMethods,
     ReadinessMethods,
@@ -45,7 +46,6 @@ class IocpEventLoop(
     PipeMethods,
     SubprocessMethods,
     EmbeddingMethods,
-    ClockMethods,
 ):
     """An asyncio event loop whose I/O is operations on a completion port.
 

@@ -77,9 +77,7 @@ class PythonPollTurns(_Base):
             self._drain_ready()
 
 
-if TYPE_CHECKING:
-    PollTurns = PythonPollTurns
-elif hot is None or not hasattr(hot, "EpollTurns"):
+if TYPE_CHECKING or hot is None or not hasattr(hot, "EpollTurns"):
     PollTurns = PythonPollTurns
 else:
     hot.use_operations(ops)
@@ -91,5 +89,10 @@ else:
             if hasattr(self._poller, "fileno"):
                 self._epoll_fd = self._poller.fileno()
             else:  # not epoll
+                self._events = iter(())
                 self.wait = functools.partial(PythonPollTurns.wait, self)
                 self.dispatch = functools.partial(PythonPollTurns.dispatch, self)
+
+        @property
+        def gathered(self):
+            return super().gathered or length_hint(getattr(self, "_events", ())) > 0
