@@ -16,7 +16,7 @@ from .support import WINDOWS
 STOCK = asyncio.SelectorEventLoop
 
 #: What is ours and asyncio does not have.
-OURS = {"driver", "stats"}
+OURS = {"driver", "stats", "poll", "dispatch"}
 
 
 def public(kind: type) -> dict[str, Any]:
