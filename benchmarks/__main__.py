@@ -70,6 +70,8 @@ def _seconds(text: str) -> float:
 
 
 def _rounds(options: argparse.Namespace, what: str) -> list[str]:
+    if options.rounds == 1:
+        return [f"One round{what}: no more than a look."]
     return [f"{options.rounds} interleaved rounds{what}; medians over the rounds."]
 
 
@@ -103,8 +105,13 @@ def _micro(options: argparse.Namespace) -> Plan[micro.Workload]:
 
 
 def _latency(options: argparse.Namespace) -> Plan[latency.Neighbour]:
-    cases = [latency.Neighbour(mode, busy) for mode in options.mode for busy in options.busy]
-    setting = _rounds(options, f" of {options.seconds:g} s, server and client on a core each")
+    cases = [
+        latency.Neighbour(mode, busy, cores)
+        for mode in options.mode
+        for busy in options.busy
+        for cores in options.cores
+    ]
+    setting = _rounds(options, f" of {options.seconds:g} s, the client on a core")
     return Plan(latency.LATENCY, setting, cases, functools.partial(latency.run, seconds=options.seconds))
 
 
@@ -132,11 +139,12 @@ def _idle(options: argparse.Namespace) -> Plan[idle.Crowd]:
 def _syscalls(options: argparse.Namespace) -> Plan[syscalls.Traced]:
     transports, notes = _available(options.transport)
     cells = echo.grid(options.mode, transports, options.size, options.connections)
-    reason = syscalls.missing()
-    if reason is not None:
-        cells, notes = [], [f"nothing was counted: {reason}"]
-    setting = _rounds(options, f" of {options.messages:,} messages")
-    run = functools.partial(syscalls.run, messages=options.messages)
+    reasons = {tracer: syscalls.missing(tracer) for tracer in options.tracer}
+    tracers = [tracer for tracer, reason in reasons.items() if reason is None]
+    if not tracers:
+        cells, notes = [], ["nothing was counted: " + "; ".join(filter(None, reasons.values()))]
+    setting = _rounds(options, f" of {options.messages:,} messages, counted by {(*tracers, 'nobody')[0]}")
+    run = functools.partial(syscalls.run, messages=options.messages, tracer=tracers[0] if tracers else "")
     return Plan(syscalls.SYSCALLS, setting, [syscalls.Traced(cell) for cell in cells], run, notes)
 
 
@@ -148,10 +156,10 @@ _GRIDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "http": ([], ["--seconds", "0.3", "--rounds", "1"]),
     "micro": ([], ["--rounds", "1"]),
-    "latency": ([], ["--mode", "protocol", "--seconds", "0.5", "--rounds", "1"]),
-    "many": ([], ["--seconds", "0.5", "--rounds", "1"]),
+    "latency": ([], ["--mode", "protocol", "--seconds", "1", "--rounds", "1"]),
+    "many": ([], ["--seconds", "1", "--rounds", "1"]),
     "idle": ([], ["--rounds", "1"]),
-    "syscalls": ([], ["--messages", "2000", "--rounds", "1"]),
+    "syscalls": ([], ["--connections", "100", "--messages", "2000", "--rounds", "1"]),
 }
 
 
@@ -263,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(_latency, "latency", "latency beside a busy thread")
     sub.add_argument("--mode", nargs="+", choices=echo.MODES, default=["protocol", "streams"])
     sub.add_argument("--busy", nargs="+", type=int, default=[0, 1], help="threads that compute (default: 0 1)")
+    sub.add_argument("--cores", nargs="+", choices=latency.CORES, default=["all"],
+                     help="those of the server: all, or one for the loop and its threads (default: all)")  # fmt: skip
     window(sub, 2.0)
 
     sub = add(_many, "many", "CPU per echo with ten thousand connections")
@@ -276,7 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(_syscalls, "syscalls", "system calls per message")
     cells(sub, ["protocol", "streams", "sock"], [1024], [1, 100])
     sub.add_argument("--transport", nargs="+", choices=echo.TRANSPORTS, default=["tcp"])
-    sub.add_argument("--messages", type=_count, default=5000, help="how many are counted over (default: 5000)")
+    sub.add_argument("--tracer", nargs="+", choices=syscalls.TRACERS, default=list(syscalls.TRACERS),
+                     help="who counts: the first of these that can (default: perf strace)")  # fmt: skip
+    sub.add_argument("--messages", type=_count, default=20_000, help="how many each run sends (default: 20000)")
 
     sub = commands.add_parser("publish", parents=[place], help="put the last results into the documentation")
     sub.add_argument("--page", type=Path, default=_PAGE, help="the Markdown file (default: docs/performance.md)")

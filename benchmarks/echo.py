@@ -106,8 +106,10 @@ def missing(transport: str) -> str | None:
 
 
 @contextlib.contextmanager
-def echo_server(peer: Peer, mode: str, transport: str, *more: str) -> Iterator[tuple[Server, list[str]]]:
-    """A server of `peer` on its core, and the arguments with which the load client finds it."""
+def echo_server(
+    peer: Peer, mode: str, transport: str, *more: str, pinned: bool = True
+) -> Iterator[tuple[Server, list[str]]]:
+    """A server of `peer`, on its core or all, and the arguments with which the load client finds it."""
     command = [sys.executable, "-m", "benchmarks.servers.echo_server", "--loop", peer.name, "--mode", mode, *more]
     if peer.program is not None:
         command = [str(build(peer.program))]
@@ -118,7 +120,7 @@ def echo_server(peer: Peer, mode: str, transport: str, *more: str) -> Iterator[t
             command += ["--udp"]
         elif transport == "tls":
             command += ["--tls", *map(str, make_certificate(Path(directory)))]
-        with serving(command, dict(peer.environment)) as server:
+        with serving(command, dict(peer.environment), pinned=pinned) as server:
             where = ["--unix" if transport == "unix" else "--port", server.address]
             yield server, [*where, *([f"--{transport}"] if transport in ("tls", "udp") else [])]
 
@@ -129,14 +131,21 @@ def client(transport: str) -> str:
 
 
 def measure(
-    cell: Cell, peer: Peer, seconds: float, *, warmup: float = 0.2, server: Sequence[str] = ()
+    cell: Cell,
+    peer: Peer,
+    seconds: float,
+    *,
+    warmup: float = 0.2,
+    server: Sequence[str] = (),
+    pinned: bool = True,
 ) -> dict[str, float]:
     """A fresh server with these further arguments, `warmup` seconds of load, and a measured window of `seconds`.
 
-    Raises RunFailed if either side fails, BuildFailed if the programs in C can't be built.
+    The client has its core; so has the server if it is `pinned`.  Raises RunFailed if either side fails, BuildFailed if
+    the programs in C can't be built.
     """
     program = client(cell.transport)
-    with echo_server(peer, cell.mode, cell.transport, *server) as (running, where):
+    with echo_server(peer, cell.mode, cell.transport, *server, pinned=pinned) as (running, where):
         load = ["--connections", str(cell.connections), "--size", str(cell.size)]
         window = ["--warmup", str(warmup), "--seconds", str(seconds), "--watch", str(running.pid)]
         printed = run_pinned([program, *where, *load, *window], CLIENT_CORE, timeout_s=warmup + seconds + 40)

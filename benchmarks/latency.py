@@ -12,7 +12,9 @@ from .benchmark import Benchmark, Column
 from .echo import Cell, measure
 from .peers import Peer
 
-__all__ = ["LATENCY", "Neighbour", "run"]
+__all__ = ["CORES", "LATENCY", "Neighbour", "run"]
+
+CORES = ("all", "one")
 
 _SIZE = 100
 _COST = Column("mean us", "mean_us", digits=1)
@@ -36,15 +38,16 @@ LATENCY = Benchmark(
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One case: the mode of the echo server, and how many threads are busy beside its loop."""
+    """One case: the mode of the echo server, how many threads are busy beside its loop, and on how many CORES."""
 
     mode: str
     busy: int
+    cores: str
 
     @property
     def label(self) -> str:
         """Such as ``streams, 1 busy``."""
-        return f"{self.mode}, {self.busy} busy"
+        return f"{self.mode}, {self.busy} busy" + (", one core" if self.cores == "one" else "")
 
     def takes(self, peer: Peer) -> bool:
         """The servers in C have no interpreter to share: they stand beside the loop that has it for itself."""
@@ -54,4 +57,5 @@ class Neighbour:
 def run(case: Neighbour, peer: Peer, seconds: float) -> dict[str, float]:
     """One run.  Raises RunFailed."""
     server = ["--busy", str(case.busy)] if case.busy else []
-    return measure(Cell(case.mode, "tcp", _SIZE, 1), peer, seconds, server=server)
+    cell = Cell(case.mode, "tcp", _SIZE, 1)
+    return measure(cell, peer, seconds, server=server, pinned=case.cores == "one")

@@ -77,14 +77,14 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Server]:
-    """Run a server on its core until the block ends, with these variables beside those of this process.
+def serving(command: Sequence[str], environment: Mapping[str, str], *, pinned: bool = True) -> Iterator[Server]:
+    """Run a server until the block ends, on its core or on all, with these variables beside those of this process.
 
     The server has to print ``listening ADDRESS`` when it accepts.  Raises RunFailed if it does not within ten
     seconds, and when the block ends with a server that is gone.
     """
     with tempfile.TemporaryFile("w+") as stderr:
-        with _on_core(SERVER_CORE):
+        with _on_core(SERVER_CORE) if pinned else contextlib.nullcontext():
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
