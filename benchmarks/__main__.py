@@ -109,7 +109,7 @@ def _latency(options: argparse.Namespace) -> Plan[latency.Neighbour]:
         latency.Neighbour(mode, busy, cores)
         for mode in options.mode
         for busy in options.busy
-        for cores in options.cores
+        for cores in (options.cores if busy else ["one"])
     ]
     setting = _rounds(options, f" of {options.seconds:g} s, the client on a core")
     return Plan(latency.LATENCY, setting, cases, functools.partial(latency.run, seconds=options.seconds))
@@ -272,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mode", nargs="+", choices=echo.MODES, default=["protocol", "streams"])
     sub.add_argument("--busy", nargs="+", type=int, default=[0, 1], help="threads that compute (default: 0 1)")
     sub.add_argument("--cores", nargs="+", choices=latency.CORES, default=["all"],
-                     help="those of the server: all, or one for the loop and its threads (default: all)")  # fmt: skip
+                     help="those of a server with busy threads: all, or one for it all (default: all)")  # fmt: skip
     window(sub, 2.0)
 
     sub = add(_many, "many", "CPU per echo with ten thousand connections")

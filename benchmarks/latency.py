@@ -47,7 +47,7 @@ class Neighbour:
     @property
     def label(self) -> str:
         """Such as ``streams, 1 busy``."""
-        return f"{self.mode}, {self.busy} busy" + (", one core" if self.cores == "one" else "")
+        return f"{self.mode}, {self.busy} busy" + (", one core" if self.busy and self.cores == "one" else "")
 
     def takes(self, peer: Peer) -> bool:
         """The servers in C have no interpreter to share: they stand beside the loop that has it for itself."""
@@ -58,4 +58,4 @@ def run(case: Neighbour, peer: Peer, seconds: float) -> dict[str, float]:
     """One run.  Raises RunFailed."""
     server = ["--busy", str(case.busy)] if case.busy else []
     cell = Cell(case.mode, "tcp", _SIZE, 1)
-    return measure(cell, peer, seconds, server=server, pinned=case.cores == "one")
+    return measure(cell, peer, seconds, server=server, pinned=case.cores == "one" or not case.busy)

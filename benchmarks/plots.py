@@ -32,6 +32,9 @@ _LOOKS = {
     "uvloop": ("#000000", "|"),
 }
 
+#: Of the figures within bars, where black can't be read.
+_INK = {"iocp_loop-uring": "white"}
+
 _ROW_INCHES = 0.42
 _WIDTH_INCHES = 8.6
 
@@ -58,9 +61,10 @@ def draw(path: Path, title: str, panels: Sequence[Panel], baseline: str) -> None
         figure = figures.Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights, sharex=True)
         shown: dict[str, Any] = {}
+        limit = _limit(panels)
         for place, axis in enumerate(axes.flat):
             if place < len(panels):
-                shown |= _panel(axis, panels[place])
+                shown |= _panel(axis, panels[place], limit)
             else:
                 axis.set_visible(False)
         handles = [shown[name] for name in PEERS if name in shown]
@@ -70,31 +74,37 @@ def draw(path: Path, title: str, panels: Sequence[Panel], baseline: str) -> None
         figure.savefig(path, format="svg", metadata={"Date": None, "Title": title})
 
 
-def _panel(axis: Any, panel: Panel) -> dict[str, Any]:
+def _panel(axis: Any, panel: Panel, limit: float) -> dict[str, Any]:
     """Draw one panel; the handles for the legend, by peer."""
     names = list(panel.rows)
     present = {peer for ratios in panel.rows.values() for peer in ratios}
     bars = [peer for peer in OURS if peer in present]
     thickness = 0.8 / max(len(bars), 1)
     handles = {}
+    beyond = dict.fromkeys(range(len(names)), 0)  # marks of a row that are off the axis: one below the other
     for place, peer in enumerate(bars):
         offset = (place - (len(bars) - 1) / 2) * thickness
         at = [row + offset for row in range(len(names))]
         widths = [panel.rows[name].get(peer, 0.0) for name in names]
-        drawn = axis.barh(at, widths, thickness * 0.92, color=_LOOKS[peer][0], label=peer)
-        handles[peer] = drawn
+        handles[peer] = axis.barh(at, widths, thickness * 0.92, color=_LOOKS[peer][0], label=peer)
         if thickness >= 0.3:
-            axis.bar_label(drawn, [f"{width:.2f}" if width else "" for width in widths], padding=-24, color="white",
-                           fontsize=7.5, fontweight="bold")  # fmt: skip
+            for height, width in zip(at, widths, strict=True):
+                axis.text(limit * 0.01, height, f"{width:.2f}" if width else "", color=_INK.get(peer, "black"),
+                          va="center", fontsize=7.5, fontweight="bold")  # fmt: skip
     for peer in (name for name in PEERS if name in present and name not in OURS):
-        points = [(panel.rows[name][peer], row) for row, name in enumerate(names) if peer in panel.rows[name]]
         colour, mark = _LOOKS[peer]
+        points = [(panel.rows[name][peer], row) for row, name in enumerate(names) if peer in panel.rows[name]]
         (handles[peer],) = axis.plot(*zip(*points, strict=True), mark, color=colour, label=peer, markersize=6,
                                      markeredgecolor=colour if mark in "x|" else "white", linestyle="none")  # fmt: skip
+        for value, row in points:
+            if value > limit:
+                beyond[row] += 1
+                axis.text(limit, row + 0.3 * (beyond[row] - 1), f"{value:.0f} \N{RIGHTWARDS ARROW}", color=colour, ha="right", va="center")
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_yticks(range(len(names)), names)
+    axis.margins(y=0.02)
     axis.invert_yaxis()
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, limit)
     axis.tick_params(labelbottom=True)
     axis.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
@@ -102,3 +112,10 @@ def _panel(axis: Any, panel: Panel) -> dict[str, Any]:
     if panel.title:
         axis.set_title(panel.title, fontsize=9, loc="left", fontweight="bold")
     return handles
+
+
+def _limit(panels: Sequence[Panel]) -> float:
+    """Where the axis ends: beyond our bars, and beyond marks unless they are so far off that bars would vanish."""
+    ratios = [(peer, value) for panel in panels for row in panel.rows.values() for peer, value in row.items()]
+    ours = max((value for peer, value in ratios if peer in OURS), default=1.0)
+    return 1.08 * max(1.2, ours, *(value for _, value in ratios if value <= 2 * max(ours, 1.0)))
