@@ -99,7 +99,14 @@ def _panel(axis: Any, panel: Panel, limit: float) -> dict[str, Any]:
         for value, row in points:
             if value > limit:
                 beyond[row] += 1
-                axis.text(limit, row + 0.3 * (beyond[row] - 1), f"{value:.0f} \N{RIGHTWARDS ARROW}", color=colour, ha="right", va="center")
+                axis.text(
+                    limit,
+                    row + 0.3 * (beyond[row] - 1),
+                    f"{value:.0f} \N{RIGHTWARDS ARROW}",
+                    color=colour,
+                    ha="right",
+                    va="center",
+                )
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_yticks(range(len(names)), names)
     axis.margins(y=0.02)

@@ -322,7 +322,7 @@ static size_t response_length(const char *response, size_t received)
     if (!end)
         return 0;
     if (strncmp(response, "HTTP/1.1 200 ", 13))
-        fail("the server answered %.30s", response);
+        fail("the server answered %.*s", (int)strcspn(response, "\r\n"), response);
     const char *length = strcasestr(response, name);
     if (!length || length > end)
         fail("a response has no Content-Length");
