@@ -67,6 +67,7 @@ def _bound(path: str | None, host: str, port: int) -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+    sock.listen(_BACKLOG)  # not every loop does so with a socket that it is given
     sock.setblocking(False)
     return sock
 
@@ -149,7 +150,6 @@ async def _sock(listener: socket.socket, tls: ssl.SSLContext | None) -> object:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    listener.listen(_BACKLOG)
     return loop.create_task(accept())
 
 
@@ -189,11 +189,14 @@ def _main() -> None:
     else:
         sock = _bound(options.unix, options.host, options.port)
 
+    # Asked now, as some loops take the descriptor away from the socket.
+    address = options.unix or sock.getsockname()[1]
+
     async def serve() -> None:
         kept = await MODES[options.mode](sock, _tls(options.tls))
         for _ in range(options.busy):
             loop.run_in_executor(None, _spin)
-        print("listening", options.unix or sock.getsockname()[1], flush=True)
+        print("listening", address, flush=True)
         await asyncio.Event().wait()
         del kept
 
