@@ -20,7 +20,7 @@ import pytest
 
 import iocp_loop
 
-from .support import WINDOWS, listening_socket, read_exactly, reset, tcp_pair, turns, until
+from .support import WINDOWS, WINE, listening_socket, read_exactly, reset, tcp_pair, turns, until
 
 actor: contextvars.ContextVar[str] = contextvars.ContextVar("actor", default="nobody")
 
@@ -138,6 +138,7 @@ def test_the_peer_ends_a_connection(driver: str, connect: Any, raising: str, no_
     compare(scene, driver)
 
 
+@pytest.mark.skipif(WINE, reason="under Wine asyncio's own loop is told of an end, not of a reset")
 def test_the_peer_resets_a_connection(driver: str, no_leak: None) -> None:
     async def scene(seen: Seen) -> None:
         ours, peer = tcp_pair()
@@ -160,6 +161,25 @@ def test_whoever_ends_a_connection(driver: str, connect: Any, end: str, no_leak:
             await until(lambda: "connection_lost" in seen)
 
     compare(scene, driver)
+
+
+def test_a_resumed_protocol_keeps_its_context(driver: str, no_leak: None) -> None:
+    """Unlike asyncio's own before Python 3.15, which call it in the context of whoever resumed."""
+
+    async def scene(seen: Seen) -> None:
+        ours, peer = tcp_pair()
+        with peer:
+            transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen), sock=ours)
+            transport.pause_reading()
+            actor.set("whoever resumes")
+            transport.resume_reading()
+            peer.sendall(b"x")
+            await until(lambda: "data_received" in seen)
+            transport.close()
+            await until(lambda: "connection_lost" in seen)
+
+    expected = "connection_made" if sys.version_info >= (3, 15) else "the maker"
+    assert play(scene, iocp_loop.new_event_loop(driver))["data_received"] == expected
 
 
 @pytest.mark.parametrize("raising", ["", "resume_writing"])
