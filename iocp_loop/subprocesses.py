@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import subprocess
@@ -57,43 +58,44 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
     def watch_exit(self, proactor: Proactor) -> None:
         """Have the loop told when the process exits.  Call it once, after the transport was made."""
         process: Any = self._proc
+        context = contextvars.copy_context()  # that of whoever starts the process, as for the callbacks of its pipes
         if sys.platform == "win32":
-            self._watch_handle(proactor, process)
+            self._watch_handle(proactor, process, context)
         else:
-            self._watch_descriptor(proactor, process)
+            self._watch_descriptor(proactor, process, context)
 
-    def _watch_handle(self, proactor: Proactor, process: Any) -> None:
+    def _watch_handle(self, proactor: Proactor, process: Any, context: contextvars.Context) -> None:
         def exited(value: Any, error: OSError | None) -> None:
             if error is None:
-                self._process_exited(process.poll())
+                context.run(self._process_exited, process.poll())
 
         # The operation refers to the handle, so that it stays open until the wait is over.
         proactor.start(WaitForHandle(process._handle), exited)
 
-    def _watch_descriptor(self, proactor: Proactor, process: Any) -> None:
+    def _watch_descriptor(self, proactor: Proactor, process: Any, context: contextvars.Context) -> None:
         pidfd = open_pidfd(process.pid)
         if pidfd is None:
-            self._watch_by_thread(process)
+            self._watch_by_thread(process, context)
             return
 
         def exited(events: Any, error: OSError | None) -> None:
             os.close(pidfd)
             if error is None:
-                self._process_exited(take_exit_status(process))
+                context.run(self._process_exited, take_exit_status(process))
 
         try:
             proactor.start(Readiness(pidfd, READABLE), exited)
         except OSError:
             os.close(pidfd)
-            self._watch_by_thread(process)
+            self._watch_by_thread(process, context)
 
-    def _watch_by_thread(self, process: subprocess.Popen[bytes]) -> None:
+    def _watch_by_thread(self, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:
         loop = self._loop
 
         def wait() -> None:
             status = take_exit_status(process)
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-                loop.call_soon_threadsafe(self._process_exited, status)
+                loop.call_soon_threadsafe(self._process_exited, status, context=context)
 
         threading.Thread(target=wait, name=f"wait for process {process.pid}", daemon=True).start()
 

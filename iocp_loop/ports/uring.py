@@ -727,7 +727,7 @@ class UringDriver(UringTurns, Driver):
 
     def __del__(self) -> None:
         # Nobody closed it.  The kernel ends what is in flight, in its own time.
-        ring, self._ring = self._ring, None
+        ring, self._ring = getattr(self, "_ring", None), None  # there is none where the constructor refused
         if ring is not None:
             leak(*self._buffers_in_flight())
             lib.uring_close(ring, bool(self.in_flight))

@@ -37,8 +37,8 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 extern struct names {
     PyObject *abandon, *buffer_updated, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
         *drain_ready, *end_stream, *fatal_error, *future_blocking, *get_buffer, *go_on, *hand_over, *keep_value, *open_ring,
-        *queue_leftovers, *reap, *receive_ended, *run, *set_result, *time, *timer_handle_cancelled, *write_otherwise,
-        *write_to_self;
+        *queue_leftovers, *reap, *receive_ended, *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled,
+        *write_otherwise, *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
