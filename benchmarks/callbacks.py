@@ -1,15 +1,21 @@
 """The workloads of the micro benchmarks, each run in a process of its own.
 
-``python -m benchmarks.callbacks PEER WORKLOAD`` prints the CPU nanoseconds (user and system, all threads)
-that one operation took.  A workload is a coroutine function that does `count` operations.
+``python -m benchmarks.callbacks PEER WORKLOAD`` prints a line of JSON: the CPU nanoseconds (user and system, all
+threads of this process) and the elapsed ones that one operation took.  A workload is a coroutine function that does
+`count` operations.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import queue
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from .peers import PEERS, new_event_loop
 
@@ -86,34 +92,91 @@ async def _tasks(count: int) -> None:
             await task
 
 
+async def _many_timers(count: int) -> None:
+    """All timers are set before the first is due, in another order than they fire in."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    left = count
+
+    def fire() -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            done.set_result(None)
+
+    begin = loop.time() + count * 2e-6
+    for number in range(count):
+        loop.call_at(begin + number * 7919 % count * 1e-9, fire)
+    await done
+
+
+async def _wake_up(count: int) -> None:
+    """A thread wakes the idle loop and waits until the callback has run."""
+    loop = asyncio.get_running_loop()
+    answers: queue.SimpleQueue[None] = queue.SimpleQueue()
+    done = loop.create_future()
+
+    def answer() -> None:
+        answers.put(None)
+
+    def ask() -> None:
+        for _ in range(count):
+            loop.call_soon_threadsafe(answer)
+            answers.get()
+        loop.call_soon_threadsafe(done.set_result, None)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    await done
+    thread.join()
+
+
+async def _subprocess(count: int) -> None:
+    """One child after the other, each waited for."""
+    program = shutil.which("true") or "true"
+    for _ in range(count):
+        process = await asyncio.create_subprocess_exec(program)
+        if await process.wait():
+            raise RuntimeError("the child failed")
+
+
 def _nothing() -> None:
     pass
 
 
-WORKLOADS: dict[str, Callable[[int], Awaitable[None]]] = {
-    "call_soon": _call_soon,
-    "sleep(0)": _sleep_0,
-    "call_later": _call_later,
-    "call_later, cancelled": _call_later_cancel,
-    "tasks": _tasks,
+class _Workload(NamedTuple):
+    run: Callable[[int], Awaitable[None]]
+    #: Operations that are measured, and before them those that are not.
+    operations: int = 200_000
+    warmup: int = 10_000
+
+
+WORKLOADS = {
+    "call_soon": _Workload(_call_soon),
+    "sleep(0)": _Workload(_sleep_0),
+    "call_later": _Workload(_call_later),
+    "call_later, cancelled": _Workload(_call_later_cancel),
+    "call_later, 1,000,000 timers": _Workload(_many_timers, 1_000_000, 0),
+    "tasks": _Workload(_tasks),
+    "wake-up from a thread": _Workload(_wake_up, 20_000, 1_000),
+    "subprocess": _Workload(_subprocess, 200, 10),
 }
 
-_WARMUP = 10_000
-_COUNT = 200_000
 
-
-def _main(peer: str, workload: str) -> None:
+def _main(peer: str, name: str) -> None:
     loop = new_event_loop(PEERS[peer])
     asyncio.set_event_loop(loop)
+    workload = WORKLOADS[name]
 
-    async def measure() -> float:
-        work = WORKLOADS[workload]
-        await work(_WARMUP)
-        before = time.process_time_ns()
-        await work(_COUNT)
-        return (time.process_time_ns() - before) / _COUNT
+    async def measure() -> dict[str, float]:
+        if workload.warmup:
+            await workload.run(workload.warmup)
+        cpu_ns, elapsed_ns = time.process_time_ns(), time.perf_counter_ns()
+        await workload.run(workload.operations)
+        cpu_ns, elapsed_ns = time.process_time_ns() - cpu_ns, time.perf_counter_ns() - elapsed_ns
+        return {"cpu_ns": cpu_ns / workload.operations, "elapsed_ns": elapsed_ns / workload.operations}
 
-    print(loop.run_until_complete(measure()))
+    print(json.dumps(loop.run_until_complete(measure())))
 
 
 if __name__ == "__main__":

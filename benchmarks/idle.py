@@ -14,21 +14,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .benchmark import Benchmark, Column
 from .echo import echo_server, size_text
 from .limits import raise_descriptor_limit
 from .peers import Peer
 from .processes import RunFailed
-from .report import Column
 
-__all__ = ["COLUMNS", "Crowd", "run"]
+__all__ = ["IDLE", "Crowd", "run"]
 
-COLUMNS = (
-    Column("PSS/connection, opened, KiB", "pss_opened", scale=1 / 1024, digits=2),
-    Column("after one echo, KiB", "pss_echoed", scale=1 / 1024, digits=2),
-    Column("min-max", "pss_echoed", show="spread", scale=1 / 1024, digits=2),
-    Column("{baseline} / it", "pss_echoed", show="ratio"),
-    Column("RSS/connection, opened, KiB", "rss_opened", scale=1 / 1024, digits=2),
-    Column("after one echo, KiB", "rss_echoed", scale=1 / 1024, digits=2),
+IDLE = Benchmark(
+    "idle",
+    "Memory per idle connection",
+    "KiB (proportional set size) by which the server process grows per connection that has had one echo and then"
+    " does nothing.",
+    (
+        Column("PSS/connection, opened, KiB", "pss_opened", scale=1 / 1024, digits=2),
+        Column("after one echo, KiB", "pss_echoed", scale=1 / 1024, digits=2),
+        Column("min-max", "pss_echoed", show="spread", scale=1 / 1024, digits=2),
+        Column("{baseline} / it", "pss_echoed", show="ratio"),
+        Column("RSS/connection, opened, KiB", "rss_opened", scale=1 / 1024, digits=2),
+        Column("after one echo, KiB", "rss_echoed", scale=1 / 1024, digits=2),
+    ),
+    Column("KiB/connection", "pss_echoed", scale=1 / 1024, digits=2),
 )
 
 _HOST = "127.0.0.1"

@@ -1,8 +1,8 @@
-"""Who is measured: the event loops, each by name, and the server in C.
+"""Who is measured: the event loops, each by name, and the servers in C.
 
 A loop is made in the process that it serves in, never in the one that measures.  Whether it can be made is
 asked in a process of its own too (``python -m benchmarks.peers NAME``): a loop that can't be imported, or
-that crashes, is listed as absent with the reason and disturbs nobody.
+that crashes, is listed as absent with the reason and disturbs nobody.  A server in C is asked with ``--check``.
 """
 
 from __future__ import annotations
@@ -10,26 +10,36 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any, cast
 
-__all__ = ["C_SERVER", "PEERS", "Absent", "Peer", "Present", "new_event_loop", "probe"]
+from .native import BuildFailed, build
+
+__all__ = ["DEFAULT", "OURS", "PEERS", "Absent", "Peer", "Present", "new_event_loop", "probe"]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant.  `module` is imported for its ``new_event_loop``; None stands for the server in C."""
+    """One contestant: an event loop that `module` makes, or, where that is None, the echo server `program` in C."""
 
     name: str
     module: str | None
-    #: Passed to ``new_event_loop`` as ``driver=``, where the loop has drivers.
+    #: What of the module is called to make the loop.
+    factory: str = "new_event_loop"
+    #: Passed to the factory as ``driver=``, where the loop has drivers.
     driver: str | None = None
+    #: Variables that its processes get beside the ones of this process.
+    environment: tuple[tuple[str, str], ...] = ()
+    program: str | None = None
+    #: Over what the server in C can be reached.
+    transports: tuple[str, ...] = ()
 
 
-C_SERVER = Peer("c-epoll", None)
+_PYTHON_TIER = (("IOCP_LOOP_NATIVE", "0"),)
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
@@ -38,9 +48,20 @@ PEERS: dict[str, Peer] = {
         Peer("uvloop", "uvloop"),
         Peer("iocp_loop-uring", "iocp_loop", driver="uring"),
         Peer("iocp_loop-poll", "iocp_loop", driver="poll"),
-        C_SERVER,
+        Peer("iocp_loop-uring-python", "iocp_loop", driver="uring", environment=_PYTHON_TIER),
+        Peer("iocp_loop-poll-python", "iocp_loop", driver="poll", environment=_PYTHON_TIER),
+        Peer("rloop", "rloop"),
+        Peer("winloop", "winloop"),
+        Peer("blazio", "blazio"),
+        Peer("talyn", "talyn", factory="Loop"),
+        Peer("c-epoll", None, program="epoll_server", transports=("tcp", "unix", "udp")),
+        Peer("c-uring", None, program="uring_server", transports=("tcp", "unix")),
     )
 }
+
+#: Who is measured unless told otherwise, and which of all are this package's.
+DEFAULT = ("asyncio", "uvloop", "iocp_loop-uring", "iocp_loop-poll", "c-epoll", "c-uring")
+OURS = tuple(name for name, peer in PEERS.items() if peer.module == "iocp_loop")
 
 
 @dataclass(frozen=True)
@@ -64,22 +85,28 @@ def new_event_loop(peer: Peer) -> asyncio.AbstractEventLoop:
     if peer.module is None:
         raise ValueError(f"{peer.name} is not an event loop")
     module: Any = importlib.import_module(peer.module)
-    loop = module.new_event_loop() if peer.driver is None else module.new_event_loop(driver=peer.driver)
+    make = getattr(module, peer.factory)
+    loop = make() if peer.driver is None else make(driver=peer.driver)
     return cast(asyncio.AbstractEventLoop, loop)
 
 
 def probe(peer: Peer) -> Present | Absent:
     """Try `peer` in a process of its own, at most ten seconds."""
-    if peer.module is None:
-        return Present(peer, "")
     command = [sys.executable, "-m", __spec__.name, peer.name]
+    if peer.program is not None:
+        try:
+            command = [str(build(peer.program)), "--check"]
+        except BuildFailed as failure:
+            return Absent(peer, str(failure))
+    environment = {**os.environ, **dict(peer.environment)}
     try:
-        tried = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment)
     except subprocess.TimeoutExpired:
         return Absent(peer, "making the loop took more than 10 s")
     if tried.returncode == 0:
         return Present(peer, tried.stdout.strip())
-    return Absent(peer, tried.stdout.strip() or f"exit status {tried.returncode}")
+    complaint = tried.stderr if peer.program is not None else tried.stdout
+    return Absent(peer, complaint.strip() or f"exit status {tried.returncode}")
 
 
 def _version(peer: Peer) -> str:

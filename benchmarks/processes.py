@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["CLIENT_CORE", "SERVER_CORE", "RunFailed", "Server", "run_pinned", "serving"]
+__all__ = ["CLIENT_CORE", "SERVER_CORE", "RunFailed", "Server", "run_pinned", "serving", "talking"]
 
 #: Places in the list of cores that this process may use.
 SERVER_CORE = 0
@@ -20,6 +21,8 @@ CLIENT_CORE = 1
 
 _START_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 3.0
+
+_NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 #: Where the packages `benchmarks` and `iocp_loop` are found.
 _ROOT = Path(__file__).resolve().parent.parent
@@ -74,16 +77,22 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 @contextlib.contextmanager
-def serving(command: Sequence[str]) -> Iterator[Server]:
-    """Run a server on its core until the block ends.
+def serving(command: Sequence[str], environment: Mapping[str, str], *, pinned: bool = True) -> Iterator[Server]:
+    """Run a server until the block ends, on its core or on all, with these variables beside those of this process.
 
     The server has to print ``listening ADDRESS`` when it accepts.  Raises RunFailed if it does not within ten
     seconds, and when the block ends with a server that is gone.
     """
     with tempfile.TemporaryFile("w+") as stderr:
-        with _on_core(SERVER_CORE):
+        with _on_core(SERVER_CORE) if pinned else contextlib.nullcontext():
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=_ROOT
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=_ROOT,
+                env={**os.environ, **environment},
             )
 
         def complaint() -> str:
@@ -107,7 +116,25 @@ def serving(command: Sequence[str]) -> Iterator[Server]:
             _stop(process)
 
 
-def run_pinned(command: Sequence[str], core: int, timeout_s: float) -> str:
+@contextlib.contextmanager
+def talking(command: Sequence[str], core: int) -> Iterator[subprocess.Popen[str]]:
+    """Run a program on a core, with pipes to talk through, until the block ends."""
+    with _on_core(core):
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=_ROOT,
+        )
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def run_pinned(command: Sequence[str], core: int, timeout_s: float, environment: Mapping[str, str] = _NOTHING) -> str:
     """Run a program on a core to its end; what it printed.  RunFailed carries its last line on stderr."""
     with _on_core(core):
         process = subprocess.Popen(
@@ -117,6 +144,7 @@ def run_pinned(command: Sequence[str], core: int, timeout_s: float) -> str:
             stderr=subprocess.PIPE,
             text=True,
             cwd=_ROOT,
+            env={**os.environ, **environment},
         )
     try:
         printed, complained = process.communicate(timeout=timeout_s)

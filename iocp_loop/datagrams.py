@@ -10,7 +10,9 @@ A datagram that fails is reported and forgotten, and the next one has its turn: 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
+import functools
 import logging
 import socket
 import warnings
@@ -157,7 +159,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         if self._closing:
             self._release_socket()
         elif error.errno in _HOPELESS:
-            self._fatal_error(error, "Fatal read error on datagram transport")
+            self._context.run(self._fatal_error, error, "Fatal read error on datagram transport")
         elif error.errno == errno.EINVAL and getattr(error, "winerror", None) in (None, _WSA_INVALID):
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
         elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
@@ -228,8 +230,9 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         data, addr = self._queue[0]
         op = ops.SendTo(self._sock, data, None if self._connected else addr)
         self._sending = op
+        run: Any = contextvars.copy_context().run  # in the context of whoever sends, as on asyncio's own loops
         try:
-            self._proactor.start(op, self._sent)
+            self._proactor.start(op, functools.partial(run, self._sent))
         except (OSError, ValueError) as exc:
             self._sending = None
             self._fatal_error(exc, "Fatal write error on datagram transport")

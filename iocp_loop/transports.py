@@ -37,6 +37,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
+import functools
 import logging
 import socket
 import sys
@@ -106,6 +107,7 @@ class PythonStream(FlowControl):
         def _enqueue(self, buffers: Iterable[Any]) -> None: ...
         def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
         def _receive_ended(self, error: OSError | None) -> None: ...
+        def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
         def _write_otherwise(self, data: Any) -> None: ...
 
     def write(self, data: Any) -> None:
@@ -133,7 +135,7 @@ class PythonStream(FlowControl):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")
+            self._receiving_failed(exc, "Fatal error: protocol.data_received() call failed.")
 
     def _received_into(self, value: bytes | int, error: OSError | None) -> None:
         """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
@@ -150,7 +152,7 @@ class PythonStream(FlowControl):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.buffer_updated() call failed.")
+            self._receiving_failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
 
     def _get_buffer_of_protocol(self, size_hint: int = -1) -> memoryview | None:
         """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
@@ -163,7 +165,7 @@ class PythonStream(FlowControl):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.get_buffer() call failed.")
+            self._receiving_failed(exc, "Fatal error: protocol.get_buffer() call failed.")
             return None
         return view
 
@@ -248,6 +250,10 @@ class SocketTransport(Stream):
     def _context_of_the_ends(self) -> Any:
         """The context of ``connection_made`` and ``connection_lost``; None: that of whoever brings them about."""
         return self._context if sys.version_info >= (3, 15) else None
+
+    def _context_of_writing(self) -> Any:
+        """The context of ``resume_writing`` and of what else sending leads to: before 3.15 that of whoever writes."""
+        return self._context if sys.version_info >= (3, 15) else contextvars.copy_context()
 
     def owns(self, sock: socket.socket) -> bool:
         """True if `sock` is the socket of this transport, which closes it."""
@@ -341,7 +347,11 @@ class SocketTransport(Stream):
         if error is None:
             self._end_of_stream()
         elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
-            self._fatal_error(error, "Fatal read error on socket transport")
+            self._receiving_failed(error, "Fatal read error on socket transport")
+
+    def _receiving_failed(self, exc: BaseException, message: str) -> None:
+        """A fatal error in the course of receiving: the report and ``connection_lost`` inherit its context."""
+        self._context.run(self._fatal_error, exc, message)
 
     def _copy_to_protocol(self, data: memoryview) -> None:
         """Feed data to a BufferedProtocol, as much as its buffer takes at a time."""
@@ -364,10 +374,10 @@ class SocketTransport(Stream):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.eof_received() call failed.")
+            self._receiving_failed(exc, "Fatal error: protocol.eof_received() call failed.")
             return
         if not keep_open:
-            self.close()
+            self._context.run(self.close)  # connection_lost inherits it
 
     def is_reading(self) -> bool:
         """False while paused or closing."""
@@ -502,7 +512,7 @@ class SocketTransport(Stream):
         op = ops.SendAll(self._sock, queue)
         self._sending = op
         try:
-            self._proactor.start(op, self._sent)
+            self._proactor.start(op, functools.partial(self._context_of_writing().run, self._sent))
         except OSError as exc:
             self._sending = None
             self._fatal_error(exc, "Fatal write error on socket transport")
@@ -564,7 +574,7 @@ class SocketTransport(Stream):
             raise _closed_while_sending_file()
         future: asyncio.Future[int] = self._loop.create_future()
         self._file = future
-        self._proactor.start(op, self._part_sent)
+        self._proactor.start(op, functools.partial(self._context_of_writing().run, self._part_sent))
         self._sending = op
         try:
             return await future

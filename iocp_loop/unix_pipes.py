@@ -16,8 +16,10 @@ reader of a pipe goes away, the writing end reports an error condition, which ev
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import fcntl
+import functools
 import logging
 import os
 import socket
@@ -132,7 +134,10 @@ class _PipeTransport(asyncio.BaseTransport):
     # -- readiness ---------------------------------------------------------------------------------
 
     def _watch(self, op: ops.Operation, ready: Callable[[], object]) -> bool:
-        """Call `ready` when `op` completes; False where the poller refuses what is always ready."""
+        """Call `ready` when `op` completes; False where the poller refuses what is always ready.
+
+        `ready` is called in no context of its own.
+        """
 
         def deliver(events: Any, error: OSError | None) -> None:
             if not op.in_flight:
@@ -143,7 +148,7 @@ class _PipeTransport(asyncio.BaseTransport):
                 if not self._lost:
                     ready()
             elif error.errno != errno.ECANCELED:
-                self._fatal_error(error)
+                self._run(self._fatal_error, error)
 
         self._watches.add(op)
         try:
@@ -261,14 +266,14 @@ class ReadPipeTransport(_PipeTransport, asyncio.ReadTransport):
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
-            self._fatal_error(exc, "Fatal read error on pipe transport")
+            self._run(self._fatal_error, exc, "Fatal read error on pipe transport")
             return
         if not data:
             self._closing = True
             self._unwatch(self._reading)
             if self._loop.get_debug():
                 _logger.info("%r was closed by peer", self)
-            self._loop.call_soon(self._end_of_stream)
+            self._run(self._loop.call_soon, self._end_of_stream)  # which inherits the context
             return
         try:
             if self._buffered:
@@ -278,7 +283,7 @@ class ReadPipeTransport(_PipeTransport, asyncio.ReadTransport):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.data_received() call failed.")
+            self._run(self._fatal_error, exc, "Fatal error: protocol.data_received() call failed.")
 
     def _end_of_stream(self) -> None:
         if self._lost:
@@ -290,7 +295,7 @@ class ReadPipeTransport(_PipeTransport, asyncio.ReadTransport):
         except BaseException as exc:
             self._fatal_error(exc, "Fatal error: protocol.eof_received() call failed.")
         else:
-            self._lose_connection(None)
+            self._run(self._lose_connection, None)
 
     def _is_usual(self, exc: BaseException) -> bool:
         return isinstance(exc, OSError) and exc.errno == errno.EIO  # a terminal whose other end is gone
@@ -320,7 +325,7 @@ class WritePipeTransport(_PipeTransport, FlowControl):
         one_way = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
         if stat.S_ISSOCK(self._mode) or (stat.S_ISFIFO(self._mode) and one_way):
             self._peer = ops.ReadinessStream(self._pipe, READABLE)
-            self._watch(self._peer, self._look_at_peer)
+            self._watch(self._peer, functools.partial(self._run, self._look_at_peer))
 
     def _look_at_peer(self) -> None:
         """The pipe is "readable": nobody reads at the other end any more, or a socket's peer has said something."""
@@ -376,7 +381,9 @@ class WritePipeTransport(_PipeTransport, FlowControl):
     def _wait_until_writable(self) -> None:
         if self._writing is None:
             self._writing = ops.Readiness(self._pipe, WRITABLE)
-            if not self._watch(self._writing, self._write_on):
+            # In the context of whoever writes, as on asyncio's own loops.
+            write_on = functools.partial(contextvars.copy_context().run, self._write_on)
+            if not self._watch(self._writing, write_on):
                 self._loop.call_soon(self._write_on)
 
     def _write_on(self) -> None:

@@ -1,16 +1,27 @@
-"""The benchmark's arithmetic: order of runs, ratios, tables.  Nothing is measured here."""
+"""The benchmark's arithmetic: order of runs, ratios, tables, what the documentation gets.
+
+Nothing is measured here; that runs give figures at all is the subject of test_benchmarks_runs.py.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from benchmarks.peers import PEERS, Absent, Peer
+from benchmarks import callbacks, echo
+from benchmarks.__main__ import _command, _parser
+from benchmarks.benchmark import Benchmark, Column, Place
+from benchmarks.peers import DEFAULT, OURS, PEERS, Absent, Peer, Present
 from benchmarks.processes import RunFailed
-from benchmarks.report import Column, Report, table
+from benchmarks.publish import BEGIN, END, PublishFailed, publish
+from benchmarks.report import Report, pivot, table
 from benchmarks.rounds import Sample, interleave, order
 from benchmarks.summary import figure, ratio
+from benchmarks.syscalls import perf_counts, strace_counts
 
 UVLOOP, ASYNCIO, C_SERVER = PEERS["uvloop"], PEERS["asyncio"], PEERS["c-epoll"]
 
@@ -90,6 +101,11 @@ COLUMNS = (
 )
 
 
+BENCHMARK = Benchmark(
+    "trial", "Trial", "What it costs.", COLUMNS, COLUMNS[0], lambda label: Place(*label.split(maxsplit=2))
+)
+
+
 def test_table() -> None:
     samples = [sample("uvloop", 0, 1.0), sample("asyncio", 0, 2.0), sample("uvloop", 1, 1.5)]
     samples += [Sample("one", "c-epoll", 0, failure="it said nothing")]
@@ -107,10 +123,181 @@ def test_report_notes_failures_starved_connections_and_absent_peers() -> None:
         Sample("one", "asyncio", 0, {"cost": 1.0, "starved": 3.0}),
         Sample("one", "asyncio", 1, failure="it said nothing"),
     ]
-    report = Report("Echo", ["Two rounds."], COLUMNS, "uvloop", [Absent(UVLOOP, "No module")], samples)
-    assert report.markdown().splitlines()[-3:] == [
+    samples += [Sample("two", "asyncio", number, {"cost": 1.0, "lost": 2.0}) for number in range(2)]
+    report = Report(
+        BENCHMARK, ["Two rounds."], "uvloop", [Absent(UVLOOP, "No module")], samples, ["tls is absent: why"]
+    )
+    assert report.markdown().splitlines()[-5:] == [
         "- uvloop is absent: No module",
+        "- tls is absent: why",
         "- one, asyncio: 1 of 2 runs failed: it said nothing",
         "- one, asyncio: up to 3 connections were not served once in the window",
+        "- two, asyncio: 4 datagrams were lost and sent again",
     ]
     assert '"absent": "No module"' in report.json()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_no_cells_that_can_not_be() -> None:
+    cells = echo.grid(echo.MODES, echo.TRANSPORTS, [1024, 102_400], [1])
+    found = {(cell.transport, cell.mode) for cell in cells}
+    assert {mode for transport, mode in found if transport == "tls"} == {"protocol", "buffered", "streams"}
+    assert {mode for transport, mode in found if transport == "udp"} == {"protocol"}
+    assert [cell.label for cell in cells if cell.transport == "udp"] == ["protocol udp 1 KiB x 1"]
+    assert len(cells) == 8 + 8 + 6 + 1
+    assert len({cell.label for cell in cells}) == len(cells)
+
+
+def test_a_server_in_c_takes_protocol_cells_of_its_transports() -> None:
+    def takes(peer: str) -> set[tuple[str, str]]:
+        cells = echo.grid(echo.MODES, echo.TRANSPORTS, [1024], [1])
+        return {(cell.transport, cell.mode) for cell in cells if cell.takes(PEERS[peer])}
+
+    assert takes("c-epoll") == {("tcp", "protocol"), ("unix", "protocol"), ("udp", "protocol")}
+    assert takes("c-uring") == {("tcp", "protocol"), ("unix", "protocol")}
+
+
+def test_a_label_tells_its_place() -> None:
+    cell = echo.Cell("streams", "unix", 10 * 1024, 3)
+    assert echo.ECHO.place(cell.label) == Place("unix", "streams", "10 KiB x 3")
+
+
+def test_our_peers_and_the_defaults() -> None:
+    assert set(OURS) == {name for name in PEERS if name.startswith("iocp_loop-")}
+    assert set(DEFAULT) <= set(PEERS)
+    assert dict(PEERS["iocp_loop-uring-python"].environment) == {"IOCP_LOOP_NATIVE": "0"}
+    assert not PEERS["iocp_loop-uring"].environment
+
+
+def test_every_benchmark_has_a_plan() -> None:
+    for name in ("echo", "http", "micro", "latency", "many", "idle", "syscalls"):
+        options = _parser().parse_args([name, "--rounds", "1"])
+        assert callable(options.plan), name
+
+
+def test_the_command_names_no_place_of_this_machine() -> None:
+    command = _command(["all", "--output", "/somewhere/here", "--rounds", "3"])
+    assert command == "python -m benchmarks all --rounds 3"
+
+
+SMALL_WORKLOADS = [name for name in callbacks.WORKLOADS if name != "subprocess"]
+
+
+@pytest.mark.parametrize("name", SMALL_WORKLOADS)
+def test_a_workload_comes_to_its_end(name: str) -> None:
+    async def work() -> None:
+        await asyncio.wait_for(callbacks.WORKLOADS[name].run(1000), 30.0)
+
+    asyncio.run(work())
+
+
+STRACE = """\
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 60.00    0.000300           1       200           sendto
+ 40.00    0.000200           1       201         1 recvfrom
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.000500           1       401         1 total
+"""
+
+PERF = """\
+# started on Tue Nov 24 15:17:13 2026
+
+402,,raw_syscalls:sys_enter,7008116,100.00,,
+200,,syscalls:sys_enter_sendto,7008116,100.00,,
+0,,syscalls:sys_enter_select,7008116,100.00,,
+<not counted>,,syscalls:sys_enter_poll,0,100.00,,
+"""
+
+
+def test_what_the_tracers_leave_behind() -> None:
+    assert strace_counts(STRACE) == {"sendto": 200, "recvfrom": 201}
+    assert perf_counts(PERF) == {"": 402, "sendto": 200}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The documentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_pivot_has_the_peers_side_by_side() -> None:
+    samples = [sample("uvloop", 0, 1.0), sample("iocp_loop-poll", 0, 0.5), Sample("one", "c-epoll", 0, failure="no")]
+    samples += [sample("uvloop", 0, 2.0, "two")]
+    assert pivot(COLUMNS[0], {"one": "first", "two": "second"}, samples, "uvloop") == [
+        "| ms     | uvloop | iocp_loop-poll | c-epoll |",
+        "|--------|-------:|---------------:|--------:|",
+        "| first  |  1,000 |     500 (2.00) |  failed |",
+        "| second |  2,000 |              - |       - |",
+    ]
+
+
+def a_report() -> Report:
+    samples = [sample(peer, 0, cost, case) for case in ("tcp p one", "udp p two")
+               for peer, cost in (("uvloop", 1.0), ("iocp_loop-poll", 0.5), ("asyncio", 4.0))]  # fmt: skip
+    peers: list[Present | Absent] = [
+        Present(UVLOOP, "9.9"),
+        Present(PEERS["iocp_loop-poll"], "0.1"),
+        Absent(PEERS["rloop"], "No module"),
+    ]
+    return Report(BENCHMARK, ["One round."], "uvloop", peers, samples, ["tls is absent: why"], "python -m benchmarks")
+
+
+def test_a_report_comes_back_from_its_json() -> None:
+    report = a_report()
+    assert Report.load(report.json(), BENCHMARK) == report
+
+
+def test_a_report_of_another_benchmark_is_refused() -> None:
+    with pytest.raises(ValueError, match="samples of trial, not of echo"):
+        Report.load(a_report().json(), echo.ECHO)
+
+
+PAGE = f"# Performance\n\nBy hand.\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the plots need matplotlib")
+def test_publish_replaces_the_block_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "performance.md"
+    page.parent.mkdir()
+    page.write_text(PAGE)
+    a_report().write(tmp_path)
+    written = publish(tmp_path, page, [echo.ECHO, BENCHMARK])
+    text = page.read_text()
+    assert text.startswith(f"# Performance\n\nBy hand.\n\n{BEGIN}\nMeasured ")
+    assert text.endswith(f"\n{END}\n\nAlso by hand.\n")
+    assert "old" not in text
+    assert "## Trial" in text
+    assert "### Trial, udp" in text
+    assert "Absent: rloop (No module)." in text
+    assert "| p one |" in text
+    assert "- tls is absent: why" in text
+    figures = [page.parent / "figures" / f"trial-{table}.svg" for table in ("tcp", "udp")]
+    assert written == [page, *figures]
+    assert all("<svg" in figure.read_text() for figure in figures)
+    before = [path.read_text() for path in written]
+    publish(tmp_path, page, [BENCHMARK])
+    assert [path.read_text() for path in written] == before
+
+
+def test_publish_needs_results_and_a_block(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("# Performance\n")
+    with pytest.raises(PublishFailed, match="run a benchmark first"):
+        publish(tmp_path, page, [BENCHMARK])
+    a_report().write(tmp_path)
+    with pytest.raises(PublishFailed, match="no block for the figures"):
+        publish(tmp_path, page, [BENCHMARK])
+    (tmp_path / "trial.json").write_text("{}")
+    with pytest.raises(PublishFailed, match="no samples of this version"):
+        publish(tmp_path, page, [BENCHMARK])
+    assert page.read_text() == "# Performance\n"
+
+
+def test_the_page_of_the_documentation_has_the_block() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert text.index(BEGIN) < text.index(END)

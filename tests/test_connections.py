@@ -203,6 +203,25 @@ async def test_a_protocol_factory_that_raises(loop: Loop, listener: socket.socke
     assert not loop.stats().in_flight
 
 
+async def test_connection_made_that_raises(loop: Loop, reports: list[dict[str, Any]]) -> None:
+    """Unlike asyncio's own loops, which report it and go on with the connection."""
+
+    class Faulty(Recorder):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            raise ZeroDivisionError
+
+    ours, peer = tcp_pair()
+    protocol = Faulty()
+    with peer:
+        with pytest.raises(ZeroDivisionError):
+            await loop.create_connection(lambda: protocol, sock=ours)
+        await until(lambda: protocol.finished)
+        assert await asyncio.to_thread(peer.recv, 1) == b""
+    assert isinstance(protocol.lost, ZeroDivisionError)
+    assert isinstance(reports.pop()["exception"], ZeroDivisionError)
+
+
 async def test_cancelling_a_connection_closes_its_socket(loop: Loop, silent: tuple[str, int]) -> None:
     task = asyncio.create_task(loop.create_connection(Recorder, *silent))
     await until(lambda: loop.stats().in_flight)

@@ -437,6 +437,22 @@ async def test_abort_drops_what_is_queued(loop: Loop, unix_peer: socket.socket) 
 
 
 @UNIX
+async def test_abort_drops_what_waits_for_room(loop: Loop, unix_peer: socket.socket) -> None:
+    """Without a peer of its own the endpoint waits by a timer, which has to go as well."""
+    one = await endpoint(loop, family=socket.AF_UNIX)
+    count = 0
+    while not one.transport.get_write_buffer_size():
+        one.transport.sendto(b"%05d" % count, unix_peer.getsockname())
+        count += 1
+    one.transport.abort()
+    await until(lambda: one.calls[-1] == "connection_lost")
+    assert one.transport.get_write_buffer_size() == 0
+    assert len(drain(unix_peer)) == count - 1
+    await asyncio.sleep(0.05)
+    assert not drain(unix_peer)
+
+
+@UNIX
 async def test_waiting_for_room_does_not_spin(loop: Loop, unix_peer: socket.socket) -> None:
     """A UNIX socket without a peer counts as writable while the queue of the receiver is full."""
     one = await endpoint(loop, family=socket.AF_UNIX)

@@ -267,6 +267,45 @@ def test_running_out_of_descriptors_for_a_moment(driver: str) -> None:
     assert printed[2] == str([b"x"] * 5)
 
 
+@pytest.mark.skipif(WINDOWS, reason="Windows has no limit on sockets to run into")
+def test_closed_while_descriptors_are_short(driver: str) -> None:
+    """The next try to accept is called off, and the port is free."""
+    printed = run_python(
+        """
+        import asyncio, os, resource, socket, sys, iocp_loop
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            reports = []
+            loop.set_exception_handler(lambda loop, context: reports.append(context["message"]))
+            client = socket.socket()
+            client.setblocking(False)
+            # One descriptor for the listener, and none for whoever comes.
+            free = os.open(os.devnull, os.O_RDONLY)
+            os.close(free)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+            server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+            address = server.sockets[0].getsockname()
+            await loop.sock_connect(client, address)
+            while not reports:
+                await asyncio.sleep(0.01)
+            server.close()
+            await asyncio.wait_for(server.wait_closed(), 10)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            await asyncio.sleep(0.25)  # longer than from one try to the next
+            print(reports, loop.stats().in_flight)
+            client.close()
+            with socket.socket() as other:
+                print(other.connect_ex(address) != 0)
+
+        iocp_loop.run(main(), driver=sys.argv[1])
+        """,
+        driver,
+    ).stdout.splitlines()
+    assert printed == ["['socket.accept() out of system resource'] 0", "True"]
+
+
 async def test_a_connection_that_comes_after_the_end_is_closed(loop: Loop, pair: Pair) -> None:
     """A cancel is a request: the kernel may have accepted one more."""
     server, _ = await echo_server(loop)

@@ -4,12 +4,12 @@
  * and what came is sent back at once.  What the socket does not take is kept by the connection; until that is through,
  * the connection is not read (so a peer that never reads costs one buffer, no more).
  *
+ * With --udp it is one socket, and every datagram goes back to where it came from.
+ *
  * It prints "listening PORT" (or PATH) when it accepts, and serves until a signal ends it.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
 #include <errno.h>
-#include <getopt.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdint.h>
@@ -17,14 +17,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
+
+#include "listen.h"
 
 #define EVENTS 1024
 #define BUFFER (256 * 1024)
-#define BACKLOG 1024
+#define DATAGRAMS 64 /* answered per event, at most */
 
 struct connection {
     int fd;
@@ -120,72 +120,27 @@ static void on_connection(int listener)
         drop(connection);
 }
 
-static int listen_tcp(const char *host, int port)
+/* Answer a batch of datagrams, one by one.  What the socket has no room for is lost, as datagrams may be. */
+static void on_datagrams(int fd)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-    socklen_t length = sizeof address;
-    int on = 1;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        fail("socket");
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (inet_pton(AF_INET, host, &address.sin_addr) != 1) {
-        errno = EINVAL;
-        fail(host);
+    struct sockaddr_storage from;
+    for (int i = 0; i < DATAGRAMS; i++) {
+        socklen_t from_length = sizeof from;
+        ssize_t length = recvfrom(fd, buffer, sizeof buffer, 0, (struct sockaddr *)&from, &from_length);
+        if (length < 0)
+            return;
+        (void)sendto(fd, buffer, (size_t)length, 0, (struct sockaddr *)&from, from_length);
     }
-    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, BACKLOG))
-        fail("listen");
-    if (getsockname(fd, (struct sockaddr *)&address, &length))
-        fail("getsockname");
-    printf("listening %d\n", ntohs(address.sin_port));
-    return fd;
-}
-
-static int listen_unix(const char *path)
-{
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        fail("socket");
-    if (strlen(path) >= sizeof address.sun_path) {
-        errno = ENAMETOOLONG;
-        fail(path);
-    }
-    strcpy(address.sun_path, path);
-    if (bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, BACKLOG))
-        fail(path);
-    printf("listening %s\n", path);
-    return fd;
 }
 
 int main(int argc, char **argv)
 {
-    static const struct option names[] = {
-        {"host", required_argument, NULL, 'h'},
-        {"port", required_argument, NULL, 'p'},
-        {"unix", required_argument, NULL, 'u'},
-        {NULL, 0, NULL, 0},
-    };
-    const char *host = "127.0.0.1", *path = NULL;
-    int port = 0, name;
-    while ((name = getopt_long(argc, argv, "", names, NULL)) != -1) {
-        switch (name) {
-        case 'h': host = optarg; break;
-        case 'p': port = atoi(optarg); break;
-        case 'u': path = optarg; break;
-        default:
-            fputs("usage: epoll_server [--host IPV4] [--port PORT] | --unix PATH\n", stderr);
-            return 2;
-        }
-    }
-
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
-
-    int listener = path ? listen_unix(path) : listen_tcp(host, port);
-    fflush(stdout);
+    struct listening where = parse(argc, argv, "epoll_server", true);
+    if (where.check)
+        return 0;
+    int listener = start_listening(&where, SOCK_NONBLOCK);
+    if (listener < 0)
+        fail("listen");
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     struct epoll_event accepting = {.events = EPOLLIN, .data.ptr = NULL}; /* NULL: the listener */
     if (epoll_fd < 0 || epoll_ctl(epoll_fd, EPOLL_CTL_ADD, listener, &accepting))
@@ -199,7 +154,9 @@ int main(int argc, char **argv)
         /* Each connection is listed once per batch and freed only here, on its own turn: no event outlives it. */
         for (int i = 0; i < count; i++) {
             struct connection *connection = events[i].data.ptr;
-            if (!connection)
+            if (!connection && where.udp)
+                on_datagrams(listener);
+            else if (!connection)
                 on_connection(listener);
             else if (connection->kept && events[i].events & (EPOLLERR | EPOLLHUP))
                 drop(connection);

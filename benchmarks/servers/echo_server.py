@@ -1,7 +1,8 @@
 """The echo server under load, written four ways, on any loop: what an application does, and no more.
 
-``python -m benchmarks.servers.echo_server --loop NAME --mode MODE [--host IPV4 --port PORT | --unix PATH]``
-prints ``listening ADDRESS`` when it accepts, and serves until a signal ends it.
+``python -m benchmarks.servers.echo_server --loop NAME --mode MODE [--host IPV4 --port PORT | --unix PATH]
+[--tls CERTIFICATE KEY | --udp] [--busy THREADS]`` prints ``listening ADDRESS`` when it accepts, and serves until a
+signal ends it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import socket
+import ssl
 import sys
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
 
 from ..limits import raise_descriptor_limit
 from ..peers import PEERS, new_event_loop
@@ -23,6 +25,8 @@ _BACKLOG = 1024
 _READ_SIZE = 100 * 1024
 #: The buffer that each BufferedProtocol brings along.
 _BUFFER_SIZE = 64 * 1024
+#: Room for the datagrams of a thousand clients, so that the benchmark is not about those that were lost.
+_DATAGRAM_ROOM = 8 * 1024 * 1024
 
 
 class _Echo(asyncio.Protocol):
@@ -31,6 +35,14 @@ class _Echo(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
+
+
+class _DatagramEcho(asyncio.DatagramProtocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.transport.sendto(data, addr)
 
 
 class _BufferedEcho(asyncio.BufferedProtocol):
@@ -55,44 +67,69 @@ def _bound(path: str | None, host: str, port: int) -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+    sock.listen(_BACKLOG)  # not every loop does so with a socket that it is given
     sock.setblocking(False)
     return sock
 
 
-async def _serve_protocol(sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
+def _bound_datagram(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        force = 33  # SO_RCVBUFFORCE of socket(7): beyond the limit of the system, for those who may
+        sock.setsockopt(socket.SOL_SOCKET, force, _DATAGRAM_ROOM)
+    except OSError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DATAGRAM_ROOM)
+    sock.bind((host, port))
+    sock.setblocking(False)
+    return sock
+
+
+def _tls(files: Sequence[str] | None) -> ssl.SSLContext | None:
+    if files is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    return context
+
+
+async def _serve_protocol(
+    sock: socket.socket, tls: ssl.SSLContext | None, factory: Callable[[], asyncio.BaseProtocol]
+) -> asyncio.Server:
     loop = asyncio.get_running_loop()
     # The stubs want a Protocol; a BufferedProtocol is as welcome.
     make = cast(Callable[[], asyncio.Protocol], factory)
     if sys.platform != "win32" and sock.family == socket.AF_UNIX:
         return await loop.create_unix_server(make, sock=sock, backlog=_BACKLOG)
-    return await loop.create_server(make, sock=sock, backlog=_BACKLOG)
+    return await loop.create_server(make, sock=sock, backlog=_BACKLOG, ssl=tls)
 
 
-async def _protocol(sock: socket.socket) -> object:
-    return await _serve_protocol(sock, _Echo)
+async def _protocol(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
+    if sock.type == socket.SOCK_DGRAM:
+        return await asyncio.get_running_loop().create_datagram_endpoint(_DatagramEcho, sock=sock)
+    return await _serve_protocol(sock, tls, _Echo)
 
 
-async def _buffered(sock: socket.socket) -> object:
-    return await _serve_protocol(sock, _BufferedEcho)
+async def _buffered(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
+    return await _serve_protocol(sock, tls, _BufferedEcho)
 
 
-async def _streams(sock: socket.socket) -> object:
+async def _streams(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(_READ_SIZE):
                 writer.write(data)
                 await writer.drain()
-        except ConnectionError:
-            pass  # the load client ends by closing, with messages under way
+        except OSError:
+            pass  # the load client ends by closing, with messages under way: a reset, or an end without TLS's goodbye
         finally:
             writer.close()
 
     if sys.platform != "win32" and sock.family == socket.AF_UNIX:
         return await asyncio.start_unix_server(echo, sock=sock, backlog=_BACKLOG)
-    return await asyncio.start_server(echo, sock=sock, backlog=_BACKLOG)
+    return await asyncio.start_server(echo, sock=sock, backlog=_BACKLOG, ssl=tls)
 
 
-async def _sock(listener: socket.socket) -> object:
+async def _sock(listener: socket.socket, tls: ssl.SSLContext | None) -> object:
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -113,12 +150,18 @@ async def _sock(listener: socket.socket) -> object:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    listener.listen(_BACKLOG)
     return loop.create_task(accept())
 
 
-#: How each mode starts to serve a bound socket; the result has to be kept for as long as it is to serve.
-MODES: dict[str, Callable[[socket.socket], Awaitable[object]]] = {
+def _spin() -> None:
+    """A thread that computes for ever, in Python."""
+    while True:
+        pass
+
+
+#: How each mode starts to serve a bound socket, with or without TLS; the result has to be kept for as long as it is to
+#: serve.
+MODES: dict[str, Callable[[socket.socket, ssl.SSLContext | None], Awaitable[object]]] = {
     "protocol": _protocol,
     "buffered": _buffered,
     "streams": _streams,
@@ -133,16 +176,27 @@ def _main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--unix", metavar="PATH")
+    parser.add_argument("--tls", nargs=2, metavar=("CERTIFICATE", "KEY"))
+    parser.add_argument("--udp", action="store_true")
+    parser.add_argument("--busy", type=int, default=0, metavar="THREADS")
     options = parser.parse_args()
 
     raise_descriptor_limit()
     loop = new_event_loop(PEERS[options.loop])
     asyncio.set_event_loop(loop)
-    sock = _bound(options.unix, options.host, options.port)
+    if options.udp:
+        sock = _bound_datagram(options.host, options.port)
+    else:
+        sock = _bound(options.unix, options.host, options.port)
+
+    # Asked now, as some loops take the descriptor away from the socket.
+    address = options.unix or sock.getsockname()[1]
 
     async def serve() -> None:
-        kept = await MODES[options.mode](sock)
-        print("listening", options.unix or sock.getsockname()[1], flush=True)
+        kept = await MODES[options.mode](sock, _tls(options.tls))
+        for _ in range(options.busy):
+            loop.run_in_executor(None, _spin)
+        print("listening", address, flush=True)
         await asyncio.Event().wait()
         del kept
 

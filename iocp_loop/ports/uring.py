@@ -92,11 +92,11 @@ _MOST_BUFFERS = 1024
 #: How long the kernel may take to clean up a ring that was closed; it does that in its own time, usually 10 ms.
 _OLD_RING_SECONDS = 1.0
 
-#: A stream that got so many big pieces (64 KiB or more, see uring.c) is polled and read into the scratch buffer ...
+#: A stream that got so many big pieces (BIG_RECEIVE or more, see uring.c) is polled and read into the scratch buffer ...
 _BULK_AFTER = 4
 #: ... until so many pieces in a row were below this size, bytes.
 _BULK_UNTIL = 4
-_BULK_SIZE = 16 * 1024
+_BULK_SIZE = 2 * 1024
 
 #: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
 _SCRATCH_SIZE = 256 * 1024
@@ -731,7 +731,7 @@ class UringDriver(UringTurns, Driver):
 
     def __del__(self) -> None:
         # Nobody closed it.  The kernel ends what is in flight, in its own time.
-        ring, self._ring = self._ring, None
+        ring, self._ring = getattr(self, "_ring", None), None  # there is none where the constructor refused
         if ring is not None:
             leak(*self._buffers_in_flight())
             lib.uring_close(ring, bool(self.in_flight))

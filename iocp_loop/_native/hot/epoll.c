@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <time.h>
 
-enum { BATCH = 1024, SCRATCH_SIZE = 256 * 1024 };
+enum { BATCH = 1024 };
 
 /* A socket that sock_recv waits for.  Its registration stays when the wait is over: next time there is none to make, as
  * long as the socket is the same.  An event that nobody waits for ends it. */
@@ -36,7 +36,7 @@ typedef struct {
     int next, count;
     char sleeping;
     int contended;
-    char *scratch;
+    size_t expected; /* bytes in a piece, see receive_bytes */
     struct epoll_event events[BATCH];
 } EpollTurns;
 
@@ -141,12 +141,12 @@ static int receive(EpollTurns *self, PyObject *op)
     }
     ssize_t count;
     int lent = get_buffer != NULL && get_buffer != Py_None;
-    if (lent) {
+    if (lent)
         count = receive_into(socket_descriptor(sock), get_buffer);
-        if (count == NO_BUFFER)
-            return PyErr_Occurred() ? -1 : 0;
-    } else
-        count = recv(socket_descriptor(sock), self->scratch, SCRATCH_SIZE, MSG_DONTWAIT);
+    else
+        count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &data);
+    if (count == NO_BUFFER)
+        return PyErr_Occurred() ? -1 : 0;
     if (count < 0) {
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
             return 0;
@@ -157,7 +157,8 @@ static int receive(EpollTurns *self, PyObject *op)
         Py_XDECREF(done);
         return done == NULL ? -1 : 0;
     }
-    data = lent ? PyLong_FromSsize_t(count) : PyBytes_FromStringAndSize(self->scratch, count);
+    if (lent || count == 0)
+        data = lent ? PyLong_FromSsize_t(count) : PyBytes_FromStringAndSize(NULL, 0);
     if (data == NULL)
         return -1;
     if (count == 0)
@@ -401,11 +402,6 @@ static PyObject *epoll_turns_new(PyTypeObject *type, PyObject *args, PyObject *k
     if (self == NULL)
         return NULL;
     self->fd = -1;
-    self->scratch = PyMem_Malloc(SCRATCH_SIZE);
-    if (self->scratch == NULL) {
-        Py_DECREF(self);
-        return PyErr_NoMemory();
-    }
     return (PyObject *)self;
 }
 
@@ -440,7 +436,6 @@ static void epoll_turns_dealloc(EpollTurns *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     epoll_turns_clear(self);
-    PyMem_Free(self->scratch);
     PyMem_Free(self->sockets);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);

@@ -37,8 +37,8 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 extern struct names {
     PyObject *abandon, *buffer_updated, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
         *drain_ready, *end_stream, *fatal_error, *future_blocking, *get_buffer, *go_on, *hand_over, *keep_value, *open_ring,
-        *queue_leftovers, *reap, *receive_ended, *run, *set_result, *time, *timer_handle_cancelled, *write_otherwise,
-        *write_to_self;
+        *queue_leftovers, *reap, *receive_ended, *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled,
+        *write_otherwise, *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
@@ -134,8 +134,9 @@ int land(PyObject *op, PyObject *in_flight);
 #ifndef _WIN32
 /* sockets.c.  Bytes, or None if there is nothing to receive just now. */
 PyObject *receive_now(descriptor fd, size_t size);
-/* recv as much as there is; -1 with errno.  `data` is set if there is some. */
-ssize_t receive_to_scratch(descriptor fd, PyObject **data);
+/* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
+ * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
+ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
 /* recv into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or without. */
 ssize_t receive_into(descriptor fd, PyObject *get_buffer);
 enum { NO_BUFFER = -2 };

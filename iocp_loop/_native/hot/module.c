@@ -274,6 +274,7 @@ static int intern_names(void)
         {&names.queue_leftovers, "_queue_leftovers"},
         {&names.reap, "_reap"},
         {&names.receive_ended, "_receive_ended"},
+        {&names.receiving_failed, "_receiving_failed"},
         {&names.run, "run"},
         {&names.set_result, "set_result"},
         {&names.time, "time"},

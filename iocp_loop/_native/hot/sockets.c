@@ -35,28 +35,64 @@ PyTypeObject *SocketWait_type;
 static PyTypeObject *Calls_type;
 static PyObject *socket_class; /* socket.socket; a subclass of it may be more than a socket */
 
-enum { SCRATCH_SIZE = 256 * 1024 };
+/* Small pieces are received into a buffer that stays in the cache, and copied out of it.  Where large ones are to be
+ * expected, copying costs more than to receive into memory for the bytes object itself, cut to size afterwards.  Not more
+ * at once than malloc takes from its heap: beyond (mallopt(3), M_MMAP_THRESHOLD) each would be mapped anew. */
+enum { SCRATCH_SIZE = 256 * 1024, DIRECT_FROM = 4 * 1024, DIRECT_MOST = 128 * 1024 - 64 };
 static char *scratch; /* one for the process: what is received is copied out before anything else can happen */
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * The system's calls
  * ------------------------------------------------------------------------------------------------------------------ */
 
+ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
+{
+    ssize_t count;
+    *data = NULL;
+    if (*expected < DIRECT_FROM) {
+        count = recv(fd, scratch, most < SCRATCH_SIZE ? most : SCRATCH_SIZE, MSG_DONTWAIT);
+        if (count <= 0)
+            return count;
+        *data = PyBytes_FromStringAndSize(scratch, count);
+        if (count >= DIRECT_FROM)
+            *expected = count < DIRECT_MOST ? (size_t)count : DIRECT_MOST;
+    } else {
+        size_t room = most < *expected ? most : *expected;
+        PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
+        if (bytes == NULL)
+            return NO_BUFFER;
+        count = recv(fd, PyBytes_AS_STRING(bytes), room, MSG_DONTWAIT);
+        if (count <= 0) {
+            int code = errno;
+            Py_DECREF(bytes);
+            errno = code;
+            return count;
+        }
+        if ((size_t)count == room)
+            *expected = 2 * *expected < DIRECT_MOST ? 2 * *expected : DIRECT_MOST;
+        else if ((size_t)count < room / 4)
+            *expected /= 2;
+        if ((size_t)count != room)
+            _PyBytes_Resize(&bytes, count); /* NULL if that fails */
+        *data = bytes;
+    }
+    return *data == NULL ? NO_BUFFER : count;
+}
+
 PyObject *receive_now(descriptor fd, size_t size)
 {
-    ssize_t count = recv(fd, scratch, size < SCRATCH_SIZE ? size : SCRATCH_SIZE, MSG_DONTWAIT);
-    if (count >= 0)
-        return PyBytes_FromStringAndSize(scratch, count);
+    static size_t expected;
+    PyObject *data;
+    ssize_t count = receive_bytes(fd, size, &expected, &data);
+    if (count > 0)
+        return data;
+    if (count == 0)
+        return PyBytes_FromStringAndSize(NULL, 0);
+    if (count == NO_BUFFER)
+        return NULL;
     if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
         return Py_NewRef(Py_None);
     return PyErr_SetFromErrno(PyExc_OSError);
-}
-
-ssize_t receive_to_scratch(descriptor fd, PyObject **data)
-{
-    ssize_t count = recv(fd, scratch, SCRATCH_SIZE, MSG_DONTWAIT);
-    *data = count > 0 ? PyBytes_FromStringAndSize(scratch, count) : NULL;
-    return count;
 }
 
 ssize_t receive_into(descriptor fd, PyObject *get_buffer)

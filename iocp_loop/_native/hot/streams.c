@@ -54,9 +54,9 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
 #endif
 }
 
-/* self._fatal_error(exception, message) with the exception that is set, which counts as being handled meanwhile, as
+/* self.METHOD(exception, message) with the exception that is set, which counts as being handled meanwhile, as
  * in an except clause: the log of debug mode shows it. */
-static int fatal_error(PyObject *self, const char *message)
+static int fail(PyObject *self, PyObject *method, const char *message)
 {
     if (ends_the_loop())
         return -1;
@@ -64,7 +64,7 @@ static int fatal_error(PyObject *self, const char *message)
     PyObject *text = PyUnicode_FromString(message);
     PyErr_SetHandledException(exception);
     PyObject *done =
-        text == NULL ? NULL : PyObject_CallMethodObjArgs(self, names.fatal_error, exception, text, NULL);
+        text == NULL ? NULL : PyObject_CallMethodObjArgs(self, method, exception, text, NULL);
     PyErr_SetHandledException(before);
     Py_XDECREF(before);
     Py_XDECREF(text);
@@ -87,7 +87,7 @@ static PyObject *stream_write(PyObject *self, PyObject *data)
     if (sent == size)
         Py_RETURN_NONE;
     if (sent < 0) {
-        if (fatal_error(self, "Fatal write error on socket transport") < 0)
+        if (fail(self, names.fatal_error, "Fatal write error on socket transport") < 0)
             return NULL;
         Py_RETURN_NONE;
     }
@@ -139,7 +139,7 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *result = give(stream, args[0]);
     if (result != NULL)
         Py_DECREF(result);
-    else if (fatal_error(self, "Fatal error: protocol.data_received() call failed.") < 0)
+    else if (fail(self, names.receiving_failed, "Fatal error: protocol.data_received() call failed.") < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -180,7 +180,7 @@ static int get_buffer(PyObject *self, Py_ssize_t hint, Py_buffer *view)
     }
     if (!failed)
         return 1;
-    return fatal_error(self, "Fatal error: protocol.get_buffer() call failed.");
+    return fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.");
 }
 
 /* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
@@ -214,7 +214,7 @@ static int buffer_updated(PyObject *self, Py_ssize_t count)
     PyObject *done = number == NULL ? NULL : ask(stream_of(self), names.buffer_updated, number);
     Py_XDECREF(number);
     Py_XDECREF(done);
-    return done == NULL ? fatal_error(self, "Fatal error: protocol.buffer_updated() call failed.") : 0;
+    return done == NULL ? fail(self, names.receiving_failed, "Fatal error: protocol.buffer_updated() call failed.") : 0;
 }
 
 /* Copy what has come into the protocol's buffer; what does not fit in goes the slower way, bit by bit. */

@@ -32,6 +32,7 @@ typedef struct {
     PyObject *in_flight, *submissions, *ready, *unarmed, *uncancelled, *before_sleep;
     unsigned long long waits, completions, taken, tokens;
     int next, count; /* of the batch: what is dispatched next, and how many there are */
+    size_t expected; /* bytes in a piece, see receive_bytes */
     char sleeping, shared;
     int contended; /* turns in which other threads are to be reckoned with, see block */
 } UringTurns;
@@ -276,7 +277,7 @@ static struct {
     Py_ssize_t armed, bulk, polling, stopping, streak;
 } at;
 
-enum { BULK_SIZE = 16 * 1024, BULK_UNTIL = 4 };
+enum { BULK_SIZE = 2 * 1024, BULK_UNTIL = 4 };
 
 static PyObject *use_stream(PyObject *ignored, PyObject *type)
 {
@@ -330,7 +331,7 @@ static int receive_bulk(UringTurns *self, PyObject *op)
     if (lent)
         count = receive_into(socket_descriptor(sock), get_buffer);
     else
-        count = receive_to_scratch(socket_descriptor(sock), &value);
+        count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &value);
     if (count > 0 && lent)
         value = PyLong_FromSsize_t(count);
     if (count > 0 && value != NULL) {

@@ -1,0 +1,352 @@
+"""Every callback of a protocol runs in the context that asyncio's own loop gives it.
+
+Each test plays a scene twice, on asyncio's own loop and on ours, and compares what the protocol has seen.  In a scene a
+context variable says who acts: the maker of the transport, later its writer, later whoever closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .support import WINDOWS, WINE, listening_socket, read_exactly, reset, tcp_pair, turns, until
+
+actor: contextvars.ContextVar[str] = contextvars.ContextVar("actor", default="nobody")
+
+Seen = dict[str, str]
+Scene = Callable[[Seen], Awaitable[None]]
+
+
+class Witness(asyncio.Protocol, asyncio.DatagramProtocol, asyncio.SubprocessProtocol):
+    """A protocol of every kind.  Notes who acts when a method is called for the first time; from then on it acts."""
+
+    transport: Any
+
+    def __init__(self, seen: Seen, raising: str = "") -> None:
+        self.seen = seen
+        self.raising = raising
+
+    def note(self, name: str) -> None:
+        if name not in self.seen:
+            self.seen[name] = actor.get()
+            actor.set(name)
+        if name == self.raising:
+            raise RuntimeError(name)
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.note("connection_made")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.note("connection_lost")
+
+    def data_received(self, data: bytes) -> None:
+        self.note("data_received")
+
+    def eof_received(self) -> None:
+        self.note("eof_received")
+
+    def pause_writing(self) -> None:
+        self.note("pause_writing")
+
+    def resume_writing(self) -> None:
+        self.note("resume_writing")
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.note("datagram_received")
+
+    def error_received(self, exc: Exception) -> None:
+        self.note("error_received")
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self.note(f"pipe_data_received {fd}")
+
+    def pipe_connection_lost(self, fd: int, exc: BaseException | None) -> None:
+        self.note(f"pipe_connection_lost {fd}")
+
+    def process_exited(self) -> None:
+        self.note("process_exited")
+
+
+def play(scene: Scene, loop: asyncio.AbstractEventLoop) -> Seen:
+    seen: Seen = {}
+
+    def report(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        seen["exception handler"] = actor.get()
+
+    async def begin() -> None:
+        actor.set("the maker")
+        await scene(seen)
+
+    loop.set_exception_handler(report)
+    try:
+        loop.run_until_complete(asyncio.wait_for(begin(), 30))
+    finally:
+        loop.close()
+    return seen
+
+
+def compare(scene: Scene, driver: str, least: str = "connection_lost") -> None:
+    """Play `scene` on both loops; the call named `least` must be among those that it brings about."""
+    ours = play(scene, iocp_loop.new_event_loop(driver))
+    assert least in ours
+    stock = play(scene, asyncio.SelectorEventLoop())
+    if least not in stock:
+        pytest.skip(f"this Python's own loop does not call {least}")  # 3.13.0 leaves a datagram protocol paused
+    assert ours == stock
+
+
+@pytest.fixture(params=[socket.AF_INET, getattr(socket, "AF_UNIX", None)], ids=["tcp", "unix"])
+def connect(request: pytest.FixtureRequest) -> Callable[[], tuple[socket.socket, socket.socket]]:
+    """Makes two connected sockets: ours, non-blocking, and the peer."""
+    if request.param is socket.AF_INET:
+        return tcp_pair
+    if WINDOWS:
+        pytest.skip("Python has no UNIX sockets on Windows")
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        return ours, peer
+
+    return pair
+
+
+@pytest.mark.parametrize("raising", ["", "data_received", "eof_received"])
+def test_the_peer_ends_a_connection(driver: str, connect: Any, raising: str, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        ours, peer = connect()
+        with peer:
+            await asyncio.get_running_loop().create_connection(lambda: Witness(seen, raising), sock=ours)
+            actor.set("the peer")
+            peer.sendall(b"x")
+            await until(lambda: "data_received" in seen)
+            peer.shutdown(socket.SHUT_WR)
+            await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver)
+
+
+@pytest.mark.skipif(WINE, reason="under Wine asyncio's own loop is told of an end, not of a reset")
+def test_the_peer_resets_a_connection(driver: str, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        ours, peer = tcp_pair()
+        await asyncio.get_running_loop().create_connection(lambda: Witness(seen), sock=ours)
+        actor.set("the peer")
+        reset(peer)
+        await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver)
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_whoever_ends_a_connection(driver: str, connect: Any, end: str, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        ours, peer = connect()
+        with peer:
+            transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen), sock=ours)
+            actor.set("the end")
+            getattr(transport, end)()
+            await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver)
+
+
+def test_a_resumed_protocol_keeps_its_context(driver: str, no_leak: None) -> None:
+    """Unlike asyncio's own before Python 3.15, which call it in the context of whoever resumed."""
+
+    async def scene(seen: Seen) -> None:
+        ours, peer = tcp_pair()
+        with peer:
+            transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen), sock=ours)
+            transport.pause_reading()
+            actor.set("whoever resumes")
+            transport.resume_reading()
+            peer.sendall(b"x")
+            await until(lambda: "data_received" in seen)
+            transport.close()
+            await until(lambda: "connection_lost" in seen)
+
+    expected = "connection_made" if sys.version_info >= (3, 15) else "the maker"
+    assert play(scene, iocp_loop.new_event_loop(driver))["data_received"] == expected
+
+
+@pytest.mark.parametrize("raising", ["", "resume_writing"])
+def test_what_is_queued_is_sent(driver: str, connect: Any, raising: str, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        ours, peer = connect()
+        with peer:
+            peer.settimeout(30)
+            transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen, raising), sock=ours)
+            actor.set("the writer")
+            size = 8 << 20
+            transport.write(bytes(size))
+            assert "pause_writing" in seen
+            actor.set("later")
+            await asyncio.to_thread(read_exactly, peer, size)
+            await until(lambda: "resume_writing" in seen)
+            if raising:
+                transport.close()
+            else:
+                transport.write(bytes(size))
+                actor.set("the end")
+                transport.close()  # and connection_lost comes when the queue is empty
+                await asyncio.to_thread(read_exactly, peer, size)
+            await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver)
+
+
+def test_a_send_that_fails(driver: str, connect: Any, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        ours, peer = connect()
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen), sock=ours)
+        transport.pause_reading()
+        actor.set("the writer")
+        transport.write(bytes(8 << 20))
+        actor.set("later")
+        peer.recv(1)
+        peer.close()  # with data that it has not read: a reset
+        await until(lambda: "connection_lost" in seen)
+        seen.pop("resume_writing", None)  # more or less of it went out before
+
+    compare(scene, driver)
+
+
+def test_a_server(driver: str, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        with listening_socket() as listener:
+            loop = asyncio.get_running_loop()
+            server = await loop.create_server(lambda: Witness(seen), sock=listener)
+            actor.set("the client")
+            with socket.create_connection(listener.getsockname()) as client:
+                client.sendall(b"x")
+                await until(lambda: "data_received" in seen)
+            await until(lambda: "connection_lost" in seen)
+            server.close()
+            await server.wait_closed()
+
+    compare(scene, driver)
+
+
+@pytest.mark.skipif(WINDOWS, reason="asyncio's selector loop has no pipes on Windows")
+class TestPipes:
+    def test_a_pipe_is_read_to_its_end(self, driver: str, no_leak: None) -> None:
+        async def scene(seen: Seen) -> None:
+            source, sink = os.pipe()
+            await asyncio.get_running_loop().connect_read_pipe(lambda: Witness(seen), open(source, "rb", 0))
+            actor.set("the peer")
+            os.write(sink, b"x")
+            await until(lambda: "data_received" in seen)
+            os.close(sink)
+            await until(lambda: "connection_lost" in seen)
+
+        compare(scene, driver)
+
+    def test_what_is_queued_is_written(self, driver: str, no_leak: None) -> None:
+        async def scene(seen: Seen) -> None:
+            source, sink = os.pipe()
+            transport, _ = await asyncio.get_running_loop().connect_write_pipe(
+                lambda: Witness(seen), open(sink, "wb", 0)
+            )
+            actor.set("the writer")
+            transport.write(bytes(1 << 20))
+            actor.set("later")
+            transport.close()
+            with open(source, "rb", closefd=False) as file:
+                await asyncio.to_thread(file.read, 1 << 20)
+            await until(lambda: "connection_lost" in seen)
+            os.close(source)
+
+        compare(scene, driver)
+
+    @pytest.mark.parametrize("written", [0, 1 << 20])
+    def test_the_reader_of_a_pipe_goes_away(self, driver: str, written: int, no_leak: None) -> None:
+        async def scene(seen: Seen) -> None:
+            source, sink = os.pipe()
+            transport, _ = await asyncio.get_running_loop().connect_write_pipe(
+                lambda: Witness(seen), open(sink, "wb", 0)
+            )
+            # The end may be told by the watch on the reader or by the next write: the same context for both.
+            transport.write(bytes(written))
+            actor.set("later")
+            os.close(source)
+            await until(lambda: "connection_lost" in seen)
+            if seen.get("pause_writing"):
+                assert seen.pop("connection_lost") in ("the maker", "pause_writing")
+                seen["connection_lost"] = "either"
+
+        compare(scene, driver)
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio waits for processes in a thread up to Python 3.11")
+    def test_a_subprocess(self, driver: str, no_leak: None) -> None:
+        async def scene(seen: Seen) -> None:
+            program = "import sys; sys.stdout.write(sys.stdin.read()); sys.stdout.flush()"
+            transport, _ = await asyncio.get_running_loop().subprocess_exec(
+                lambda: Witness(seen), sys.executable, "-c", program, stderr=None
+            )
+            actor.set("the writer")
+            stdin: Any = transport.get_pipe_transport(0)
+            stdin.write(b"x")
+            stdin.close()
+            actor.set("later")
+            await until(lambda: "connection_lost" in seen)
+            transport.close()
+            # In which order the pipes and the process end is not certain; that none of them is nobody's, is.
+            seen.update({name: "somebody" for name in seen if seen[name] != "nobody" and name != "connection_made"})
+
+        compare(scene, driver)
+
+
+def test_datagrams(driver: str, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: Witness(seen), local_addr=("127.0.0.1", 0)
+        )
+        actor.set("the sender")
+        transport.sendto(b"x", transport.get_extra_info("sockname"))
+        actor.set("later")
+        await until(lambda: "datagram_received" in seen)
+        transport.close()
+        await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver)
+
+
+@pytest.mark.skipif(WINDOWS, reason="Python has no UNIX sockets on Windows")
+def test_queued_datagrams(driver: str, tmp_path: Path, no_leak: None) -> None:
+    async def scene(seen: Seen) -> None:
+        ours, peer = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+        address = tempfile.mktemp(dir=tmp_path)
+        ours.setblocking(False)
+        with peer:
+            peer.bind(address)
+            ours.connect(address)
+            transport: Any
+            transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: Witness(seen), sock=ours)
+            transport.set_write_buffer_limits(high=2000, low=0)
+            actor.set("the sender")
+            count = 0
+            while "pause_writing" not in seen:
+                transport.sendto(bytes(1000))
+                count += 1
+            actor.set("later")
+            peer.settimeout(30)
+            for _ in range(count):
+                await asyncio.to_thread(peer.recv, 1000)
+            await turns(20)
+            transport.abort()
+            await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver, least="resume_writing")
