@@ -186,7 +186,7 @@ class IocpDriver(Driver):
         if kind is ops.Readiness or kind is ops.ReadinessStream:
             self._start_readiness(op)
             return
-        if kind is ops.WaitForHandle:
+        if isinstance(op, ops.WaitForHandle):
             self._start_watch(op)
             return
         start = self._starts.get(kind)
@@ -280,7 +280,7 @@ class IocpDriver(Driver):
     def cancel(self, op: Operation) -> None:
         if not self._begin_cancel(op):
             return
-        if type(op) is ops.WaitForHandle:
+        if isinstance(op, ops.WaitForHandle):
             self._end_watch(op)
             return
         subs = op.driver_data if type(op.driver_data) is set else (op.driver_data,)
