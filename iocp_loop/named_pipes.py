@@ -14,22 +14,24 @@ from __future__ import annotations
 import asyncio
 import errno
 import sys
+from asyncio import windows_utils
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import operations as ops
 from .debugging import context_for
 from .proactor import Proactor
 from .servers import RETRY_DELAY
 
-if sys.platform == "win32":
-    from asyncio.windows_utils import PipeHandle
-else:
+if sys.platform != "win32":
     raise ImportError("named pipes of this kind exist on Windows")
 
 from .ports import windows_handles as handles
 
 __all__ = ["PipeServer", "connect"]
+
+#: asyncio's PipeHandle, of which typeshed tells on Windows only.
+_Pipe: TypeAlias = Any
 
 #: How many instances wait for clients at once.
 DEPTH = 8
@@ -42,7 +44,7 @@ FIRST_DELAY = 0.001
 LONGEST_DELAY = 0.1
 
 
-async def connect(address: str) -> PipeHandle:
+async def connect(address: str) -> _Pipe:
     r"""The client's end of the named pipe `address` (``\\.\pipe\name``); waits while no instance is free.
 
     FileNotFoundError if nobody serves it.
@@ -50,7 +52,7 @@ async def connect(address: str) -> PipeHandle:
     delay = FIRST_DELAY
     while True:
         try:
-            return PipeHandle(handles.connect_pipe(address))
+            return windows_utils.PipeHandle(handles.connect_pipe(address))
         except OSError as exc:
             if exc.winerror != handles.PIPE_BUSY:
                 raise
@@ -70,14 +72,14 @@ class PipeServer:
         loop: asyncio.AbstractEventLoop,
         proactor: Proactor,
         address: str,
-        welcome: Callable[[PipeHandle], object],
+        welcome: Callable[[_Pipe], object],
     ) -> None:
         self.address = address
         self._loop = loop
         self._proactor = proactor
         self._welcome = welcome
         self._context = context_for(loop)
-        self._waiting: dict[PipeHandle, ops.AcceptPipe] = {}
+        self._waiting: dict[_Pipe, ops.AcceptPipe] = {}
         self._closed = False
         self._in_shortage = False
         self._retry: asyncio.TimerHandle | None = None
@@ -105,7 +107,7 @@ class PipeServer:
                 pipe.close()
 
     def _add_instance(self, *, first: bool = False) -> None:
-        pipe = PipeHandle(handles.serve_pipe(self.address, first=first, buffer_size=BUFFER_SIZE))
+        pipe = windows_utils.PipeHandle(handles.serve_pipe(self.address, first=first, buffer_size=BUFFER_SIZE))
         op = ops.AcceptPipe(pipe)
         try:
             self._proactor.start(op, lambda _, error: self._accepted(pipe, error))
@@ -128,7 +130,7 @@ class PipeServer:
         else:
             self._in_shortage = False
 
-    def _accepted(self, pipe: PipeHandle, error: OSError | None) -> None:
+    def _accepted(self, pipe: _Pipe, error: OSError | None) -> None:
         del self._waiting[pipe]
         if self._closed or (error is not None and error.errno == errno.ECANCELED):
             pipe.close()
@@ -142,7 +144,7 @@ class PipeServer:
         if not isinstance(error, ConnectionError):  # that one is a client that came and left
             self._report("Pipe accept failed", error)
 
-    def _welcome_client(self, pipe: PipeHandle) -> None:
+    def _welcome_client(self, pipe: _Pipe) -> None:
         try:
             self._context.copy().run(self._welcome, pipe)
         except (SystemExit, KeyboardInterrupt):

@@ -77,8 +77,6 @@ class _PipeTransport(asyncio.BaseTransport):
     def _begin(self, waiter: asyncio.Future[None] | None) -> None:
         try:
             self._protocol.connection_made(self)
-            if not self._closing:
-                self._arm()
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -88,6 +86,7 @@ class _PipeTransport(asyncio.BaseTransport):
             return
         if waiter is not None and not waiter.cancelled():
             waiter.set_result(None)
+        self._loop.call_soon(self._arm)  # after whoever waits has got the transport: data may be there at once
 
     def _arm(self) -> None:
         """Start to wait for what comes by itself: data, or the end."""
@@ -354,7 +353,7 @@ class WritePipeTransport(_Writing):
 
     def _arm(self) -> None:
         # A thread that reads would keep the one handle from writing.
-        if not isinstance(self._channel, BlockingChannel):
+        if not self._closing and not isinstance(self._channel, BlockingChannel):
             try:
                 self._channel.read(self._look_at_peer)
             except OSError:
