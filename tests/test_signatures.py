@@ -15,8 +15,10 @@ from .support import WINDOWS
 #: The loop of this system with the most methods; where ProactorEventLoop has others, they are Windows' own.
 STOCK = asyncio.SelectorEventLoop
 
-#: What is ours and asyncio does not have.
+#: What is ours and asyncio does not have; and what only ProactorEventLoop has.
 OURS = {"driver", "stats"}
+STOCK_PROACTOR: Any = getattr(asyncio, "ProactorEventLoop", None)
+PROACTORS = {"create_pipe_connection", "start_serving_pipe"} if WINDOWS else set()
 
 
 def public(kind: type) -> dict[str, Any]:
@@ -45,7 +47,16 @@ def test_the_signature_is_asyncios_own(name: str) -> None:
 
 
 def test_nothing_public_that_is_not_known() -> None:
-    assert set(public(iocp_loop.IocpEventLoop)) - set(public(STOCK)) == OURS
+    assert set(public(iocp_loop.IocpEventLoop)) - set(public(STOCK)) == OURS | PROACTORS
+
+
+@pytest.mark.parametrize("name", sorted(PROACTORS))
+def test_the_signature_is_that_of_the_proactor_loop(name: str) -> None:
+    ours: Any = getattr(iocp_loop.IocpEventLoop, name)
+    stock = getattr(STOCK_PROACTOR, name)
+    assert shape(ours) == shape(stock)
+    assert inspect.iscoroutinefunction(ours) == inspect.iscoroutinefunction(stock)
+    assert inspect.getdoc(ours)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in vars(asyncio.BaseEventLoop)])

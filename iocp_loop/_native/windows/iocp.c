@@ -851,8 +851,11 @@ static long register_wait(iocp_port *port, iocp_submission *sub, HANDLE handle, 
  * until iocp_unwatch_handle says otherwise; that function must be called in the end, completed or not. */
 long iocp_watch_handle(iocp_port *port, iocp_submission *sub, uintptr_t handle)
 {
+    DWORD flags;
     prepare(sub, handle);
     sub->wait = 0;
+    if (!GetHandleInformation((HANDLE)handle, &flags)) /* the pool's thread would have nobody to tell */
+        return GetLastError();
     if (found.create_packet != NULL) {
         HANDLE packet = NULL;
         BOOLEAN signalled = FALSE;
