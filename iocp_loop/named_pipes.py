@@ -26,6 +26,8 @@ from .servers import RETRY_DELAY
 if sys.platform != "win32":
     raise ImportError("named pipes of this kind exist on Windows")
 
+import _winapi
+
 from .ports import windows_handles as handles
 
 __all__ = ["PipeServer", "connect"]
@@ -58,6 +60,15 @@ async def connect(address: str) -> _Pipe:
                 raise
         await asyncio.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY)
+
+
+def _is_abandoned(pipe: _Pipe) -> bool:
+    """Whether the client has left and has written nothing, as who only asks whether there is such a pipe does."""
+    try:
+        _winapi.PeekNamedPipe(pipe.fileno())
+    except BrokenPipeError:
+        return True
+    return False
 
 
 class PipeServer:
@@ -137,11 +148,11 @@ class PipeServer:
             return
         if self._retry is None:
             self._refill()  # first of all: the next client may be there already
-        if error is None:
+        if error is None and not _is_abandoned(pipe):
             self._welcome_client(pipe)
             return
         pipe.close()
-        if not isinstance(error, ConnectionError):  # that one is a client that came and left
+        if error is not None and not isinstance(error, ConnectionError):  # that one is a client that came and left
             self._report("Pipe accept failed", error)
 
     def _welcome_client(self, pipe: _Pipe) -> None:

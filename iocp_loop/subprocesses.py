@@ -23,9 +23,9 @@ from .operations import READABLE, Readiness, WaitForHandle
 from .proactor import Proactor
 
 if sys.platform == "win32":
-    from asyncio.windows_utils import Popen
+    from asyncio import windows_utils as popen
 else:
-    from subprocess import Popen
+    import subprocess as popen
 
 __all__ = ["SubprocessMethods", "SubprocessTransport"]
 
@@ -43,7 +43,9 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
     _pipes: dict[int, Any]
 
     def _start(self, args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any, bufsize: int, **kwargs: Any) -> None:
-        self._proc = Popen(args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs)
+        self._proc = popen.Popen(
+            args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
+        )
 
     def close(self) -> None:
         """Close the pipes and kill the process if it still runs."""

@@ -127,7 +127,8 @@ def open_handles() -> int:
 
     They are counted one by one: Wine has no number to tell.
     """
-    assert sys.platform == "win32"
+    if sys.platform != "win32":
+        raise NotImplementedError("handles exist on Windows only")
     import ctypes
 
     kernel32 = ctypes.WinDLL("kernel32")

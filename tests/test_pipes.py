@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import importlib
 import io
 import logging
 import os
@@ -45,15 +46,19 @@ def runtime_pipe() -> Pipe:
 
 def windows_pipe(ours: str) -> Pipe:
     """The two ends of a pipe on Windows: the loop's (`ours`: "read", "write", "both") overlapped, the other a file."""
-    assert sys.platform == "win32"
-    import msvcrt
-    from asyncio.windows_utils import PipeHandle
-    from asyncio.windows_utils import pipe as make
-
+    # By name: typeshed has them on Windows only.
+    utilities: Any = importlib.import_module("asyncio.windows_utils")
+    runtime: Any = importlib.import_module("msvcrt")
     # Duplex as the standard input of a child process: whoever writes learns then that the other end is gone.
-    reading, writing = make(duplex=ours == "write", overlapped=(ours != "write", ours != "read"), bufsize=65536)
-    reader: Any = PipeHandle(reading) if ours != "write" else open(msvcrt.open_osfhandle(reading, os.O_RDONLY), "rb", 0)
-    writer: Any = PipeHandle(writing) if ours != "read" else open(msvcrt.open_osfhandle(writing, 0), "wb", 0)
+    reading, writing = utilities.pipe(
+        duplex=ours == "write", overlapped=(ours != "write", ours != "read"), bufsize=65536
+    )
+    reader: Any = (
+        utilities.PipeHandle(reading)
+        if ours != "write"
+        else open(runtime.open_osfhandle(reading, os.O_RDONLY), "rb", 0)
+    )
+    writer: Any = utilities.PipeHandle(writing) if ours != "read" else open(runtime.open_osfhandle(writing, 0), "wb", 0)
     return reader, writer
 
 

@@ -26,7 +26,7 @@ if sys.platform != "win32":
 import _overlapped
 import _winapi
 import msvcrt
-from asyncio.windows_utils import PipeHandle
+from asyncio import windows_utils
 from multiprocessing.connection import Pipe as connection_pair
 
 import iocp_loop
@@ -37,6 +37,7 @@ from iocp_loop.ports import windows_handles
 from .support import LIMIT, WINE, Echo, Recorder, in_thread, open_handles, python_command, turns, until
 
 Loop = iocp_loop.IocpEventLoop
+PipeHandle: Any = windows_utils.PipeHandle
 
 _numbers = itertools.count()
 
@@ -67,7 +68,7 @@ async def connect(loop: Loop, address: str, factory: Any = Recorder) -> Any:
     return protocol
 
 
-def raw_client(address: str) -> PipeHandle:
+def raw_client(address: str) -> Any:
     """A client's end by itself."""
     return PipeHandle(windows_handles.connect_pipe(address))
 
@@ -119,7 +120,7 @@ async def test_streams_over_a_named_pipe(loop: Loop, address: str) -> None:
         for number in range(5):
             reader = asyncio.StreamReader()
             transport, protocol = await loop.create_pipe_connection(
-                lambda reader=reader: asyncio.StreamReaderProtocol(reader),  # type: ignore[misc]  # mypy can't infer it
+                lambda reader=reader: asyncio.StreamReaderProtocol(reader),
                 address,
             )
             writer = asyncio.StreamWriter(transport, protocol, reader, loop)
@@ -438,7 +439,7 @@ async def test_a_file_around_an_overlapped_handle(loop: Loop, address: str) -> N
     file = open(msvcrt.open_osfhandle(server, 0), "r+b", 0)
     with raw_client(address) as theirs:
         transport, protocol = await loop.connect_read_pipe(Recorder, file)
-        assert isinstance(transport._channel, windows_channels.OverlappedChannel)  # type: ignore[attr-defined]  # ours
+        assert isinstance(transport._channel, windows_channels.OverlappedChannel)
         _winapi.WriteFile(theirs.fileno(), b"hello", overlapped=True)[0].GetOverlappedResult(True)
         await until(lambda: protocol.data == b"hello")
         transport.close()
@@ -458,9 +459,7 @@ async def test_a_connection_of_multiprocessing(loop: Loop) -> None:
 
 
 async def test_a_handle_that_cannot_be_read_is_written_all_the_same(loop: Loop) -> None:
-    from asyncio.windows_utils import pipe
-
-    reading, writing = pipe(overlapped=(True, True))  # its writing end is just that
+    reading, writing = windows_utils.pipe(overlapped=(True, True))  # its writing end is just that
     with PipeHandle(reading) as reader:
         transport, protocol = await loop.connect_write_pipe(Recorder, PipeHandle(writing))
         transport.write(b"hello")

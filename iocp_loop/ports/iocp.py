@@ -39,7 +39,7 @@ same, with ERROR_OPERATION_ABORTED or with the result, if that was earlier.
 
 A thread that ends leaves its requests to the port.  But one may come back undone (ERROR_RETRY, see ``iocp.c``; or
 cancelled by nobody), when its thread ended at the wrong moment.  A wait to receive, a poll, an accept is made again
-then; of a send nobody knows how far it got, so that fails.
+then; of a send nobody knows how far it got, nor of a read of a pipe that Wine gives back, so that fails.
 
 Ctrl-C ends a wait: a console handler in C posts to every port (see ``_native/windows/iocp.c``).
 
@@ -355,7 +355,10 @@ class IocpDriver(Driver):
         """The request was ended by the end of the thread that made it, and by nothing else: it is to be made again."""
         if code not in _UNDONE or op.state is not IN_FLIGHT:
             return False
-        return isinstance(op.handle, int) or op.handle.fileno() == op.fd
+        try:
+            return bool(fileno(op.handle) == op.fd)
+        except ValueError:  # closed meanwhile
+            return False
 
     def _end(self, sub: Submission, value: Any, code: int = 0) -> None:
         """Deliver the last completion of an operation."""
@@ -705,6 +708,9 @@ class IocpDriver(Driver):
 
     def _was_read(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
+        if code == ABORTED and self._left_undone(op, code):
+            self._arm_read(sub, self._associations[op.fd])
+            return
         if code in _END_OF_STREAM:
             count = code = 0
         elif code == MORE_DATA:  # the rest of a message comes with the next read
@@ -737,16 +743,22 @@ class IocpDriver(Driver):
         self._end(sub, count, code)
 
     def _start_accept_pipe(self, op: ops.AcceptPipe, association: _Association) -> None:
-        sub = self._take(op, self._pipe_accepted)
+        self._arm_accept_pipe(self._take(op, self._pipe_accepted), association)
+
+    def _arm_accept_pipe(self, sub: Submission, association: _Association) -> None:
         self._ready_to_emulate(sub, association)
-        code = lib.iocp_pipe_accept(op.fd, sub.native)
+        code = lib.iocp_pipe_accept(sub.op.fd, sub.native)
         if code == 0 and sub.native.bytes:
             self._next_dispatch(sub)  # the client was there first: no entry tells of it
         else:
             self._submitted(sub, code, association)
 
     def _pipe_accepted(self, sub: Submission, count: int, code: int) -> None:
-        self._end(sub, None, code)
+        op = sub.op
+        if code and self._left_undone(op, code):
+            self._arm_accept_pipe(sub, self._associations[op.fd])
+        else:
+            self._end(sub, None, code)
 
     # -- waiting for handles -----------------------------------------------------------------------
 
