@@ -217,7 +217,9 @@ def _our_loop_by_name(driver: str) -> Iterator[None]:
     """Let the names by which loops are made lead to ours."""
     make = functools.partial(iocp_loop.new_event_loop, driver)
     if sys.platform == "win32":
-        more: Any = mock.patch.multiple(asyncio, ProactorEventLoop=make, SelectorEventLoop=make)
+        # A class, since tests ask whether a loop is one: they grant it what they grant CPython's loop on the same port.
+        names = {"ProactorEventLoop": iocp_loop.IocpEventLoop, "SelectorEventLoop": make}
+        more: Any = mock.patch.multiple(asyncio, **names)
         server: Any = mock.patch.object(asyncio.windows_events, "PipeServer", iocp_loop.named_pipes.PipeServer)
     else:
         more = mock.patch.object(asyncio, "SelectorEventLoop", make)
