@@ -66,8 +66,8 @@ def _is_abandoned(pipe: _Pipe) -> bool:
     """Whether the client has left and has written nothing, as who only asks whether there is such a pipe does."""
     try:
         _winapi.PeekNamedPipe(pipe.fileno())
-    except BrokenPipeError:
-        return True
+    except OSError as exc:
+        return isinstance(exc, BrokenPipeError)
     return False
 
 

@@ -250,11 +250,12 @@ class BlockingChannel(Channel):
             handles.interrupt(thread.native_id)
 
     def end(self, seconds: float) -> None:
-        """Stop, wait for the thread at most `seconds`, and deliver.  For a loop that is being closed."""
+        """Stop, wait for the thread at most `seconds`, and deliver ECANCELED.  For a loop that is being closed."""
         self._end(seconds)
-        if self._job is not None:
-            self._job.error = self._job.error or cancelled_error()
-            self._completed()
+        job, self._job = self._job, None
+        self._busy.discard(self)
+        if job is not None:
+            job.deliver(None, cancelled_error())
 
     def _end(self, seconds: float) -> bool:
         """Stop and wait for the thread; False if it does not come back."""

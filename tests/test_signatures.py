@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 from typing import Any
 
@@ -69,7 +70,15 @@ def test_transports_have_every_method(kind: type) -> None:
     from iocp_loop.datagrams import DatagramTransport
     from iocp_loop.transports import SocketTransport
 
-    ours = SocketTransport if kind is asyncio.Transport else DatagramTransport
+    has_every_method(SocketTransport if kind is asyncio.Transport else DatagramTransport, kind)
+
+
+@pytest.mark.skipif(not WINDOWS, reason="named pipes of this kind exist on Windows only")
+def test_the_transport_of_named_pipes_has_every_method() -> None:
+    has_every_method(importlib.import_module("iocp_loop.windows_pipes").DuplexPipeTransport, asyncio.Transport)
+
+
+def has_every_method(ours: type, kind: type) -> None:
     for name, method in public(kind).items():
         assert getattr(ours, name) is not method or name in ("get_extra_info",), name
         assert shape(getattr(ours, name)) == shape(method), name

@@ -30,7 +30,7 @@ from asyncio import windows_utils
 from multiprocessing.connection import Pipe as connection_pair
 
 import iocp_loop
-from iocp_loop import named_pipes, windows_channels, windows_pipes
+from iocp_loop import named_pipes, pipes, windows_channels, windows_pipes
 from iocp_loop import operations as ops
 from iocp_loop.ports import windows_handles
 
@@ -547,6 +547,33 @@ def test_closing_the_loop_while_a_thread_blocks(driver: str, runtime_pipe: tuple
         gc.collect()
     assert ["unclosed transport" in str(each.message) for each in caught] == [True]
     assert reader.closed
+    with in_thread(lambda: [thread.join(LIMIT) for thread in serving_threads()]):
+        pass
+    assert not serving_threads()
+
+
+def test_closing_the_loop_while_a_thread_does_not_come_back(
+    driver: str, runtime_pipe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = runtime_pipe
+    loop = iocp_loop.new_event_loop(driver)
+    transport, protocol = loop.run_until_complete(loop.connect_read_pipe(Recorder, reader))
+    loop.run_until_complete(turns())
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(windows_handles, "interrupt", lambda thread: None)
+        patch.setattr(pipes, "PATIENCE", 0.1)
+        patch.setattr(windows_channels, "PATIENCE", 0.1)
+        started = time.monotonic()
+        loop.close()
+        del transport, protocol
+        gc.collect()
+        assert time.monotonic() - started < LIMIT / 2
+    messages = [str(each.message) for each in caught]
+    assert [text for text in messages if "can't be stopped" in text]
+    assert [text for text in messages if "unclosed transport" in text]
+    assert not reader.closed  # that would wait for the thread
+    writer.write(b"the thread comes back after all")
     with in_thread(lambda: [thread.join(LIMIT) for thread in serving_threads()]):
         pass
     assert not serving_threads()
