@@ -143,9 +143,8 @@ class _Handle:
 class _Job:
     """One call that blocks, done by the thread of a channel; `stopping` asks it to end."""
 
-    def __init__(self, work: Callable[[_Job], Any], deliver: Deliver) -> None:
+    def __init__(self, work: Callable[[_Job], Any]) -> None:
         self._work = work
-        self.deliver = deliver
         self.stopping = False
         self.over = threading.Event()
         self.value: Any = None
@@ -176,6 +175,7 @@ class BlockingChannel(Channel):
         self._busy = busy
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._job: _Job | None = None
+        self._deliver: Deliver | None = None  # while there is a job; not in it, since the thread refers to that
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._abandoned = False
@@ -190,7 +190,7 @@ class BlockingChannel(Channel):
                 time.sleep(INTERVAL)
             return data
 
-        self._do(_Job(work, deliver))
+        self._do(_Job(work), deliver)
 
     def write(self, data: memoryview, deliver: Deliver) -> None:
         number = self.number
@@ -202,26 +202,28 @@ class BlockingChannel(Channel):
                 time.sleep(INTERVAL)
             return count
 
-        self._do(_Job(work, deliver))
+        self._do(_Job(work), deliver)
 
-    def _do(self, job: _Job) -> None:
+    def _do(self, job: _Job, deliver: Deliver) -> None:
         if self._thread is None:
             name = f"iocp_loop handle {self.number}"
             self._thread = threading.Thread(target=_serve, args=(self._jobs, weakref.ref(self)), name=name, daemon=True)
             self._thread.start()
         self._job = job
+        self._deliver = deliver
         self._busy.add(self)
         self._jobs.put(job)
 
     def _completed(self) -> None:
         """The job is over; called in the loop."""
         job, self._job = self._job, None
+        deliver, self._deliver = self._deliver, None
         self._abandoned = False  # it has come back after all
         self._busy.discard(self)
         if self._stopped:
             self._jobs.put(None)
-        if job is not None:
-            job.deliver(job.value, job.error)
+        if job is not None and deliver is not None:
+            deliver(job.value, job.error)
 
     def stop(self) -> None:
         if self._stopped:
@@ -252,10 +254,11 @@ class BlockingChannel(Channel):
     def end(self, seconds: float) -> None:
         """Stop, wait for the thread at most `seconds`, and deliver ECANCELED.  For a loop that is being closed."""
         self._end(seconds)
-        job, self._job = self._job, None
+        self._job = None
+        deliver, self._deliver = self._deliver, None
         self._busy.discard(self)
-        if job is not None:
-            job.deliver(None, cancelled_error())
+        if deliver is not None:
+            deliver(None, cancelled_error())
 
     def _end(self, seconds: float) -> bool:
         """Stop and wait for the thread; False if it does not come back."""

@@ -599,19 +599,24 @@ def test_standard_streams_of_a_child() -> None:
         import iocp_loop
 
         class Shout(asyncio.Protocol):
-            def __init__(self, sink, done):
-                self.sink, self.done = sink, done
+            def __init__(self, sink):
+                self.sink = sink
             def data_received(self, data):
                 self.sink.write(data.upper())
             def connection_lost(self, exc):
                 self.sink.close()
+
+        class Sink(asyncio.Protocol):
+            def __init__(self, done):
+                self.done = done
+            def connection_lost(self, exc):
                 self.done.set_result(exc)
 
         async def main():
             loop = asyncio.get_running_loop()
             done = loop.create_future()
-            sink, _ = await loop.connect_write_pipe(asyncio.Protocol, sys.stdout)
-            await loop.connect_read_pipe(lambda: Shout(sink, done), sys.stdin)
+            sink, _ = await loop.connect_write_pipe(lambda: Sink(done), sys.stdout)
+            await loop.connect_read_pipe(lambda: Shout(sink), sys.stdin)
             await done
 
         iocp_loop.run(main(), driver="iocp")
