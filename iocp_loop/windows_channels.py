@@ -36,6 +36,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import operations as ops
+from .operations import READABLE
 from .ports.driver import cancelled_error, leak
 from .proactor import Deliver, Proactor
 
@@ -71,6 +72,10 @@ class Channel(ABC):
         """Write once: ``deliver(number of bytes taken, None)``.  OSError if that is refused outright."""
 
     @abstractmethod
+    def watch(self, deliver: Deliver) -> None:
+        """For who only writes: ``deliver(b"", None)`` or an error when the other end is gone, if that can be told."""
+
+    @abstractmethod
     def stop(self) -> None:
         """Ask for the end of what is in flight.  Its completions come all the same."""
 
@@ -99,6 +104,18 @@ class OverlappedChannel(Channel):
     def write(self, data: memoryview, deliver: Deliver) -> None:
         self._start(ops.Write(self._handle, data), deliver)
 
+    def watch(self, deliver: Deliver) -> None:
+        if handles.is_device(self.number):
+            return  # it has input of its own, which somebody else may want to read
+
+        def look(data: bytes, error: OSError | None) -> None:
+            if data:
+                self.watch(deliver)  # the words of the other end are not for us
+            elif not isinstance(error, PermissionError):  # else this end can't be read; a failing write will tell
+                deliver(data, error)
+
+        self.read(look)
+
     def _start(self, op: ops.Operation, deliver: Deliver) -> None:
         def completed(value: Any, error: OSError | None) -> None:
             self._in_flight.discard(op)
@@ -123,6 +140,23 @@ class SocketChannel(OverlappedChannel):
 
     def write(self, data: memoryview, deliver: Deliver) -> None:
         self._start(ops.Send(self._handle, data), deliver)
+
+    def watch(self, deliver: Deliver) -> None:
+        def look(events: Any, error: OSError | None) -> None:
+            if error is not None:
+                deliver(b"", error)
+            elif not self._peer_talks():  # else a failing write will tell; what it says is not for us
+                deliver(b"", None)
+
+        self._start(ops.Readiness(self._handle, READABLE), look)
+
+    def _peer_talks(self) -> bool:
+        try:
+            return bool(self._handle.recv(1, socket.MSG_PEEK))
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
 
 
 class _Handle:
@@ -203,6 +237,9 @@ class BlockingChannel(Channel):
             return count
 
         self._do(_Job(work), deliver)
+
+    def watch(self, deliver: Deliver) -> None:
+        """It can't be told: a thread that reads would keep the one handle from writing."""
 
     def _do(self, job: _Job, deliver: Deliver) -> None:
         if self._thread is None:

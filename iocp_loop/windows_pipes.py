@@ -16,6 +16,7 @@ process does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -352,23 +353,17 @@ class WritePipeTransport(_Writing):
     """
 
     def _arm(self) -> None:
-        # A thread that reads would keep the one handle from writing.
-        if not self._closing and not isinstance(self._channel, BlockingChannel):
-            try:
-                self._channel.read(self._look_at_peer)
-            except OSError:
-                pass  # a failing write will tell
+        if not self._closing or self._writing:
+            with contextlib.suppress(OSError):  # a failing write will tell
+                self._channel.watch(self._look_at_peer)
 
-    def _look_at_peer(self, data: bytes, error: OSError | None) -> None:
-        """The other end is gone, or has said something; its words are not for us."""
+    def _look_at_peer(self, _: bytes, error: OSError | None) -> None:
+        """The other end is gone."""
         if self._lost:
             self._release_pipe()
             return
-        if data:
-            self._arm()
-            return
-        if isinstance(error, PermissionError) or (error is not None and error.errno == errno.ECANCELED):
-            return  # this end can't be read; or the loop is closing under us
+        if error is not None and error.errno == errno.ECANCELED:
+            return  # the loop is closing under us
         if self._loop.get_debug():
             _logger.info("%r was closed by peer", self)
         exc = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if self.get_write_buffer_size() else None

@@ -10,6 +10,7 @@ import gc
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -467,6 +468,24 @@ async def test_a_handle_that_cannot_be_read_is_written_all_the_same(loop: Loop) 
         assert not protocol.finished
         transport.close()
         await until(lambda: protocol.finished)
+
+
+async def test_a_socket_is_read_by_one_and_written_by_another(loop: Loop) -> None:
+    """Who only writes to it takes nothing away from who reads it."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        sink, _ = await loop.connect_write_pipe(Recorder, ours)
+        await turns()
+        source, protocol = await loop.connect_read_pipe(Recorder, ours)
+        for _ in range(10):
+            theirs.sendall(b"x" * 100)
+            await asyncio.sleep(0.001)
+        await until(lambda: len(protocol.data) == 1000)
+        sink.write(b"hello")
+        await until(lambda: theirs.recv(5, socket.MSG_PEEK) == b"hello")
+        sink.close()
+        source.close()
+        await turns()
 
 
 # --------------------------------------------------------------------------------------------------
