@@ -97,6 +97,7 @@ class IocpEventLoop(
         if self.is_closed():
             return
         self._close_signals()
+        self._close_pipes()
         self._proactor.close()
         super().close()
         self._forget_callbacks()

@@ -31,6 +31,7 @@ __all__ = [
     "READABLE",
     "WRITABLE",
     "Accept",
+    "AcceptPipe",
     "AcceptStream",
     "Address",
     "Buffer",
@@ -53,6 +54,7 @@ __all__ = [
     "SendFile",
     "SendTo",
     "State",
+    "WaitForHandle",
     "Write",
 ]
 
@@ -309,6 +311,24 @@ class Write(Operation):
         super().__init__(handle)
         self.data = readable_view(data)
         self.offset = offset
+
+
+class AcceptPipe(Operation):
+    """Wait until a client has connected to `handle`, the server's end of a named pipe.  Value: None.
+
+    Windows only.  BrokenPipeError: the client came and left before it was waited for; this end can't be used again.
+    """
+
+    __slots__ = ()
+
+
+class WaitForHandle(Operation):
+    """Wait until a handle is signalled: a process or thread that has ended, an event that was set.  Value: True.
+
+    Windows only.  Whoever holds the handle must not close it while this is in flight.
+    """
+
+    __slots__ = ()
 
 
 class Readiness(Operation):

@@ -1,20 +1,27 @@
-"""Pipes on the loop: ``connect_read_pipe`` and ``connect_write_pipe``.
+"""Pipes on the loop: ``connect_read_pipe`` and ``connect_write_pipe``, and named pipes on Windows.
 
-What a pipe is differs between the systems, so the transports stand in a file for each: unix_pipes.py.
+What a pipe is differs between the systems, so the transports stand in a file for each: unix_pipes.py, windows_pipes.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from .proactor import Proactor
 
-if sys.platform != "win32":
+if sys.platform == "win32":
+    from . import named_pipes
+    from .windows_channels import PATIENCE, BlockingChannel
+    from .windows_pipes import DuplexPipeTransport, ReadPipeTransport, WritePipeTransport
+else:
     from .unix_pipes import ReadPipeTransport, WritePipeTransport
 
 __all__ = ["PipeMethods"]
+
+_Protocol = TypeVar("_Protocol", bound=asyncio.BaseProtocol)
 
 
 class PipeMethods(asyncio.BaseEventLoop):
@@ -41,3 +48,88 @@ class PipeMethods(asyncio.BaseEventLoop):
             extra: dict[str, Any] | None = None,
         ) -> WritePipeTransport:
             return WritePipeTransport(self, self._proactor, pipe, protocol, waiter, extra)
+
+        def _close_pipes(self) -> None:
+            """For ``close``, before the port is closed: nothing serves a pipe but the port."""
+
+    else:
+
+        def __init__(self) -> None:
+            super().__init__()
+            #: channels whose thread is in a call that blocks
+            self._busy_channels: set[BlockingChannel] = set()
+
+        def _make_read_pipe_transport(
+            self,
+            pipe: Any,
+            protocol: asyncio.BaseProtocol,
+            waiter: asyncio.Future[None] | None = None,
+            extra: dict[str, Any] | None = None,
+        ) -> ReadPipeTransport:
+            return ReadPipeTransport(self, self._proactor, self._busy_channels, pipe, protocol, waiter, extra)
+
+        def _make_write_pipe_transport(
+            self,
+            pipe: Any,
+            protocol: asyncio.BaseProtocol,
+            waiter: asyncio.Future[None] | None = None,
+            extra: dict[str, Any] | None = None,
+        ) -> WritePipeTransport:
+            return WritePipeTransport(self, self._proactor, self._busy_channels, pipe, protocol, waiter, extra)
+
+        def _make_duplex_pipe_transport(
+            self,
+            pipe: Any,
+            protocol: asyncio.BaseProtocol,
+            waiter: asyncio.Future[None] | None = None,
+            extra: dict[str, Any] | None = None,
+        ) -> DuplexPipeTransport:
+            return DuplexPipeTransport(self, self._proactor, self._busy_channels, pipe, protocol, waiter, extra)
+
+        def _close_pipes(self) -> None:
+            """For ``close``, before the port is closed: end the threads that serve pipes, within bounds."""
+            for channel in list(self._busy_channels):
+                channel.end(PATIENCE)
+
+        async def create_pipe_connection(
+            self, protocol_factory: Callable[[], _Protocol], address: str
+        ) -> tuple[DuplexPipeTransport, _Protocol]:
+            r"""Connect to the named pipe `address` (``\\.\pipe\name``): ``(transport, protocol)``.
+
+            Waits while the server has no instance free.  FileNotFoundError if nobody serves that name.
+            ``transport.get_extra_info("addr")`` is `address`.
+            """
+            self._check_named_pipes()
+            pipe = await named_pipes.connect(address)
+            waiter = self.create_future()
+            try:
+                protocol = protocol_factory()
+                transport = self._make_duplex_pipe_transport(pipe, protocol, waiter, {"addr": address})
+            except BaseException:
+                pipe.close()
+                raise
+            try:
+                await waiter
+            except BaseException:
+                transport.close()
+                raise
+            return transport, protocol
+
+        async def start_serving_pipe(
+            self, protocol_factory: Callable[[], asyncio.BaseProtocol], address: str
+        ) -> list[named_pipes.PipeServer]:
+            r"""Serve the named pipe `address` (``\\.\pipe\name``), a protocol of `protocol_factory` for each client.
+
+            The list of one server, whose ``close()`` ends it.  Clients can connect when this returns.  PermissionError
+            if there is a server of that name already.
+            """
+            self._check_named_pipes()
+
+            def welcome(pipe: Any) -> None:
+                self._make_duplex_pipe_transport(pipe, protocol_factory(), extra={"addr": address})
+
+            return [named_pipes.PipeServer(self, self._proactor, address, welcome)]
+
+        def _check_named_pipes(self) -> None:
+            if self._proactor.driver.name != "iocp":
+                raise NotImplementedError(f"driver {self._proactor.driver.name} has no named pipes; iocp has")

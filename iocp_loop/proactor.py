@@ -193,6 +193,25 @@ class Proactor:
         """Wait until a write would not block."""
         return self.submit(ops.Readiness(handle, WRITABLE))
 
+    def accept_pipe(self, handle: HandleLike) -> asyncio.Future[None]:
+        """Wait until a client has connected to the server's end of a named pipe (Windows)."""
+        return self.submit(ops.AcceptPipe(handle))
+
+    def wait_for_handle(self, handle: HandleLike, timeout: float | None = None) -> asyncio.Future[bool]:
+        """Wait until a process, an event or the like is signalled (Windows): True; False after `timeout` seconds."""
+        op = ops.WaitForHandle(handle)
+        future = self.submit(op)
+        if timeout is not None:
+
+            def expire() -> None:
+                if not future.done():
+                    self.driver.cancel(op)
+                    future.set_result(False)
+
+            timer = self._loop.call_later(timeout, expire)
+            future.add_done_callback(lambda _: timer.cancel())
+        return future
+
     # -- one request, many completions -------------------------------------------------------------
 
     def start(self, op: Operation, deliver: Deliver) -> None:

@@ -3,7 +3,8 @@
 asyncio's own base class brings the protocol of the pipes and of the exit.  This module starts the process and watches
 it.  On Linux a process has a descriptor (pidfd_open(2)) that becomes readable when it exits: one more readiness
 operation, without a signal handler, without a child watcher, and in any thread.  Where there is no such descriptor, a
-thread waits for the process.
+thread waits for the process.  On Windows a process has a handle, and waiting for it is an operation too; the pipes are
+asyncio's own there, whose end on our side has overlapped I/O.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ import threading
 from asyncio import base_subprocess
 from typing import Any
 
-from .operations import READABLE, Readiness
+from .operations import READABLE, Readiness, WaitForHandle
 from .proactor import Proactor
+
+if sys.platform == "win32":
+    from asyncio import windows_utils as popen
+else:
+    import subprocess as popen
 
 __all__ = ["SubprocessMethods", "SubprocessTransport"]
 
@@ -37,7 +43,7 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
     _pipes: dict[int, Any]
 
     def _start(self, args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any, bufsize: int, **kwargs: Any) -> None:
-        self._proc = subprocess.Popen(
+        self._proc = popen.Popen(
             args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
         )
 
@@ -51,6 +57,20 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
     def watch_exit(self, proactor: Proactor) -> None:
         """Have the loop told when the process exits.  Call it once, after the transport was made."""
         process: Any = self._proc
+        if sys.platform == "win32":
+            self._watch_handle(proactor, process)
+        else:
+            self._watch_descriptor(proactor, process)
+
+    def _watch_handle(self, proactor: Proactor, process: Any) -> None:
+        def exited(value: Any, error: OSError | None) -> None:
+            if error is None:
+                self._process_exited(process.poll())
+
+        # The operation refers to the handle, so that it stays open until the wait is over.
+        proactor.start(WaitForHandle(process._handle), exited)
+
+    def _watch_descriptor(self, proactor: Proactor, process: Any) -> None:
         pidfd = open_pidfd(process.pid)
         if pidfd is None:
             self._watch_by_thread(process)
@@ -108,32 +128,32 @@ class SubprocessMethods(asyncio.BaseEventLoop):
 
     _proactor: Proactor
 
-    if sys.platform != "win32":
-
-        async def _make_subprocess_transport(
-            self,
-            protocol: asyncio.SubprocessProtocol,
-            args: Any,
-            shell: bool,
-            stdin: Any,
-            stdout: Any,
-            stderr: Any,
-            bufsize: int,
-            extra: dict[str, Any] | None = None,
-            **kwargs: Any,
-        ) -> SubprocessTransport:
-            waiter = self.create_future()
-            transport = SubprocessTransport(
-                self, protocol, args, shell, stdin, stdout, stderr, bufsize, waiter=waiter, extra=extra, **kwargs
-            )
-            transport.watch_exit(self._proactor)
-            try:
-                await waiter
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException:
-                # Nobody will ever hold the transport: the process must not outlive the attempt.
-                transport.close()
-                await transport._wait()
-                raise
-            return transport
+    async def _make_subprocess_transport(
+        self,
+        protocol: asyncio.SubprocessProtocol,
+        args: Any,
+        shell: bool,
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        bufsize: int,
+        extra: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SubprocessTransport:
+        if sys.platform == "win32" and self._proactor.driver.name != "iocp":
+            raise NotImplementedError(f"driver {self._proactor.driver.name} has no subprocesses on Windows; iocp has")
+        waiter = self.create_future()
+        transport = SubprocessTransport(
+            self, protocol, args, shell, stdin, stdout, stderr, bufsize, waiter=waiter, extra=extra, **kwargs
+        )
+        transport.watch_exit(self._proactor)
+        try:
+            await waiter
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:
+            # Nobody will ever hold the transport: the process must not outlive the attempt.
+            transport.close()
+            await transport._wait()
+            raise
+        return transport

@@ -60,6 +60,29 @@ async def test_echo_server(loop: iocp_loop.IocpEventLoop) -> None:
     await server.wait_closed()
 
 
+# -- named_pipe.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not WINDOWS, reason="named pipes of this kind exist on Windows only")
+async def test_named_pipe(loop: iocp_loop.IocpEventLoop) -> None:
+    example = imported(EXAMPLES / "named_pipe.py")
+    address = rf"\\.\pipe\iocp_loop-test-{os.getpid()}-example"
+    serving = asyncio.ensure_future(example.serve(address))
+    await asyncio.sleep(0)
+    for words in "hello", "hello again":
+        assert await example.say(words, address) == words.upper()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+
+
+@pytest.mark.skipif(WINDOWS, reason="there it runs")
+def test_named_pipe_elsewhere_says_that_it_is_for_windows() -> None:
+    done = run_to_end(EXAMPLES / "named_pipe.py", "serve")
+    assert done.returncode == 1
+    assert "Windows" in done.stderr
+
+
 # -- raw_echo.py -----------------------------------------------------------------------------------
 
 

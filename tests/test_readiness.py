@@ -408,7 +408,6 @@ async def test_sock_methods_beside_a_reader(loop: Loop) -> None:
         assert await loop.sock_recv(one, 100) == b"x" * 10
 
 
-@pytest.mark.skipif(WINDOWS, reason="the loop has no transports for the pipes of Windows")
 async def test_readers_and_subprocesses_on_one_loop(loop: Loop) -> None:
     """On Windows, psycopg wanted asyncio's selector loop and playwright its proactor loop: never both."""
     with sockets() as (one, other):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 from typing import Any
 
@@ -15,8 +16,10 @@ from .support import WINDOWS
 #: The loop of this system with the most methods; where ProactorEventLoop has others, they are Windows' own.
 STOCK = asyncio.SelectorEventLoop
 
-#: What is ours and asyncio does not have.
+#: What is ours and asyncio does not have; and what only ProactorEventLoop has.
 OURS = {"driver", "stats"}
+STOCK_PROACTOR: Any = getattr(asyncio, "ProactorEventLoop", None)
+PROACTORS = {"create_pipe_connection", "start_serving_pipe"}
 
 
 def public(kind: type) -> dict[str, Any]:
@@ -45,7 +48,17 @@ def test_the_signature_is_asyncios_own(name: str) -> None:
 
 
 def test_nothing_public_that_is_not_known() -> None:
-    assert set(public(iocp_loop.IocpEventLoop)) - set(public(STOCK)) == OURS
+    assert set(public(iocp_loop.IocpEventLoop)) - set(public(STOCK)) == OURS | (PROACTORS if WINDOWS else set())
+
+
+@pytest.mark.skipif(not WINDOWS, reason="ProactorEventLoop exists on Windows only, and named pipes of this kind too")
+@pytest.mark.parametrize("name", sorted(PROACTORS))
+def test_the_signature_is_that_of_the_proactor_loop(name: str) -> None:
+    ours: Any = getattr(iocp_loop.IocpEventLoop, name)
+    stock = getattr(STOCK_PROACTOR, name)
+    assert shape(ours) == shape(stock)
+    assert inspect.iscoroutinefunction(ours) == inspect.iscoroutinefunction(stock)
+    assert inspect.getdoc(ours)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in vars(asyncio.BaseEventLoop)])
@@ -58,7 +71,16 @@ def test_transports_have_every_method(kind: type) -> None:
     from iocp_loop.datagrams import DatagramTransport
     from iocp_loop.transports import SocketTransport
 
-    ours = SocketTransport if kind is asyncio.Transport else DatagramTransport
+    has_every_method(SocketTransport if kind is asyncio.Transport else DatagramTransport, kind)
+
+
+@pytest.mark.skipif(not WINDOWS, reason="named pipes of this kind exist on Windows only")
+def test_the_transport_of_named_pipes_has_every_method() -> None:
+    ours = importlib.import_module("iocp_loop.windows_pipes").DuplexPipeTransport
+    has_every_method(ours, asyncio.Transport, inherited=("get_extra_info", "writelines"))
+
+
+def has_every_method(ours: type, kind: type, inherited: tuple[str, ...] = ("get_extra_info",)) -> None:
     for name, method in public(kind).items():
-        assert getattr(ours, name) is not method or name in ("get_extra_info",), name
+        assert getattr(ours, name) is not method or name in inherited, name
         assert shape(getattr(ours, name)) == shape(method), name

@@ -26,6 +26,10 @@ They get a real buffer.
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).
 
+A wait for a handle (the exit of a process) is no request on that handle, which need not be associated: a wait
+completion packet, or where Windows has none a thread of the system's pool, puts the entry on the port.  Taking it back
+tells for certain whether the entry is or will be there, so a cancel that meets the signal half way loses nothing.
+
 A handle that another port owns (error 87) is used by way of an event and a registered wait that posts to our port.
 Windows could part it from its owner, but that may be another process which still uses it.  A handle without overlapped
 I/O is refused: it has to be served by a thread.
@@ -38,7 +42,7 @@ same, with ERROR_OPERATION_ABORTED or with the result, if that was earlier.
 
 A thread that ends leaves its requests to the port.  But one may come back undone (ERROR_RETRY, see ``iocp.c``; or
 cancelled by nobody), when its thread ended at the wrong moment.  A wait to receive, a poll, an accept is made again
-then; of a send nobody knows how far it got, so that fails.
+then; of a send nobody knows how far it got, nor of a read of a pipe that Wine gives back, so that fails.
 
 Ctrl-C ends a wait: a console handler in C posts to every port (see ``_native/windows/iocp.c``).
 
@@ -182,6 +186,7 @@ class IocpDriver(Driver):
             ops.Read: self._start_read,
             ops.ReadInto: self._start_read,
             ops.Write: self._start_write,
+            ops.AcceptPipe: self._start_accept_pipe,
             ops.AcceptStream: self._start_accept,
             ops.ReceiveStream: self._start_receive_stream,
             ops.ReceiveFromStream: self._start_receive_from,
@@ -193,6 +198,9 @@ class IocpDriver(Driver):
         kind = type(op)
         if kind is ops.Readiness or kind is ops.ReadinessStream:
             self._start_readiness(op)
+            return
+        if isinstance(op, ops.WaitForHandle):
+            self._start_watch(op)
             return
         start = self._starts.get(kind)
         if start is None:
@@ -252,6 +260,8 @@ class IocpDriver(Driver):
     def _give_back(self, sub: Submission) -> None:
         if sub.native.event:
             lib.iocp_emulate_finish(sub.native)
+        elif sub.native.wait:
+            lib.iocp_unwatch_handle(sub.native)
         if sub.slot is not None:
             self._slots.give_back(sub.slot)
         sub.op = sub.keep = sub.slot = None
@@ -285,6 +295,9 @@ class IocpDriver(Driver):
 
     def cancel(self, op: Operation) -> None:
         if not self._begin_cancel(op):
+            return
+        if isinstance(op, ops.WaitForHandle):
+            self._end_watch(op)
             return
         subs = op.driver_data if type(op.driver_data) is set else (op.driver_data,)
         armed = [sub for sub in subs if sub.armed]
@@ -374,7 +387,10 @@ class IocpDriver(Driver):
         """The request was ended by the end of the thread that made it, and by nothing else: it is to be made again."""
         if code not in _UNDONE or op.state is not IN_FLIGHT:
             return False
-        return isinstance(op.handle, int) or op.handle.fileno() == op.fd
+        try:
+            return bool(fileno(op.handle) == op.fd)
+        except ValueError:  # closed meanwhile
+            return False
 
     def _end(self, sub: Submission, value: Any, code: int = 0) -> None:
         """Deliver the last completion of an operation."""
@@ -760,8 +776,11 @@ class IocpDriver(Driver):
 
     def _start_read(self, op: ops.Read | ops.ReadInto, association: _Association) -> None:
         into = op.buffer if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
-        memory = ffi.from_buffer(into, require_writable=True)
-        sub = self._take(op, self._was_read, into)
+        self._arm_read(self._take(op, self._was_read, into), association)
+
+    def _arm_read(self, sub: Submission, association: _Association) -> None:
+        op = sub.op
+        memory = ffi.from_buffer(sub.keep, require_writable=True)
         self._ready_to_emulate(sub, association)
         offset = association.position if op.offset is None else op.offset
         code = lib.iocp_read(op.fd, sub.native, memory, min(len(memory), LARGEST_REQUEST), offset)
@@ -769,10 +788,20 @@ class IocpDriver(Driver):
 
     def _was_read(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
+        if code == ABORTED and self._left_undone(op, code):
+            self._arm_read(sub, self._associations[op.fd])
+            return
         if code in _END_OF_STREAM:
             count = code = 0
         elif code == MORE_DATA:  # the rest of a message comes with the next read
             code = 0
+        elif not code and not count and len(sub.keep):
+            # Somebody has written nothing to the other end of a pipe: no data, and not the end either.
+            if op.state is CANCELLING:
+                self._end(sub, None, ABORTED)
+            else:
+                self._arm_read(sub, self._associations[op.fd])
+            return
         if code:
             self._end(sub, None, code)
             return
@@ -792,6 +821,49 @@ class IocpDriver(Driver):
         if not code and sub.op.offset is None:
             self._associations[sub.op.fd].position += count
         self._end(sub, count, code)
+
+    def _start_accept_pipe(self, op: ops.AcceptPipe, association: _Association) -> None:
+        self._arm_accept_pipe(self._take(op, self._pipe_accepted), association)
+
+    def _arm_accept_pipe(self, sub: Submission, association: _Association) -> None:
+        self._ready_to_emulate(sub, association)
+        code = lib.iocp_pipe_accept(sub.op.fd, sub.native)
+        if code == 0 and sub.native.bytes:
+            self._next_dispatch(sub)  # the client was there first: no entry tells of it
+        else:
+            self._submitted(sub, code, association)
+
+    def _pipe_accepted(self, sub: Submission, count: int, code: int) -> None:
+        op = sub.op
+        if code and self._left_undone(op, code):
+            self._arm_accept_pipe(sub, self._associations[op.fd])
+        else:
+            self._end(sub, None, code)
+
+    # -- waiting for handles -----------------------------------------------------------------------
+
+    def _start_watch(self, op: ops.WaitForHandle) -> None:
+        self._launch(op)
+        sub = self._take(op, self._signalled)
+        code = lib.iocp_watch_handle(self._port, sub.native, op.fd)
+        if code != PENDING:
+            self._give_back(sub)
+            self._retract(op)
+            raise error_of(code)
+        sub.armed = True
+        self._outstanding[sub.address] = sub
+
+    def _signalled(self, sub: Submission, count: int, code: int) -> None:
+        self._end(sub, True, code)
+
+    def _end_watch(self, op: ops.WaitForHandle) -> None:
+        """Take a wait back.  If the handle was signalled before that, its entry comes, and is the completion."""
+        sub = op.driver_data
+        if lib.iocp_unwatch_handle(sub.native) == 0:
+            del self._outstanding[sub.address]
+            sub.armed = False
+            self._give_back(sub)
+            self._finish(op, None, cancelled_error())
 
     # -- readiness ---------------------------------------------------------------------------------
 
@@ -857,6 +929,7 @@ class IocpDriver(Driver):
         lib.iocp_post(self._port)
 
     def _release(self, timeout: float) -> None:
+        self._end_watches()
         for sub in self._outstanding.values():
             lib.iocp_cancel(sub.native)
         deadline = time.monotonic() + timeout
@@ -880,6 +953,13 @@ class IocpDriver(Driver):
                 ResourceWarning,
                 stacklevel=3,
             )
+
+    def _end_watches(self) -> None:
+        """Take every wait for a handle back; what was signalled before that is still reaped."""
+        for sub in list(self._outstanding.values()):
+            if sub.finish == self._signalled and lib.iocp_unwatch_handle(sub.native) == 0:
+                del self._outstanding[sub.address]
+                self._give_back(sub)
 
     def _forget_reaped(self) -> None:
         """Take what was reaped off the table without delivering it."""
@@ -905,6 +985,7 @@ class IocpDriver(Driver):
         # An unclosed driver frees its handles, but must not take from under the kernel what that may still write to.
         if not getattr(self, "closed", True) and hasattr(self, "_associations"):
             self.closed = True
+            self._end_watches()  # or they would post to whatever has the number of our port then
             self._leak_outstanding()
             self._close_handles()
 

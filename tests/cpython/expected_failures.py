@@ -1,12 +1,21 @@
 """The tests of CPython that are expected to fail on our loop, each with its reason.
 
 The list is strict: a listed test that passes fails the run, and so does a name that is no test on any Python.  Only a
-test that CPython's own loops could not pass in our place belongs here: one that looks into a loop's private parts.
+test that CPython's own loops could not pass in our place belongs here: one that looks into a loop's private parts, or
+that fails for want of something in the system, as some do under Wine.
 """
 
 from __future__ import annotations
+
+from ..support import WINE
 
 __all__ = ["EXPECTED_FAILURES"]
 
 #: ``Group.test_name`` -> reason.  The groups are those of suite.py.
 EXPECTED_FAILURES: dict[str, str] = {}
+
+if WINE:
+    # CPython's own ProactorEventLoop fails in these there too.
+    EXPECTED_FAILURES |= {
+        "Subprocess.test_kill_issue43884": "under Wine CTRL_BREAK can't be sent to a process group (WinError 12)",
+    }

@@ -43,6 +43,8 @@ static OVERLAPPED *overlapped_of(iocp_submission *sub) { return (void *)sub->ove
 
 static void *area_of(iocp_submission *sub) { return sub->area; }
 
+typedef char types_agree[IOCP_DISK == FILE_TYPE_DISK && IOCP_DEVICE == FILE_TYPE_CHAR && IOCP_PIPE == FILE_TYPE_PIPE
+                             ? 1 : -1];
 typedef char overlapped_fits[sizeof(OVERLAPPED) == sizeof(((iocp_submission *)0)->overlapped) ? 1 : -1];
 typedef char accept_fits[2 * (sizeof(SOCKADDR_STORAGE) + 16) <= IOCP_AREA_SIZE ? 1 : -1];
 typedef char host_fits[INET6_ADDRSTRLEN <= IOCP_HOST_SIZE ? 1 : -1];
@@ -379,23 +381,34 @@ long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *skips)
     return 0;
 }
 
-/* ERROR_INVALID_PARAMETER: it belongs to a port already, or has no overlapped I/O (see iocp_is_synchronous). */
+/* ERROR_INVALID_PARAMETER: it belongs to a port already, or has no overlapped I/O (see iocp_is_synchronous).
+ *
+ * A pipe that is read by messages does not skip: a message longer than the buffer is neither a success nor an error
+ * (ERROR_MORE_DATA, see iocp_read), and only without skipping is it sure that an entry follows. */
 long iocp_associate_file(iocp_port *port, uintptr_t handle, int *skips)
 {
+    DWORD mode = 0;
     long error = associate(port, (HANDLE)handle, IOCP_KEY_FILE);
-    *skips = error ? 0 : let_skip((HANDLE)handle);
-    return error;
+    *skips = 0;
+    if (error)
+        return error;
+    if (!GetNamedPipeHandleStateW((HANDLE)handle, &mode, NULL, NULL, NULL, NULL, 0) || !(mode & PIPE_READMODE_MESSAGE))
+        *skips = let_skip((HANDLE)handle);
+    return 0;
 }
 
-/* 1 if the handle was opened without FILE_FLAG_OVERLAPPED: its requests block, and no port can have it. */
+/* 1 if the handle was opened without FILE_FLAG_OVERLAPPED: its requests block, and no port can have it.
+ *
+ * Wine does not tell the mode of pipes and consoles.  There the second question answers: a handle without overlapped
+ * I/O has no notification modes, and to add none to those of another changes nothing. */
 int iocp_is_synchronous(uintptr_t handle)
 {
     IO_STATUS_BLOCK status = {0};
     ULONG mode = 0;
-    if (found.query_information == NULL
-        || found.query_information((HANDLE)handle, &status, &mode, sizeof mode, FILE_MODE_INFORMATION_CLASS) < 0)
-        return 0;
-    return (mode & (FILE_SYNCHRONOUS_IO_ALERT | FILE_SYNCHRONOUS_IO_NONALERT)) != 0;
+    if (found.query_information != NULL
+        && found.query_information((HANDLE)handle, &status, &mode, sizeof mode, FILE_MODE_INFORMATION_CLASS) >= 0)
+        return (mode & (FILE_SYNCHRONOUS_IO_ALERT | FILE_SYNCHRONOUS_IO_NONALERT)) != 0;
+    return !SetFileCompletionNotificationModes((HANDLE)handle, 0) && GetLastError() == ERROR_INVALID_PARAMETER;
 }
 
 /* fileio/cancelioex.  A request: the completion still comes.  ERROR_NOT_FOUND: it is on the port already. */
@@ -610,13 +623,16 @@ long iocp_get_address(iocp_submission *sub, char *host, unsigned long *numbers)
  * Files and pipes
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* fileapi/nf-fileapi-readfile.  Pipes ignore the offset. */
+/* fileapi/nf-fileapi-readfile.  Pipes ignore the offset.  Of a message longer than the buffer (ERROR_MORE_DATA) the
+ * rest stays in the pipe; its entry follows. */
 long iocp_read(uintptr_t handle, iocp_submission *sub, void *buffer, unsigned long size, unsigned long long offset)
 {
     OVERLAPPED *overlapped = prepare(sub, handle);
+    long error;
     overlapped->Offset = (DWORD)offset;
     overlapped->OffsetHigh = (DWORD)(offset >> 32);
-    return file_result(ReadFile((HANDLE)handle, buffer, size, &sub->bytes, overlapped));
+    error = file_result(ReadFile((HANDLE)handle, buffer, size, &sub->bytes, overlapped));
+    return error == ERROR_MORE_DATA ? ERROR_IO_PENDING : error;
 }
 
 /* fileapi/nf-fileapi-writefile */
@@ -664,6 +680,50 @@ long iocp_pipe_connect(const wchar_t *name, uintptr_t *handle)
         return GetLastError();
     *handle = (uintptr_t)pipe;
     return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Handles without overlapped I/O: a thread calls these, and blocks in them
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* fileapi/nf-fileapi-getfiletype: IOCP_DISK, IOCP_DEVICE, IOCP_PIPE, or 0 where the system does not tell. */
+unsigned long iocp_file_type(uintptr_t handle) { return GetFileType((HANDLE)handle); }
+
+/* Read once.  ERROR_OPERATION_ABORTED: somebody called iocp_interrupt, or Ctrl-C was pressed while a console was read;
+ * that one is a success of 0 bytes to ReadFile, which only the last error tells from the end of the input. */
+long iocp_read_blocking(uintptr_t handle, void *buffer, unsigned long size, unsigned long *count)
+{
+    DWORD bytes = 0, error = 0;
+    SetLastError(0);
+    if (!ReadFile((HANDLE)handle, buffer, size, &bytes, NULL))
+        error = GetLastError();
+    else if (bytes == 0 && GetLastError() == ERROR_OPERATION_ABORTED)
+        error = ERROR_OPERATION_ABORTED;
+    *count = bytes;
+    return error;
+}
+
+/* Write once. */
+long iocp_write_blocking(uintptr_t handle, const void *buffer, unsigned long size, unsigned long *count)
+{
+    DWORD bytes = 0;
+    long error = file_result(WriteFile((HANDLE)handle, buffer, size, &bytes, NULL));
+    *count = bytes;
+    return error;
+}
+
+/* fileio/cancelsynchronousio-func: get a thread out of the request that it blocks in.  ERROR_NOT_FOUND: it blocks in
+ * none just now. */
+long iocp_interrupt(unsigned long thread)
+{
+    HANDLE handle = OpenThread(THREAD_TERMINATE, FALSE, thread);
+    long error = 0;
+    if (handle == NULL)
+        return GetLastError();
+    if (!CancelSynchronousIo(handle))
+        error = GetLastError();
+    CloseHandle(handle);
+    return error;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -809,8 +869,11 @@ static long register_wait(iocp_port *port, iocp_submission *sub, HANDLE handle, 
  * until iocp_unwatch_handle says otherwise; that function must be called in the end, completed or not. */
 long iocp_watch_handle(iocp_port *port, iocp_submission *sub, uintptr_t handle)
 {
+    DWORD flags;
     prepare(sub, handle);
     sub->wait = 0;
+    if (!GetHandleInformation((HANDLE)handle, &flags)) /* the pool's thread would have nobody to tell */
+        return GetLastError();
     if (found.create_packet != NULL) {
         HANDLE packet = NULL;
         BOOLEAN signalled = FALSE;

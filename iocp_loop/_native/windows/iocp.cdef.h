@@ -13,10 +13,14 @@
 #define IOCP_WRITABLE ...
 #define IOCP_FAILED ...
 #define IOCP_CLOSED ...
+#define IOCP_DISK ...
+#define IOCP_DEVICE ...
+#define IOCP_PIPE ...
 
 typedef struct iocp_submission {
     uintptr_t handle;
     uintptr_t accepted;
+    uintptr_t wait;
     uintptr_t event;
     unsigned long bytes;
     int address_length;
@@ -70,6 +74,11 @@ long iocp_write(uintptr_t handle, iocp_submission *sub, const void *buffer, unsi
 long iocp_pipe_serve(const wchar_t *name, int first, unsigned long buffer_size, uintptr_t *handle);
 long iocp_pipe_accept(uintptr_t handle, iocp_submission *sub);
 long iocp_pipe_connect(const wchar_t *name, uintptr_t *handle);
+
+unsigned long iocp_file_type(uintptr_t handle);
+long iocp_read_blocking(uintptr_t handle, void *buffer, unsigned long size, unsigned long *count);
+long iocp_write_blocking(uintptr_t handle, const void *buffer, unsigned long size, unsigned long *count);
+long iocp_interrupt(unsigned long thread);
 
 long iocp_poll_open(iocp_port *port, uintptr_t *device);
 long iocp_base_socket(uintptr_t socket, uintptr_t *base);

@@ -30,6 +30,9 @@ enum {
 /* Events of a poll, the bits of operations.READABLE and WRITABLE and two more. */
 enum { IOCP_READABLE = 0x001, IOCP_WRITABLE = 0x004, IOCP_FAILED = 0x008, IOCP_CLOSED = 0x020 };
 
+/* What a handle can be the handle of, see iocp_file_type. */
+enum { IOCP_DISK = 1, IOCP_DEVICE = 2, IOCP_PIPE = 3 };
+
 /* One request in the kernel's hands.  The OVERLAPPED comes first, so that the address which comes back with the
  * completion is the address of the submission.  It must stay where it is until then. */
 typedef struct iocp_submission {
@@ -93,6 +96,11 @@ long iocp_write(uintptr_t handle, iocp_submission *sub, const void *buffer, unsi
 long iocp_pipe_serve(const wchar_t *name, int first, unsigned long buffer_size, uintptr_t *handle);
 long iocp_pipe_accept(uintptr_t handle, iocp_submission *sub);
 long iocp_pipe_connect(const wchar_t *name, uintptr_t *handle);
+
+unsigned long iocp_file_type(uintptr_t handle);
+long iocp_read_blocking(uintptr_t handle, void *buffer, unsigned long size, unsigned long *count);
+long iocp_write_blocking(uintptr_t handle, const void *buffer, unsigned long size, unsigned long *count);
+long iocp_interrupt(unsigned long thread);
 
 long iocp_poll_open(iocp_port *port, uintptr_t *device);
 long iocp_base_socket(uintptr_t socket, uintptr_t *base);
