@@ -77,7 +77,9 @@ class PythonPollTurns(_Base):
             self._drain_ready()
 
 
-if TYPE_CHECKING or hot is None or not hasattr(hot, "EpollTurns"):
+if TYPE_CHECKING:
+    PollTurns = PythonPollTurns
+elif hot is None or not hasattr(hot, "EpollTurns"):
     PollTurns = PythonPollTurns
 else:
     hot.use_operations(ops)

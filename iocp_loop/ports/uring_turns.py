@@ -114,7 +114,9 @@ class PythonUringTurns(_Base):
             self._hand_over()
 
 
-if TYPE_CHECKING or hot is None or lib is None:
+if TYPE_CHECKING:
+    UringTurns = PythonUringTurns
+elif hot is None or lib is None:
     UringTurns = PythonUringTurns
 else:
     hot.use_operations(ops)
