@@ -45,6 +45,9 @@ _RETRY_DELAY = 0.005
 #: The socket is gone, or never was one: arming the receive again would fail for ever.
 _HOPELESS = frozenset({errno.EBADF, errno.ENOTSOCK})
 
+#: WSAEINVAL, the `winerror` of one cause of EINVAL among several (winsock/windows-sockets-error-codes-2).
+_WSA_INVALID = 10022
+
 
 class DatagramTransport(FlowControl, asyncio.DatagramTransport):
     """A datagram socket as an asyncio transport.
@@ -157,7 +160,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._release_socket()
         elif error.errno in _HOPELESS:
             self._context.run(self._fatal_error, error, "Fatal read error on datagram transport")
-        elif error.errno == errno.EINVAL:
+        elif error.errno == errno.EINVAL and getattr(error, "winerror", None) in (None, _WSA_INVALID):
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
         elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
             self._call_protocol("error_received", error)

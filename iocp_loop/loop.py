@@ -15,7 +15,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .clock import ClockMethods
 from .datagrams import DatagramTransport
+from .embedding import EmbeddingMethods
 from .pipes import PipeMethods
 from .ports import make_driver
 from .proactor import Proactor
@@ -34,7 +36,16 @@ __all__ = ["IocpEventLoop", "new_event_loop"]
 
 
 class IocpEventLoop(
-    Turns, SocketMethods, ReadinessMethods, UnixMethods, TlsMethods, SignalMethods, PipeMethods, SubprocessMethods
+    ClockMethods,  # before the turn, which has a clock too
+    Turns,
+    SocketMethods,
+    ReadinessMethods,
+    UnixMethods,
+    TlsMethods,
+    SignalMethods,
+    PipeMethods,
+    SubprocessMethods,
+    EmbeddingMethods,
 ):
     """An asyncio event loop whose I/O is operations on a completion port.
 

@@ -7,6 +7,11 @@ ordinary stream, so a signal is a completion like any other and ends the loop's 
 There is one wakeup descriptor for the whole process, and several loops may want it.  They form a chain: each remembers
 whose place it took, and gives the place back when it is done.  One that is done earlier than its successor takes
 itself out of the middle, so no loop's signals are lost because another loop was closed.
+
+Windows has three signals that a program can expect: SIGINT (Ctrl-C), SIGBREAK (Ctrl-Break) and SIGTERM, which only the
+program itself can send, by :func:`signal.raise_signal`.  A closed console, a log-off and a shutdown are SIGBREAK, as in
+the C runtime; or SIGTERM, where a loop has a handler for that and none for SIGBREAK.  They leave the program some
+seconds (5 when the console is closed) to end by itself, see ``_native/windows/iocp.c``.
 """
 
 from __future__ import annotations
@@ -18,10 +23,12 @@ import inspect
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVarTuple
 
 from .operations import Operation
+from .ports.iocp_binding import lib
 from .proactor import Proactor
 
 __all__ = ["SignalMethods"]
@@ -135,6 +142,7 @@ class SignalMethods(asyncio.BaseEventLoop):
         except ValueError as exc:  # Windows knows the number, but has no such signal
             self._release_wakeup_if_unused()
             raise RuntimeError(f"sig {sig} cannot be caught: {exc}") from exc
+        _name_closing_signal()
         earlier = self._signal_handlers.get(sig)
         self._signal_handlers[sig] = asyncio.Handle(callback, args, self)
         if earlier is not None:
@@ -154,6 +162,7 @@ class SignalMethods(asyncio.BaseEventLoop):
                 raise RuntimeError(f"sig {sig} cannot be caught") from exc
             raise
         finally:
+            _name_closing_signal()
             self._release_wakeup_if_unused()
         return True
 
@@ -195,6 +204,14 @@ class SignalMethods(asyncio.BaseEventLoop):
             for sig in list(self._signal_handlers):
                 self.remove_signal_handler(sig)
         self._signal_handlers.clear()
+
+
+def _name_closing_signal() -> None:
+    """Windows: tell which signal the end of the console or of the session is to be."""
+    if sys.platform == "win32" and lib is not None:
+        ours = [sig for sig in (signal.SIGBREAK, signal.SIGTERM) if signal.getsignal(sig) is _python_handler]
+        lib.iocp_start()
+        lib.iocp_set_closing_signal(ours[0] if ours else 0)
 
 
 def _check_signal(sig: int) -> None:

@@ -36,6 +36,8 @@ class PythonTurns(asyncio.BaseEventLoop):
 
     _ready: Any  # BaseEventLoop's ready queue
 
+    _waited = False  # True: the wait of this turn has been already, see embedding.py; only the native turn looks at it
+
     _selector: Any  # what BaseEventLoop waits in: the proactor, whose `select` is the driver's `wait`
 
     def _use(self, driver: Driver) -> None:

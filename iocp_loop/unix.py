@@ -203,8 +203,14 @@ class UnixMethods(asyncio.BaseEventLoop):
 def _new_socket() -> socket.socket:
     family = getattr(socket, "AF_UNIX", None)
     if family is None:
-        raise NotImplementedError("this system's Python has no UNIX sockets")
-    sock = socket.socket(family, socket.SOCK_STREAM)
+        raise NotImplementedError("this Python has no UNIX sockets (there is no socket.AF_UNIX)")
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:
+        if exc.errno != errno.EAFNOSUPPORT:
+            raise
+        # Windows has them since version 10.0.17063; a Python that knows them may run on an older one.
+        raise NotImplementedError("this system has no UNIX sockets") from exc
     sock.setblocking(False)
     return sock
 
@@ -245,10 +251,15 @@ def _bound_socket(path: str | bytes) -> socket.socket:
     return sock
 
 
+def _is_socket_file(status: os.stat_result) -> bool:
+    # winnt.h: IO_REPARSE_TAG_AF_UNIX.  Windows has no type for such files.
+    return stat.S_ISSOCK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == 0x80000023
+
+
 def _remove_stale_file(path: str | bytes) -> None:
     """Remove the socket file that stands where a server wants to bind; anything else that stands there is left."""
     try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
+        if _is_socket_file(os.stat(path)):
             os.remove(path)
     except FileNotFoundError:
         pass

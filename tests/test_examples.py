@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ from .support import LIMIT, ROOT, WINDOWS, fill, read_exactly, reset
 EXAMPLES = ROOT / "examples"
 RAW_ECHO = EXAMPLES / "raw_echo.py"
 CHAT = EXAMPLES / "chat.py"
+TK_ECHO = EXAMPLES / "tk_echo.py"
 
 
 def imported(path: Path) -> ModuleType:
@@ -224,3 +227,56 @@ def test_the_chat_ends_on_ctrl_c(chat: Server) -> None:
     assert ann.hear() == ""
     ann.leave()
     stranger.close()
+
+
+# -- tk_echo.py ------------------------------------------------------------------------------------
+
+#: Runs a tkinter program, and closes its window when its input ends.
+QUIT_AT_END_OF_INPUT = """
+import runpy, sys, threading, tkinter
+
+class Tk(tkinter.Tk):
+    def __init__(self):
+        super().__init__()
+        threading.Thread(target=self.await_end, daemon=True).start()
+
+    def await_end(self):
+        sys.stdin.read()
+        self.after(0, lambda: self.tk.call(self.protocol("WM_DELETE_WINDOW")))
+
+tkinter.Tk = Tk
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def display() -> Iterator[str]:
+    """The name of a display to open windows on: one that nobody sees, else the user's own."""
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    if shutil.which("Xvfb") is None:
+        if not WINDOWS and not os.environ.get("DISPLAY"):
+            pytest.skip("there is neither a display nor Xvfb")
+        yield os.environ.get("DISPLAY", "")
+        return
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-nolisten", "tcp"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        yield f":{server.stdout.readline().strip()}"
+        server.terminate()
+
+
+def test_an_echo_server_in_a_window(driver: str, display: str, tmp_path: Path) -> None:
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(QUIT_AT_END_OF_INPUT, encoding="utf-8")
+    with Server(launcher, str(TK_ECHO), "--port", "0", "--driver", driver, DISPLAY=display) as server:
+        with server.connect() as one, server.connect() as other:
+            for turn in range(20):
+                for sock in (one, other):
+                    sock.sendall(b"hello %d\n" % turn)
+                    assert read_exactly(sock, len(b"hello %d\n" % turn)) == b"hello %d\n" % turn
+            # It sleeps now, and one of them is still connected: it ends all the same.
+            one.close()
+            out, err = server.process.communicate(timeout=2 * LIMIT)
+        assert (server.process.returncode, out, err) == (0, "", "")

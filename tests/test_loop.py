@@ -88,15 +88,15 @@ async def test_timers_are_never_early(loop: Loop) -> None:
     await until(lambda: len(fired) == 8)
     assert [when for when, _ in fired] == sorted(when for when, _ in fired)
     for when, now in fired:
-        # asyncio counts what is less than one tick of its clock away as due.
-        assert now >= when - time.get_clock_info("monotonic").resolution
+        # asyncio counts what is less than one tick of its clock away as due; that is far below a millisecond.
+        assert now >= when - 1e-5
 
 
 async def test_sleep_is_never_short(loop: Loop) -> None:
     for delay in (0.0001, 0.001, 0.005, 0.0123):
-        start = time.monotonic()
+        start = time.perf_counter()
         await asyncio.sleep(delay)
-        assert time.monotonic() - start >= delay - time.get_clock_info("monotonic").resolution
+        assert time.perf_counter() - start >= delay - 1e-5
 
 
 async def test_a_timer_while_data_come_all_the_time(loop: Loop, pair: Pair) -> None:

@@ -100,9 +100,9 @@ def test_get_gives_up_after_its_timeout(port: CompletionPort, pair: Pair) -> Non
     port.register(pair[0])
     port.submit(Receive(pair[0], 1))
     for timeout in (0, 0.03):
-        start = time.monotonic()
+        start = time.perf_counter()
         assert port.get(timeout) is None
-        assert timeout <= time.monotonic() - start < LIMIT / 4
+        assert timeout <= time.perf_counter() - start < LIMIT / 4
     assert port.get(-1) is None
 
 
@@ -378,9 +378,9 @@ def test_close_while_threads_wait(shared_port: CompletionPort) -> None:
 def test_a_thread_gives_up_in_time_while_another_waits_without_limit(shared_port: CompletionPort) -> None:
     with in_thread(lambda: shared_port.get()):
         time.sleep(0.05)
-        start = time.monotonic()
+        start = time.perf_counter()
         assert shared_port.get(0.05) is None
-        assert 0.05 <= time.monotonic() - start < LIMIT / 4
+        assert 0.05 <= time.perf_counter() - start < LIMIT / 4
         shared_port.post()
 
 

@@ -17,7 +17,7 @@ from .support import WINDOWS
 STOCK = asyncio.SelectorEventLoop
 
 #: What is ours and asyncio does not have; and what only ProactorEventLoop has.
-OURS = {"driver", "stats"}
+OURS = {"driver", "stats", "poll", "dispatch"}
 STOCK_PROACTOR: Any = getattr(asyncio, "ProactorEventLoop", None)
 PROACTORS = {"create_pipe_connection", "start_serving_pipe"}
 

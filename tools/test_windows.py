@@ -29,7 +29,8 @@ NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_ioc
 def requirements() -> list[str]:
     """What the tests need, as pyproject.toml names it; requirements with an environment marker are not for here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["libraries"]]
     return [each for each in wanted if ";" not in each and not re.match(r"iocp_loop\b", each)]
 
 

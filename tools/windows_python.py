@@ -4,7 +4,8 @@ Nothing here needs a Windows machine, and nothing is fetched but apt packages an
 
 ======================================  ===============================================================
 python3XX.dll and the extension modules  python.org's own build, which panda3d's win_amd64 wheel carries
-the standard library and C headers       a CPython of the same minor version on this machine
+the standard library and C headers       a CPython of the same minor version on this machine, else the packages of
+                                         Debian testing, unpacked and not installed
 python.exe and python3.dll               a few lines each, made here with mingw-w64
 packages                                 win_amd64 wheels, by pip
 ======================================  ===============================================================
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PANDA3D = "1.10.16"
-VERSIONS = ("3.11", "3.12", "3.13")  # what that wheel is made for
+VERSIONS = ("3.11", "3.12", "3.13", "3.14")  # what that wheel is made for
 MINGW = "x86_64-w64-mingw32-"
 WINE_FOLDERS = ("/usr/lib/wine", "/opt/wine-stable/bin")
 
@@ -179,20 +180,49 @@ def host_pythons(version: str) -> Iterator[HostPython]:
                 yield host
 
 
-def choose_host(version: str) -> HostPython:
+def choose_host(version: str, home: Path) -> HostPython:
     """A host Python of `version` with headers, from apt if need be."""
     found = list(host_pythons(version))
+    if version != "auto" and not found:
+        return unpacked_host(version, home)
     for host in found:
         if Path(host.include, "Python.h").exists():
             return host
     if version == "auto" and not found:
         raise SetupError(f"no CPython {', '.join(VERSIONS)} on this machine")
-    chosen = found[0].version if found else version
+    chosen = found[0].version
     apt_install([f"libpython{chosen}-dev", f"python{chosen}"])
     for host in host_pythons(chosen):
         if Path(host.include, "Python.h").exists():
             return host
     raise SetupError(f"no CPython {chosen} with headers on this machine")
+
+
+def unpacked_host(version: str, home: Path) -> HostPython:
+    """The same from packages of Debian testing, for a version that this machine has not; its executable is not run."""
+    root = home / f"debian-{version}"
+    names = [f"libpython{version}-{part}" for part in ("minimal", "stdlib", "testsuite", "dev")]
+    if not root.exists():
+        indexes = quiet(["apt-get", "indextargets", "--format", "$(SITE)", "Identifier: Packages"]).stdout.split()
+        mirrors = [each for each in indexes if each.endswith("/debian")]
+        if not mirrors:
+            raise SetupError(f"no CPython {version} on this machine, and its apt knows no Debian mirror")
+        say(f"unpacking {', '.join(names)} of Debian testing")
+        with scratch(home) as tmp:
+            (tmp / "lists" / "partial").mkdir(parents=True)
+            (tmp / "sources.list").write_text(f"deb {mirrors[0]} testing main\n")
+            apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={tmp}/lists", "-o", f"Dir::Cache={tmp}",
+                   "-o", f"Dir::Etc::sourcelist={tmp}/sources.list", "-o", "Dir::Etc::sourceparts=-",
+                   "-o", "APT::Sandbox::User=root"]  # fmt: skip
+            must([*apt, "update"])
+            packages = tmp / "packages"
+            packages.mkdir()
+            must(["sh", "-c", 'cd "$0" && exec "$@"', packages, *apt, "download", *names])
+            for package in packages.glob("*.deb"):
+                must(["dpkg", "-x", package, tmp / "root"])
+            (tmp / "root").rename(root)
+    stdlib, include = root / "usr/lib" / f"python{version}", root / "usr/include" / f"python{version}"
+    return HostPython(version, "", str(stdlib), str(include))
 
 
 def find_pip() -> list[str]:
@@ -217,7 +247,7 @@ class WindowsPython:
         self.home = (home or default_home()).absolute()
         if version != "auto" and version not in VERSIONS:
             raise SetupError(f"no Windows build of Python {version} is known here, only of {', '.join(VERSIONS)}")
-        self.host = choose_host(version)
+        self.host = choose_host(version, self.home)
         self.version = self.host.version
         self.root = self.home / self.version
         self.dll = "python" + self.version.replace(".", "")
@@ -311,8 +341,9 @@ class WindowsPython:
         if not requirements or (stamp.exists() and stamp.read_text() == wanted):
             return
         say(f"packages: {', '.join(requirements)}")
-        # pip judges environment markers by the Python that runs it, so what pytest wants on Windows is named here.
-        self._pip("install", "--upgrade", "--no-compile", "--target", stamp.parent, "colorama", *requirements)
+        # pip judges environment markers by the Python that runs it, so what pytest and psycopg want on Windows is here.
+        also = ["colorama", "tzdata"]
+        self._pip("install", "--upgrade", "--no-compile", "--target", stamp.parent, *also, *requirements)
         stamp.write_text(wanted)
 
     def _pip(self, verb: str, *arguments: str | Path) -> None:

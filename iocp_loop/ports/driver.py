@@ -106,6 +106,11 @@ class Driver(ABC):
         It calls nobody: ``close`` tells every operation that it was cancelled.
         """
 
+    @property
+    def gathered(self) -> bool:
+        """Whether ``dispatch`` has something to deliver."""
+        return bool(self.ready)
+
     def pause(self, op: Any) -> None:
         """Let a receive stream rest.  What the kernel has handed over already is still delivered."""
         op.paused = True

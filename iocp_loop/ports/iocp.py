@@ -15,10 +15,13 @@ comes back with the entry *is* the submission; `_outstanding` is the table from 
 struct and the buffers alive until the entry was reaped.  An ordinary operation has one submission at a time.  An
 accept stream has several, each with the socket that its connection will have.
 
-Sockets receive without lending memory: a WSARecv of zero bytes completes when there is something to receive, and then
-``recv`` takes it, into one scratch buffer that all streams share.  So an idle connection costs no buffer, a pause or a
-cancel can lose nothing, and what the kernel may write to are our own structs.  Datagrams can't be had so: a short
-receive would cut them.  They get a real buffer.
+Sockets receive without lending memory at first: a WSARecv of zero bytes completes when there is something to receive,
+and then ``recv`` takes it, into one scratch buffer that all streams share.  So a connection that says nothing costs no
+buffer, and a pause or a cancel can lose nothing.  A stream whose data come in small pieces is lent a slot, 16 KiB of a
+pool that is limited, for its next receive: that saves the ``recv``.  What comes then is delivered, also if the stream
+has been paused or cancelled meanwhile, and whoever receives next stands in line behind it.  Once a piece fills the
+slot, or no slot is left, zero bytes are asked for again.  Datagrams can't be had so: a short receive would cut them.
+They get a real buffer.
 
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).
@@ -77,6 +80,8 @@ from .iocp_binding import (
     RETRY,
     WSA_INVALID,
     WSA_NOT_A_SOCKET,
+    Slot,
+    SlotPool,
     Submission,
     check,
     error_of,
@@ -91,6 +96,10 @@ __all__ = ["IocpDriver", "probe"]
 
 #: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
 SCRATCH_SIZE = 256 * 1024
+
+#: The pool of slots for small receives: the size of one, bytes, and how many a port lends at most.
+SLOT_SIZE = 16384
+SLOT_LIMIT = 512
 
 #: The largest request, bytes: a DWORD holds 4 GiB, but locking so much memory at once helps nobody.
 LARGEST_REQUEST = 1 << 30
@@ -113,7 +122,7 @@ _END_OF_STREAM = frozenset({END_OF_FILE, BROKEN_PIPE, PIPE_NOT_CONNECTED})
 class _Association:
     """What is known of a handle that was associated with the port."""
 
-    __slots__ = ("emulated", "handle", "key", "position", "skips", "stream")
+    __slots__ = ("emulated", "ending", "handle", "key", "position", "skips", "stream", "waiting")
 
     def __init__(self, handle: HandleLike, key: int) -> None:
         #: Gives the object whose handle this is; None when it is gone or was a mere number.
@@ -126,6 +135,9 @@ class _Association:
         self.emulated = False  # it belongs to another port
         self.stream = isinstance(handle, socket.socket) and handle.type == socket.SOCK_STREAM
         self.position = 0  # of a file, in bytes, for requests that name none
+        #: How many receives into slots were cancelled and have not ended, and the receives that must not overtake them.
+        self.ending = 0
+        self.waiting: list[Any] = []
 
 
 def _has_peer(sock: socket.socket) -> bool:
@@ -157,6 +169,7 @@ class IocpDriver(Driver):
         self._devices: list[_PollDevice] = []
         self._associations: dict[int, _Association] = {}
         self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
+        self._slots = SlotPool(SLOT_SIZE, SLOT_LIMIT)
         self._skips = ffi.new("int *")
         self._number = ffi.new("uintptr_t *")
         self._starts: dict[type[Operation], Callable[[Any, _Association], None]] = {
@@ -249,7 +262,10 @@ class IocpDriver(Driver):
             lib.iocp_emulate_finish(sub.native)
         elif sub.native.wait:
             lib.iocp_unwatch_handle(sub.native)
-        sub.op = sub.keep = None
+        if sub.slot is not None:
+            self._slots.give_back(sub.slot)
+        sub.op = sub.keep = sub.slot = None
+        sub.small = False
         sub.finish = nobody
         self._spare.append(sub)
 
@@ -286,6 +302,9 @@ class IocpDriver(Driver):
         subs = op.driver_data if type(op.driver_data) is set else (op.driver_data,)
         armed = [sub for sub in subs if sub.armed]
         for sub in armed:
+            if sub.slot is not None:  # it may have got bytes that come before those of whoever receives next
+                sub.keep = self._associations[op.fd]
+                sub.keep.ending += 1
             lib.iocp_cancel(sub.native)
         if not armed:  # it rests: a paused stream, or one whose `complete` runs just now
             for sub in subs:
@@ -302,7 +321,16 @@ class IocpDriver(Driver):
         if op.state is not IN_FLIGHT or op.paused or sub.armed:
             return  # in this order: once it is over, the submission may serve another
         if type(op) is ops.ReceiveStream:
-            self._arm_receive(sub, self._associations[op.fd])
+            association = self._associations[op.fd]
+            if association.ending:
+                association.waiting.append(op)
+                return
+            slot = self._slots.take() if sub.small and not association.emulated else None
+            if slot is None:
+                self._arm_receive(sub, association)
+                return
+            sub.slot = slot
+            self._submitted(sub, lib.iocp_receive(op.fd, sub.native, slot[0], SLOT_SIZE), association)
         else:
             self._arm_receive_from(sub, self._associations[op.fd])
 
@@ -342,6 +370,10 @@ class IocpDriver(Driver):
             self._deliver_reaped()
         if self.ready:
             self._drain_ready()
+
+    @property
+    def gathered(self) -> bool:
+        return bool(self.ready or self._at_once or self._port.count)
 
     def _deliver_reaped(self) -> None:
         outstanding = self._outstanding
@@ -386,7 +418,10 @@ class IocpDriver(Driver):
     def _start_receive(self, op: ops.Receive | ops.ReceiveInto, association: _Association) -> None:
         if association.stream:
             sub = self._take(op, self._receive_once)
-            self._arm_receive(sub, association)
+            if association.ending:
+                association.waiting.append(op)
+            else:
+                self._arm_receive(sub, association)
         else:
             self._start_receive_from(op, association)
 
@@ -415,11 +450,16 @@ class IocpDriver(Driver):
             self._end(sub, value)
 
     def _start_receive_stream(self, op: ops.ReceiveStream, association: _Association) -> None:
-        self._arm_receive(self._take(op, self._receive_some), association)
+        self._take(op, self._receive_some)
+        self._arm(op)
 
     def _receive_some(self, sub: Submission, count: int, code: int) -> None:
         """One receive of a stream, delivered at once.  The hottest function of this driver."""
         op = sub.op
+        slot = sub.slot
+        if slot is not None:
+            self._receive_from_slot(sub, op, slot, count, code)
+            return
         if op.state is CANCELLING:
             self._end(sub, None, ABORTED)
             return
@@ -435,6 +475,7 @@ class IocpDriver(Driver):
                 count = op.handle.recv_into(scratch)
                 if count:
                     again = count == SCRATCH_SIZE
+                    sub.small = count < SLOT_SIZE
                     self.completions += 1
                     op.complete(scratch[:count], None)
                 else:
@@ -456,6 +497,45 @@ class IocpDriver(Driver):
                 self._next_dispatch(sub)  # the buffer was full: there is more
             else:
                 self._arm(op)
+
+    def _receive_from_slot(self, sub: Submission, op: Any, slot: Slot, count: int, code: int) -> None:
+        """The same for a receive that had memory: the data are here already, whatever has become of the stream."""
+        data = slot[1][slot[2] : slot[2] + count]
+        association = sub.keep if op.state is CANCELLING else None
+        sub.slot = None
+        self._slots.give_back(slot)
+        full = count == SLOT_SIZE
+        sub.small = not full
+        try:
+            if count:
+                self.completions += 1
+                op.complete(data, None)
+        finally:
+            if sub.armed:
+                pass  # `complete` paused and resumed
+            elif op.state is CANCELLING:
+                self._end(sub, None, ABORTED)
+            elif code and not self._left_undone(op, code):
+                self._end(sub, None, code)
+            elif not count and not code:
+                self._end(sub, b"")
+            elif full and op.state is IN_FLIGHT and not op.paused:
+                self._next_dispatch(sub)  # there may be more
+            else:
+                self._arm(op)
+            if association is not None:
+                self._end_of_a_cancelled_receive(association)
+
+    def _end_of_a_cancelled_receive(self, association: _Association) -> None:
+        """Let those go on that stood in line behind it."""
+        association.ending -= 1
+        if not association.ending:
+            waiting, association.waiting = association.waiting, []
+            for op in waiting:
+                if type(op) is ops.ReceiveStream:
+                    self._arm(op)
+                elif op.state is IN_FLIGHT:
+                    self._arm_receive(op.driver_data, association)
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -894,7 +974,7 @@ class IocpDriver(Driver):
         self._give_back(sub)
 
     def _leak_outstanding(self) -> None:
-        leak(*((sub.native, sub.keep) for sub in self._outstanding.values()))
+        leak(*((sub.native, sub.keep, sub.slot) for sub in self._outstanding.values()))
 
     def _close_handles(self) -> None:
         for device in self._devices:

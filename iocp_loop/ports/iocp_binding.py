@@ -26,7 +26,7 @@ else:
     # The same functions and constants, in a plain object: looking one up in cffi's own takes as long as a call.
     lib = SimpleNamespace(**{name: getattr(_lib, name) for name in dir(_lib)})
 
-__all__ = ["Submission", "error_of", "ffi", "lib", "probe"]
+__all__ = ["SlotPool", "Submission", "error_of", "ffi", "lib", "probe"]
 
 # Windows' error codes (debug/system-error-codes, winsock/windows-sockets-error-codes-2).
 INVALID_HANDLE = 6
@@ -67,15 +67,46 @@ def check(code: int) -> None:
         raise error_of(code)
 
 
+#: A piece of memory to receive into: its address, the block that it is part of, and where in the block it begins.
+Slot = tuple[Any, Any, int]
+
+
+class SlotPool:
+    """Lends memory to receives: slots of `size` bytes, at most `limit` of them, made in blocks as they are needed."""
+
+    PER_BLOCK = 32
+
+    def __init__(self, size: int, limit: int) -> None:
+        self.size = size
+        self._unmade = limit
+        self._free: list[Slot] = []
+
+    def take(self) -> Slot | None:
+        """A slot, or None if all are lent."""
+        if not self._free:
+            if self._unmade < self.PER_BLOCK:
+                return None
+            self._unmade -= self.PER_BLOCK
+            memory = ffi.new("char[]", self.PER_BLOCK * self.size)  # the block's view keeps it
+            block = ffi.buffer(memory)
+            self._free = [(memory + start, block, start) for start in range(0, len(block), self.size)]
+        return self._free.pop()
+
+    def give_back(self, slot: Slot) -> None:
+        """The slot may be lent again: no request has it any more."""
+        self._free.append(slot)
+
+
 class Submission:
     """One request in the kernel's hands, and who takes its completion: ``finish(submission, bytes, error code)``.
 
     `armed` is True while a completion is to be expected.  `keep` is what the kernel may read or write meanwhile: the
     buffer or view itself.  cffi only tells its address (a ``from_buffer`` that lived on would lock a view, and Python's
-    collector does not survive clearing a locked view).
+    collector does not survive clearing a locked view).  `slot` is the piece of the pool that it receives into, if any;
+    `small`: the last receive of its stream would have fitted into one.
     """
 
-    __slots__ = ("address", "armed", "finish", "keep", "native", "op")
+    __slots__ = ("address", "armed", "finish", "keep", "native", "op", "slot", "small")
 
     def __init__(self) -> None:
         self.native = ffi.new("iocp_submission *")
@@ -84,6 +115,8 @@ class Submission:
         self.op: Any = None
         self.finish: Callable[[Submission, int, int], None] = nobody
         self.keep: Any = None
+        self.slot: Slot | None = None
+        self.small = False
 
     def set_address(self, family: int, address: Any) -> None:
         """Write a socket address, whose host is numeric, for the request to come.  OSError if it is none."""

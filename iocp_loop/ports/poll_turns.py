@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from .. import operations as ops
@@ -52,6 +53,10 @@ class PythonPollTurns(_Base):
         finally:
             self._sleeping = False
 
+    @property
+    def gathered(self) -> bool:
+        return bool(self.ready) or length_hint(self._events) > 0
+
     def dispatch(self) -> None:
         if self.ready:
             self._drain_ready()
@@ -84,5 +89,10 @@ else:
             if hasattr(self._poller, "fileno"):
                 self._epoll_fd = self._poller.fileno()
             else:  # not epoll
+                self._events = iter(())
                 self.wait = functools.partial(PythonPollTurns.wait, self)
                 self.dispatch = functools.partial(PythonPollTurns.dispatch, self)
+
+        @property
+        def gathered(self):
+            return super().gathered or length_hint(getattr(self, "_events", ())) > 0

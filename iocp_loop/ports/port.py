@@ -119,14 +119,14 @@ class CompletionPort:
 
         Raises ValueError once the port is closed, in threads that wait in it too.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.perf_counter() + timeout
         while True:
             self._check_open()
             try:
                 return self._completed.popleft()
             except IndexError:
                 pass
-            remaining = None if deadline is None else deadline - time.monotonic()
+            remaining = None if deadline is None else deadline - time.perf_counter()
             if remaining is not None and remaining < 0 and timeout != 0:
                 return None
             if not self._take_turn(remaining):

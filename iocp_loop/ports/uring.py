@@ -345,6 +345,10 @@ class UringDriver(UringTurns, Driver):
                 return
         self._arm(op)
 
+    @property
+    def gathered(self) -> bool:
+        return self._undispatched or bool(self.ready)
+
     def _reap(self, op: Any, result: int, flags: int, start: int) -> None:
         """One completion, other than the data of a stream that goes on."""
         if self._polled and op.token in self._polled:

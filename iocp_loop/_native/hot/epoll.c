@@ -448,6 +448,17 @@ static PyMethodDef epoll_turns_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* Whether dispatch has something to deliver. */
+static PyObject *get_gathered(EpollTurns *self, void *ignored)
+{
+    return PyBool_FromLong(self->next < self->count || has_items(self->ready));
+}
+
+static PyGetSetDef epoll_turns_getset[] = {
+    {"gathered", (getter)get_gathered, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyMemberDef epoll_turns_members[] = {
     {"_epoll_fd", T_INT, offsetof(EpollTurns, fd), 0, NULL},
     {"_watches", T_OBJECT_EX, offsetof(EpollTurns, watches), 0, NULL},
@@ -471,6 +482,7 @@ static PyType_Slot epoll_turns_slots[] = {
     {Py_tp_clear, epoll_turns_clear},
     {Py_tp_methods, epoll_turns_methods},
     {Py_tp_members, epoll_turns_members},
+    {Py_tp_getset, epoll_turns_getset},
     {0, NULL},
 };
 

@@ -31,7 +31,7 @@ typedef struct {
     PyObject *driver, *wait, *dispatch;
     const struct turn_calls *calls; /* of a native driver; NULL: call its methods */
     PyObject *task_factory;
-    char debug, closed, stopping;
+    char debug, closed, stopping, waited;
 } Turns;
 
 PyTypeObject *Turns_type;
@@ -399,6 +399,8 @@ static int wait(Turns *self)
 {
     double seconds = -1; /* for ever */
     PyObject *timeout, *done;
+    if (self->waited) /* by loop.poll(), see embedding.py */
+        return 0;
     if (self->count > 0 || self->stopping)
         seconds = 0;
     else if (self->timers > 0) {
@@ -752,6 +754,7 @@ static PyMethodDef turns_methods[] = {
 static PyMemberDef turns_members[] = {
     {"_closed", T_BOOL, offsetof(Turns, closed), 0, NULL},
     {"_stopping", T_BOOL, offsetof(Turns, stopping), 0, NULL},
+    {"_waited", T_BOOL, offsetof(Turns, waited), 0, NULL},
     {"_task_factory", T_OBJECT, offsetof(Turns, task_factory), 0, NULL},
     {"_clock_resolution", T_DOUBLE, offsetof(Turns, resolution), 0, NULL},
     {NULL, 0, 0, 0, NULL},

@@ -37,6 +37,7 @@ typedef struct iocp_port {
 } iocp_port;
 
 long iocp_start(void);
+void iocp_set_closing_signal(int number);
 int iocp_has_wait_packets(void);
 long iocp_port_open(iocp_port *port, unsigned long concurrency);
 void iocp_port_close(iocp_port *port);
