@@ -5,8 +5,9 @@ the reference; a class inherits from the one or the other::
 
     Turns = PythonTurns if hot is None else hot.Turns
 
-It is an extension module of its own beside the binding that cffi makes: it uses CPython's full interface, so it is built
-for one version of Python and may one day fail to build for a new one, and then the drivers must be there all the same.
+It is an extension module of its own beside the binding that cffi makes: it uses CPython's full interface, so it is
+built for one version of Python and may one day fail to build for a new one, and then the drivers must be there all the
+same.
 
 ``IOCP_LOOP_NATIVE=0`` in the environment forces the Python tier, ``1`` makes its absence an error.
 """

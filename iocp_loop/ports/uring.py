@@ -92,7 +92,7 @@ _MOST_BUFFERS = 1024
 #: How long the kernel may take to clean up a ring that was closed; it does that in its own time, usually 10 ms.
 _OLD_RING_SECONDS = 1.0
 
-#: A stream that got so many big pieces (BIG_RECEIVE or more, see uring.c) is polled and read into the scratch buffer ...
+#: A stream that got so many big pieces (BIG_RECEIVE of uring.c, or more) is polled and read into a scratch buffer ...
 _BULK_AFTER = 4
 #: ... until so many pieces in a row were below this size, bytes.
 _BULK_UNTIL = 4
