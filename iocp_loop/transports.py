@@ -100,7 +100,9 @@ class PythonStream(FlowControl):
 
     if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
         _context: contextvars.Context | DebugContext
+        _closing: bool
         _direct: bool
+        _paused: bool
         _sock: socket.socket
 
         def _copy_to_protocol(self, data: memoryview) -> None: ...

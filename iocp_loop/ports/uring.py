@@ -69,7 +69,7 @@ from typing import Any, TypeAlias
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
-from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak
+from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak, receive_datagrams
 from .uring_binding import ffi, lib, new_bytes, open_ring, probe
 from .uring_turns import UringTurns
 
@@ -676,17 +676,9 @@ class UringDriver(UringTurns, Driver):
             self._fail_stream(op, result)
             return
         try:
-            for _ in range(_DATAGRAMS):
-                if op.paused or op.state is not IN_FLIGHT:
-                    break
-                try:
-                    value = _receive_from(op)
-                except _WOULD_BLOCK:
-                    break
-                except OSError as error:
-                    self._end(op, None, error)
-                    break
-                op.complete(value, None)
+            receive_datagrams(op, _DATAGRAMS, _receive_from)
+        except OSError as error:
+            self._end(op, None, error)
         finally:
             self._go_on(op)
 
