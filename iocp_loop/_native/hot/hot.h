@@ -16,6 +16,8 @@
  * its reference; one in a local variable owns it too unless the comment beside it says "borrowed".  Functions return
  * new references, or 0 and -1, as those of CPython do.
  *
+ * Docstrings are plain strings and not PyDoc_STR, which may leave them out: inspect finds the signatures in them.
+ *
  * Only CPython's public interface is used.  The slots of classes that are written in Python (asyncio.Handle,
  * Operation) are read where their member descriptors say that they are.
  */
