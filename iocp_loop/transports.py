@@ -112,6 +112,10 @@ class PythonStream(FlowControl):
         def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
         def _write_otherwise(self, data: Any) -> None: ...
 
+    def is_closing(self) -> bool:
+        """True once ``close`` or ``abort`` was called, or the connection was lost."""
+        return self._closing
+
     def write(self, data: Any) -> None:
         """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
         if not self._direct or type(data) is not bytes:
@@ -621,10 +625,6 @@ class SocketTransport(Stream):
                 self._fatal_error(exc, "Fatal write error on socket transport")
 
     # -- the end -----------------------------------------------------------------------------------
-
-    def is_closing(self) -> bool:
-        """True once ``close`` or ``abort`` was called, or the connection was lost."""
-        return self._closing
 
     def close(self) -> None:
         """Send what is queued, then close; ``connection_lost(None)`` follows."""

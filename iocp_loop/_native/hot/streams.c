@@ -352,7 +352,14 @@ static void stream_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)
+{
+    return PyBool_FromLong(stream_of(self)->closing);
+}
+
 static PyMethodDef stream_methods[] = {
+    {"is_closing", stream_is_closing, METH_NOARGS,
+     "is_closing($self)\n--\n\nTrue once ``close`` or ``abort`` was called, or the connection was lost."},
     {"write", stream_write, METH_O,
      "write($self, data)\n--\n\n"
                "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."},
