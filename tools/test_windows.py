@@ -56,7 +56,7 @@ def stage(python: WindowsPython) -> Iterator[Path]:
 
 
 def compile_binding(python: WindowsPython, folder: Path) -> None:
-    """Build iocp_loop/_iocp.pyd and _hot.pyd: cffi writes the one's C inside Windows Python, mingw-w64 compiles both."""
+    """Build _iocp.pyd and _hot.pyd: cffi writes the one's C inside Windows Python, mingw-w64 compiles both here."""
     package = folder / "iocp_loop"
     build = folder / "build"
     build.mkdir()
