@@ -22,6 +22,7 @@ from typing import Any, cast
 
 from . import operations as ops
 from .debugging import context_for, unclosed
+from .native import hot
 from .proactor import Proactor
 from .transports import FlowControl
 
@@ -41,6 +42,9 @@ _PATIENCE = 5
 
 #: Seconds between two tries to send where no event tells that there is room again.
 _RETRY_DELAY = 0.005
+
+#: The native tier's way to send a plain datagram (``_native/hot/datagrams.c``), or None.
+_send_natively: Any = getattr(hot, "send_datagram", None)
 
 #: The socket is gone, or never was one: arming the receive again would fail for ever.
 _HOPELESS = frozenset({errno.EBADF, errno.ENOTSOCK})
@@ -68,6 +72,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         super().__init__(extra, loop)
         self._proactor = proactor
         self._sock = sock
+        self._family = int(sock.family)
         self._address = address
         self._receive: ops.ReceiveFromStream | None = None
         self._sending: ops.SendTo | None = None  # the datagram at the head of the queue, while it is in flight
@@ -152,7 +157,12 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         if error is not None:
             self._receive_ended(error)
         elif not self._closing:
-            self._call_protocol("datagram_received", *value)
+            try:  # as _call_protocol, which would cost another call for each datagram
+                self._context.run(self._protocol.datagram_received, *value)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as exc:
+                self._report(exc, "Exception in protocol.datagram_received()")
 
     def _receive_ended(self, error: OSError) -> None:
         self._receive = None
@@ -179,7 +189,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         `addr` None: to where the endpoint's remote address is.  Raises TypeError for other data, ValueError if the
         endpoint has a remote address and `addr` is another one.  OSErrors go to ``error_received``.
         """
-        if not isinstance(data, (bytes, bytearray, memoryview)):
+        if type(data) is not bytes and not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         if self._address is not None:
             if addr is not None and addr != self._address:
@@ -202,10 +212,16 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
     def _try_to_send(self, data: Any, addr: Any) -> bool:
         """Send one datagram now; False if that would block.  A failure is reported."""
         try:
-            if self._connected:
-                self._sock.send(data)
-            else:
-                self._sock.sendto(data, addr)
+            sent = None
+            if _send_natively is not None:
+                sent = _send_natively(self._sock, self._family, data, None if self._connected else addr)
+            if sent is False:
+                return False
+            if sent is None:
+                if self._connected:
+                    self._sock.send(data)
+                else:
+                    self._sock.sendto(data, addr)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as exc:

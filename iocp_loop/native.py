@@ -5,8 +5,9 @@ the reference; a class inherits from the one or the other::
 
     Turns = PythonTurns if hot is None else hot.Turns
 
-It is an extension module of its own beside the binding that cffi makes: it uses CPython's full interface, so it is built
-for one version of Python and may one day fail to build for a new one, and then the drivers must be there all the same.
+It is an extension module of its own beside the binding that cffi makes: it uses CPython's full interface, so it is
+built for one version of Python and may one day fail to build for a new one, and then the drivers must be there all the
+same.
 
 ``IOCP_LOOP_NATIVE=0`` in the environment forces the Python tier, ``1`` makes its absence an error.
 """
@@ -37,7 +38,7 @@ if _wanted == "0":
     why_not = f"{ENVIRONMENT_VARIABLE}=0"
 else:
     try:
-        from . import _hot as hot  # type: ignore[attr-defined,no-redef]  # a compiled module, which mypy does not see
+        from . import _hot as hot  # type: ignore[no-redef]  # compiled: mypy does not see it
     except ImportError as _error:
         why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
         if _wanted == "1":
@@ -57,7 +58,7 @@ def report_error(handle: Any, error: BaseException) -> None:
 
 
 def _describe(handle: Any) -> Any:
-    describe: Any = format_helpers._format_callback_source  # type: ignore[attr-defined]  # not in typeshed
+    describe: Any = format_helpers._format_callback_source
     try:
         return describe(handle._callback, handle._args, debug=handle._loop.get_debug())
     except TypeError:  # an older Python, whose function knows no `debug`

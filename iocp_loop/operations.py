@@ -393,7 +393,7 @@ class ReceiveFromStream(Operation):
     reports it and submits a new one.  It can be paused as :class:`ReceiveStream` can.
     """
 
-    __slots__ = ("paused", "size")
+    __slots__ = ("internet", "paused", "size")
     stream = True
     handle: socket.socket
 
@@ -401,6 +401,8 @@ class ReceiveFromStream(Operation):
         super().__init__(sock)
         self.size = size
         self.paused = False
+        #: True for IPv4 and IPv6: a datagram has at most 64 KiB, and its address is a tuple.
+        self.internet = sock.family in (socket.AF_INET, socket.AF_INET6)
 
 
 class ReadinessStream(Operation):

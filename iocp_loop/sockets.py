@@ -43,9 +43,9 @@ class SocketMethods(asyncio.BaseEventLoop):
                 self,
                 self._proactor,
                 self._proactor.driver,
-                self._proactor._unclaimed.data,
+                self._proactor._unclaimed.data,  # type: ignore[attr-defined]  # not in typeshed
                 self._proactor._lines,
-                self._transports.data,
+                self._transports.data,  # type: ignore[attr-defined]  # as above
             )
 
     def _check_sock(self, sock: socket.socket) -> None:

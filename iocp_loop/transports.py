@@ -100,7 +100,9 @@ class PythonStream(FlowControl):
 
     if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
         _context: contextvars.Context | DebugContext
+        _closing: bool
         _direct: bool
+        _paused: bool
         _sock: socket.socket
 
         def _copy_to_protocol(self, data: memoryview) -> None: ...
@@ -109,6 +111,10 @@ class PythonStream(FlowControl):
         def _receive_ended(self, error: OSError | None) -> None: ...
         def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
         def _write_otherwise(self, data: Any) -> None: ...
+
+    def is_closing(self) -> bool:
+        """True once ``close`` or ``abort`` was called, or the connection was lost."""
+        return self._closing
 
     def write(self, data: Any) -> None:
         """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
@@ -619,10 +625,6 @@ class SocketTransport(Stream):
                 self._fatal_error(exc, "Fatal write error on socket transport")
 
     # -- the end -----------------------------------------------------------------------------------
-
-    def is_closing(self) -> bool:
-        """True once ``close`` or ``abort`` was called, or the connection was lost."""
-        return self._closing
 
     def close(self) -> None:
         """Send what is queued, then close; ``connection_lost(None)`` follows."""

@@ -56,7 +56,7 @@ def stage(python: WindowsPython) -> Iterator[Path]:
 
 
 def compile_binding(python: WindowsPython, folder: Path) -> None:
-    """Build iocp_loop/_iocp.pyd: cffi writes its C inside Windows Python, mingw-w64 compiles it here."""
+    """Build _iocp.pyd and _hot.pyd: cffi writes the one's C inside Windows Python, mingw-w64 compiles both here."""
     package = folder / "iocp_loop"
     build = folder / "build"
     build.mkdir()
@@ -69,6 +69,8 @@ def compile_binding(python: WindowsPython, folder: Path) -> None:
         includes=[native],
         libraries=["ws2_32", "mswsock", "ntdll", "kernel32"],
     )
+    hot = package / "_native" / "hot"
+    python.compile(sorted(hot.glob("*.c")), package / "_hot.pyd", includes=[hot], libraries=["ws2_32"])
 
 
 def main() -> int:

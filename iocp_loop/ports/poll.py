@@ -40,7 +40,7 @@ from typing import Any
 
 from .. import operations as ops
 from ..operations import READABLE, WRITABLE, HandleLike, Operation
-from .driver import Driver, cancelled_error
+from .driver import Driver, cancelled_error, receive_datagrams
 from .poll_turns import PollTurns
 
 __all__ = ["PollDriver"]
@@ -345,18 +345,10 @@ class PollDriver(PollTurns, Driver):
 
     def _receive_datagrams(self, op: ops.ReceiveFromStream) -> None:
         # A few per turn: one busy endpoint must not starve the others.
-        for _ in range(16):
-            if op.paused or not op.in_flight:
-                return
-            try:
-                data, address = op.handle.recvfrom(op.size)
-            except _AGAIN:
-                return
-            except OSError as error:
-                self._end_stream(op, None, error)
-                return
-            self.completions += 1
-            op.complete((data, address), None)
+        try:
+            self.completions += receive_datagrams(op, 16, _receive_from)
+        except OSError as error:
+            self._end_stream(op, None, error)
 
     def _accept_some(self, op: ops.AcceptStream) -> None:
         for _ in range(op.depth):
@@ -441,7 +433,7 @@ def _connect(op: ops.Connect) -> Any:
     return None
 
 
-def _receive_from(op: ops.ReceiveFrom) -> Any:
+def _receive_from(op: ops.ReceiveFrom | ops.ReceiveFromStream) -> Any:
     return op.handle.recvfrom(op.size)  # type: ignore[union-attr]  # as above
 
 

@@ -19,7 +19,10 @@ from .driver import Driver
 
 __all__ = ["PollTurns", "PythonPollTurns"]
 
-_Base = Driver if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Driver
+else:
+    _Base = object
 
 
 class PythonPollTurns(_Base):

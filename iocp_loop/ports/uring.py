@@ -69,7 +69,7 @@ from typing import Any, TypeAlias
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
-from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak
+from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak, receive_datagrams
 from .uring_binding import ffi, lib, new_bytes, open_ring, probe
 from .uring_turns import UringTurns
 
@@ -92,7 +92,7 @@ _MOST_BUFFERS = 1024
 #: How long the kernel may take to clean up a ring that was closed; it does that in its own time, usually 10 ms.
 _OLD_RING_SECONDS = 1.0
 
-#: A stream that got so many big pieces (BIG_RECEIVE or more, see uring.c) is polled and read into the scratch buffer ...
+#: A stream that got so many big pieces (BIG_RECEIVE of uring.c, or more) is polled and read into a scratch buffer ...
 _BULK_AFTER = 4
 #: ... until so many pieces in a row were below this size, bytes.
 _BULK_UNTIL = 4
@@ -676,17 +676,9 @@ class UringDriver(UringTurns, Driver):
             self._fail_stream(op, result)
             return
         try:
-            for _ in range(_DATAGRAMS):
-                if op.paused or op.state is not IN_FLIGHT:
-                    break
-                try:
-                    value = _receive_from(op)
-                except _WOULD_BLOCK:
-                    break
-                except OSError as error:
-                    self._end(op, None, error)
-                    break
-                op.complete(value, None)
+            receive_datagrams(op, _DATAGRAMS, _receive_from)
+        except OSError as error:
+            self._end(op, None, error)
         finally:
             self._go_on(op)
 

@@ -29,7 +29,10 @@ SHORTEST_NS = 50_000
 # A completion of a stream that goes on, with data: URING_MORE and URING_DATA of uring.h.
 _STREAM_DATA = 1 | 2
 
-_Base = Driver if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Driver
+else:
+    _Base = object
 
 
 class PythonUringTurns(_Base):

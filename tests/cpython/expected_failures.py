@@ -21,7 +21,7 @@ if WINE:
     EXPECTED_FAILURES |= {
         "Subprocess.test_kill_issue43884": "under Wine CTRL_BREAK can't be sent to a process group (WinError 12)",
     }
-    if sys.version_info >= (3, 14):  # which has brought it
+    if sys.version_info >= (3, 14):
         EXPECTED_FAILURES["EventLoop.test_datagram_recvfrom_connection_reset_recovers"] = (
             "under Wine the answer 'port unreachable' does not reach a receive"
         )

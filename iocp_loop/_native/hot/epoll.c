@@ -475,7 +475,7 @@ static PyMemberDef epoll_turns_members[] = {
 };
 
 static PyType_Slot epoll_turns_slots[] = {
-    {Py_tp_doc, (char *)PyDoc_STR("The wait and the dispatch of driver poll, by epoll.")},
+    {Py_tp_doc, (char *)"The wait and the dispatch of driver poll, by epoll."},
     {Py_tp_new, epoll_turns_new},
     {Py_tp_dealloc, epoll_turns_dealloc},
     {Py_tp_traverse, epoll_turns_traverse},

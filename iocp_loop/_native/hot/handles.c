@@ -297,7 +297,7 @@ static PyTypeObject *make_type(PyObject *module, PyObject *base, const char *nam
         {Py_tp_traverse, handle_traverse},
         {Py_tp_clear, handle_clear},
         {Py_tp_methods, handle_methods},
-        {Py_tp_doc, (char *)PyDoc_STR("asyncio's handle of a callback, made and run in C.")},
+        {Py_tp_doc, (char *)"asyncio's handle of a callback, made and run in C."},
         {make == NULL ? 0 : Py_tp_new, make},
         {0, NULL},
     };

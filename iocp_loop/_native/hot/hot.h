@@ -7,6 +7,7 @@
  *   turns.c     Turns: the ready queue, the timers and one turn of the loop      (turns.py)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
+ *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
  *   module.c    puts them together
@@ -14,6 +15,8 @@
  * Ownership.  Everything here runs under the GIL but the system call that waits.  A PyObject pointer in a struct owns
  * its reference; one in a local variable owns it too unless the comment beside it says "borrowed".  Functions return
  * new references, or 0 and -1, as those of CPython do.
+ *
+ * Docstrings are plain strings and not PyDoc_STR, which may leave them out: inspect finds the signatures in them.
  *
  * Only CPython's public interface is used.  The slots of classes that are written in Python (asyncio.Handle,
  * Operation) are read where their member descriptors say that they are.
@@ -54,6 +57,8 @@ extern struct operation_slots {
     Py_ssize_t get_buffer, paused;
     PyObject *receive; /* the type Receive, and its slot */
     Py_ssize_t size;
+    PyObject *receive_from_stream; /* the type ReceiveFromStream, and its slot */
+    Py_ssize_t from_paused;
     PyObject *new, *in_flight, *done; /* values of `state` */
 } operation_slots;
 
@@ -144,6 +149,11 @@ extern PyTypeObject *SocketWait_type;
 int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error);
 PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);
+
+/* datagrams.c */
+PyObject *receive_datagrams(PyObject *module, PyObject *args);
+PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
+int add_datagrams(PyObject *module);
 #endif
 
 /* Whether a list or a deque has anything in it; both keep their size where var-sized objects do. */

@@ -207,6 +207,7 @@ static PyObject *use_operations(PyObject *module, PyObject *operations)
         {"ReceiveStream", "get_buffer", offsetof(struct operation_slots, get_buffer)},
         {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
         {"Receive", "size", offsetof(struct operation_slots, size)},
+        {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
     };
     if (operation_slots.receive != NULL)
         Py_RETURN_NONE;
@@ -222,6 +223,7 @@ static PyObject *use_operations(PyObject *module, PyObject *operations)
     operation_slots.in_flight = PyObject_GetAttrString(operations, "IN_FLIGHT");
     operation_slots.done = PyObject_GetAttrString(operations, "DONE");
     operation_slots.receive_stream = PyObject_GetAttrString(operations, "ReceiveStream");
+    operation_slots.receive_from_stream = PyObject_GetAttrString(operations, "ReceiveFromStream");
     operation_slots.receive = PyObject_GetAttrString(operations, "Receive");
     if (PyErr_Occurred())
         return NULL;
@@ -234,6 +236,9 @@ static PyMethodDef module_methods[] = {
 #ifndef _WIN32
     {"socket_calls", make_socket_calls, METH_VARARGS,
      "socket_calls(loop, proactor, driver, unclaimed, lines, transports)"},
+    {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(op, most)"},
+    {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
+     "send_datagram(sock, family, data, address)"},
 #endif
     {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
     {NULL, NULL, 0, NULL},
@@ -297,7 +302,7 @@ PyMODINIT_FUNC PyInit__hot(void)
         return NULL;
     if (intern_names() < 0 || check_sockets() < 0 || add_handles(module) < 0 || add_turns(module) < 0
 #ifndef _WIN32
-        || add_sockets(module) < 0
+        || add_sockets(module) < 0 || add_datagrams(module) < 0
 #endif
 #ifdef __linux__
         || add_uring(module) < 0 || add_epoll(module) < 0

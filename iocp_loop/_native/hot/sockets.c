@@ -334,7 +334,7 @@ static PyMethodDef wait_methods[] = {
 };
 
 static PyType_Slot wait_slots[] = {
-    {Py_tp_doc, (char *)PyDoc_STR("A coroutine's wait for a socket.")},
+    {Py_tp_doc, (char *)"A coroutine's wait for a socket."},
     {Py_tp_dealloc, wait_dealloc},
     {Py_tp_traverse, wait_traverse},
     {Py_tp_clear, wait_clear},
@@ -457,7 +457,7 @@ static PyMethodDef calls_methods[] = {
 };
 
 static PyType_Slot calls_slots[] = {
-    {Py_tp_doc, (char *)PyDoc_STR("The quick part of a loop's calls on sockets.")},
+    {Py_tp_doc, (char *)"The quick part of a loop's calls on sockets."},
     {Py_tp_dealloc, calls_dealloc},
     {Py_tp_traverse, calls_traverse},
     {Py_tp_clear, calls_clear},

@@ -352,10 +352,17 @@ static void stream_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
+static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)
+{
+    return PyBool_FromLong(stream_of(self)->closing);
+}
+
 static PyMethodDef stream_methods[] = {
+    {"is_closing", stream_is_closing, METH_NOARGS,
+     "is_closing($self)\n--\n\nTrue once ``close`` or ``abort`` was called, or the connection was lost."},
     {"write", stream_write, METH_O,
-     PyDoc_STR("write($self, data)\n--\n\n"
-               "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued.")},
+     "write($self, data)\n--\n\n"
+               "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."},
     {"_received", (PyCFunction)(void (*)(void))stream_received, METH_FASTCALL,
      "A completion for a Protocol: data, the end (empty), or an error."},
     {"_received_into", (PyCFunction)(void (*)(void))stream_received_into, METH_FASTCALL,
@@ -402,7 +409,7 @@ PyObject *make_stream_type(PyObject *module, PyObject *base)
         {Py_tp_methods, stream_methods},
         {Py_tp_members, members},
         {Py_tp_getset, stream_getset},
-        {Py_tp_doc, (char *)PyDoc_STR("A stream transport's way of one message in and out.")},
+        {Py_tp_doc, (char *)"A stream transport's way of one message in and out."},
         {0, NULL},
     };
     PyType_Spec spec = {

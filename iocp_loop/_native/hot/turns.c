@@ -724,25 +724,25 @@ static char create_task_doc[400];
 
 static PyMethodDef turns_methods[] = {
     {"call_soon", (PyCFunction)(void (*)(void))turns_call_soon, METH_FASTCALL | METH_KEYWORDS,
-     PyDoc_STR("call_soon($self, callback, *args, context=None)\n--\n\nCall ``callback(*args)`` in the next turn.")},
+     "call_soon($self, callback, *args, context=None)\n--\n\nCall ``callback(*args)`` in the next turn."},
     {"call_soon_threadsafe", (PyCFunction)(void (*)(void))turns_call_soon_threadsafe, METH_FASTCALL | METH_KEYWORDS,
-     PyDoc_STR("call_soon_threadsafe($self, callback, *args, context=None)\n--\n\n"
-               "As call_soon(), from any thread: wakes the loop.")},
+     "call_soon_threadsafe($self, callback, *args, context=None)\n--\n\n"
+               "As call_soon(), from any thread: wakes the loop."},
     {"call_later", (PyCFunction)(void (*)(void))turns_call_later, METH_FASTCALL | METH_KEYWORDS,
-     PyDoc_STR("call_later($self, delay, callback, *args, context=None)\n--\n\n"
-               "Call ``callback(*args)`` after `delay` seconds.")},
+     "call_later($self, delay, callback, *args, context=None)\n--\n\n"
+               "Call ``callback(*args)`` after `delay` seconds."},
     {"call_at", (PyCFunction)(void (*)(void))turns_call_at, METH_FASTCALL | METH_KEYWORDS,
-     PyDoc_STR("call_at($self, when, callback, *args, context=None)\n--\n\n"
-               "Call ``callback(*args)`` when time() has come to `when`, seconds.")},
+     "call_at($self, when, callback, *args, context=None)\n--\n\n"
+               "Call ``callback(*args)`` when time() has come to `when`, seconds."},
     {"time", (PyCFunction)turns_time, METH_NOARGS,
-     PyDoc_STR("time($self)\n--\n\nThe loop's clock, time.monotonic(), in seconds.")},
+     "time($self)\n--\n\nThe loop's clock, time.monotonic(), in seconds."},
     {"_add_callback", (PyCFunction)turns_add_callback, METH_O, NULL},
     {"_timer_handle_cancelled", (PyCFunction)turns_timer_handle_cancelled, METH_O, NULL},
     {"_run_once", (PyCFunction)turns_run_once, METH_NOARGS, NULL},
     {"create_future", (PyCFunction)turns_create_future, METH_NOARGS,
-     PyDoc_STR("create_future($self)\n--\n\nA Future of this loop.")},
+     "create_future($self)\n--\n\nA Future of this loop."},
     {"get_debug", (PyCFunction)turns_get_debug, METH_NOARGS,
-     PyDoc_STR("get_debug($self)\n--\n\nWhether debug mode is on.")},
+     "get_debug($self)\n--\n\nWhether debug mode is on."},
     {"_use", (PyCFunction)turns_use, METH_O, "Wait for and deliver the completions of a driver, from now on."},
     {"_has_work", (PyCFunction)turns_has_work, METH_NOARGS, "Whether a callback is ready to run."},
     {"_forget_callbacks", (PyCFunction)turns_forget, METH_NOARGS, "Drop what is ready and every timer."},
@@ -768,7 +768,7 @@ static PyGetSetDef turns_getset[] = {
 };
 
 static PyType_Slot turns_slots[] = {
-    {Py_tp_doc, (char *)PyDoc_STR("The ready queue, the timers and the turn of an event loop.")},
+    {Py_tp_doc, (char *)"The ready queue, the timers and the turn of an event loop."},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_dealloc, turns_dealloc},
     {Py_tp_traverse, turns_traverse},

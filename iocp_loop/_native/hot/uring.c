@@ -575,7 +575,7 @@ static PyGetSetDef uring_turns_getset[] = {
 };
 
 static PyType_Slot uring_turns_slots[] = {
-    {Py_tp_doc, (char *)PyDoc_STR("The wait and the dispatch of driver uring.")},
+    {Py_tp_doc, (char *)"The wait and the dispatch of driver uring."},
     {Py_tp_new, PyType_GenericNew},
     {Py_tp_dealloc, uring_turns_dealloc},
     {Py_tp_traverse, uring_turns_traverse},

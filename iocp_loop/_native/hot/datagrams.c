@@ -1,0 +1,213 @@
+/*
+ * Datagrams of the Internet: receiving a few at a time for a stream, and sending one.
+ *
+ * Half of what a datagram costs in Python is its address: made from the system's structure when it comes, parsed into it
+ * when it goes.  The peers of an endpoint are few beside their datagrams, so both are looked up in a table instead.
+ */
+
+#include "hot.h"
+
+#ifndef _WIN32
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+/* The tables: what the system writes -> the tuple, and back.  Emptied when they have grown to this. */
+enum { MOST_ADDRESSES = 4096 };
+static PyObject *tuples, *structures;
+
+static char *scratch;
+enum { SCRATCH_SIZE = 64 * 1024 }; /* no datagram of the Internet is larger */
+
+static int put(PyObject *table, PyObject *key, PyObject *value)
+{
+    if (PyDict_GET_SIZE(table) >= MOST_ADDRESSES)
+        PyDict_Clear(table);
+    return PyDict_SetItem(table, key, value);
+}
+
+/* The address as the socket module puts it; NULL without an exception for a family that is not the Internet's. */
+static PyObject *make_tuple(const struct sockaddr_storage *address)
+{
+    char host[INET6_ADDRSTRLEN];
+    if (address->ss_family == AF_INET) {
+        const struct sockaddr_in *four = (const struct sockaddr_in *)address;
+        inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
+        return Py_BuildValue("si", host, ntohs(four->sin_port));
+    }
+    if (address->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)address;
+        inet_ntop(AF_INET6, &six->sin6_addr, host, sizeof host);
+        return Py_BuildValue("siII", host, ntohs(six->sin6_port), (unsigned)ntohl(six->sin6_flowinfo),
+                             (unsigned)six->sin6_scope_id);
+    }
+    return NULL;
+}
+
+static PyObject *tuple_of(const struct sockaddr_storage *address, socklen_t length)
+{
+    PyObject *key = PyBytes_FromStringAndSize((const char *)address, (Py_ssize_t)length);
+    PyObject *tuple = key == NULL ? NULL : PyDict_GetItemWithError(tuples, key);
+    if (tuple != NULL)
+        Py_INCREF(tuple);
+    else if (key != NULL && !PyErr_Occurred()) {
+        tuple = make_tuple(address);
+        if (tuple != NULL && put(tuples, key, tuple) < 0)
+            Py_CLEAR(tuple);
+        else if (tuple == NULL && !PyErr_Occurred())
+            PyErr_Format(PyExc_OSError, "a datagram came from an address of family %d", address->ss_family);
+    }
+    Py_XDECREF(key);
+    return tuple;
+}
+
+/* Parse (host, port) or (host, port, flow information, scope) with a numeric host into what the system takes: a bytes
+ * object, or NULL without an exception if it is not that plain. */
+static PyObject *make_structure(int family, PyObject *tuple)
+{
+    struct sockaddr_storage address;
+    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+    long numbers[3] = {0, 0, 0};
+    if (count < 2 || count > (family == AF_INET ? 2 : 4) || !PyUnicode_CheckExact(PyTuple_GET_ITEM(tuple, 0)))
+        return NULL;
+    for (Py_ssize_t n = 1; n < count; n++) {
+        if (!PyLong_CheckExact(PyTuple_GET_ITEM(tuple, n)))
+            return NULL;
+        numbers[n - 1] = PyLong_AsLong(PyTuple_GET_ITEM(tuple, n));
+        if (numbers[n - 1] < 0 || numbers[n - 1] > (n == 1 ? 0xFFFFL : n == 2 ? 0xFFFFFL : 0xFFFFFFFFL)) {
+            PyErr_Clear();
+            return NULL;
+        }
+    }
+    const char *host = PyUnicode_AsUTF8(PyTuple_GET_ITEM(tuple, 0));
+    if (host == NULL) {
+        PyErr_Clear();
+        return NULL;
+    }
+    memset(&address, 0, sizeof address);
+    address.ss_family = (sa_family_t)family;
+    if (family == AF_INET) {
+        struct sockaddr_in *four = (struct sockaddr_in *)&address;
+        four->sin_port = htons((uint16_t)numbers[0]);
+        if (inet_pton(AF_INET, host, &four->sin_addr) != 1)
+            return NULL;
+        return PyBytes_FromStringAndSize((char *)&address, sizeof *four);
+    }
+    struct sockaddr_in6 *six = (struct sockaddr_in6 *)&address;
+    six->sin6_port = htons((uint16_t)numbers[0]);
+    six->sin6_flowinfo = htonl((uint32_t)numbers[1]);
+    six->sin6_scope_id = (uint32_t)numbers[2];
+    if (inet_pton(AF_INET6, host, &six->sin6_addr) != 1)
+        return NULL;
+    return PyBytes_FromStringAndSize((char *)&address, sizeof *six);
+}
+
+/* As make_structure, by way of the table; borrowed. */
+static PyObject *structure_of(int family, PyObject *tuple)
+{
+    PyObject *structure = PyDict_GetItemWithError(structures, tuple);
+    if (structure != NULL && ((const struct sockaddr *)PyBytes_AS_STRING(structure))->sa_family == family)
+        return structure;
+    PyErr_Clear(); /* what can't be hashed */
+    structure = make_structure(family, tuple);
+    if (structure == NULL)
+        return NULL;
+    int failed = put(structures, tuple, structure);
+    Py_DECREF(structure); /* the table has it */
+    return failed ? NULL : structure;
+}
+
+/* receive_datagrams(op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.  The
+ * number of them.  OSError if receiving fails. */
+PyObject *receive_datagrams(PyObject *module, PyObject *args)
+{
+    PyObject *op;
+    int most, count = 0;
+    if (!PyArg_ParseTuple(args, "Oi", &op, &most))
+        return NULL;
+    if ((PyObject *)Py_TYPE(op) != operation_slots.receive_from_stream) {
+        PyErr_SetString(PyExc_TypeError, "receive_datagrams() takes a ReceiveFromStream");
+        return NULL;
+    }
+    for (; count < most && SLOT(op, operation_slots.from_paused) != Py_True
+           && SLOT(op, operation_slots.state) == operation_slots.in_flight;
+         count++) {
+        PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
+        struct sockaddr_storage from;
+        socklen_t length = sizeof from;
+        if (sock == NULL || !is_socket(sock)) {
+            PyErr_SetString(PyExc_TypeError, "datagrams are received from sockets");
+            return NULL;
+        }
+        ssize_t size = recvfrom(socket_descriptor(sock), scratch, SCRATCH_SIZE, MSG_DONTWAIT, (struct sockaddr *)&from,
+                                &length);
+        if (size < 0) {
+            if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+                break;
+            return PyErr_SetFromErrno(PyExc_OSError);
+        }
+        PyObject *data = PyBytes_FromStringAndSize(scratch, size);
+        PyObject *address = data == NULL ? NULL : tuple_of(&from, length);
+        PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
+        Py_XDECREF(data);
+        Py_XDECREF(address);
+        PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *done = NULL;
+        if (value != NULL && complete != NULL) {
+            PyObject *arguments[] = {value, Py_None};
+            done = PyObject_Vectorcall(complete, arguments, 2, NULL);
+        }
+        Py_XDECREF(complete);
+        Py_XDECREF(value);
+        if (done == NULL)
+            return NULL;
+        Py_DECREF(done);
+    }
+    return PyLong_FromLong(count);
+}
+
+/* send_datagram(sock, family, data, address): True if it was sent, False if there is no room just now, None if this is not
+ * plain enough, for the way in Python.  `address` None: to where the socket is connected.  OSError if sending fails. */
+PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "send_datagram() takes a socket, its family, data and an address");
+        return NULL;
+    }
+    PyObject *data = args[2], *address = args[3], *structure = NULL;
+    if (!is_socket(args[0]) || !PyBytes_CheckExact(data))
+        Py_RETURN_NONE;
+    if (address != Py_None) {
+        long family = PyLong_AsLong(args[1]);
+        if ((family != AF_INET && family != AF_INET6) || !PyTuple_CheckExact(address)) {
+            PyErr_Clear();
+            Py_RETURN_NONE;
+        }
+        structure = structure_of((int)family, address);
+        if (structure == NULL) {
+            if (PyErr_Occurred())
+                return NULL;
+            Py_RETURN_NONE;
+        }
+    }
+    ssize_t sent = sendto(socket_descriptor(args[0]), PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data),
+                          MSG_DONTWAIT | MSG_NOSIGNAL,
+                          structure == NULL ? NULL : (const struct sockaddr *)PyBytes_AS_STRING(structure),
+                          structure == NULL ? 0 : (socklen_t)PyBytes_GET_SIZE(structure));
+    if (sent >= 0)
+        Py_RETURN_TRUE;
+    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        Py_RETURN_FALSE;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+int add_datagrams(PyObject *module)
+{
+    tuples = PyDict_New();
+    structures = PyDict_New();
+    scratch = PyMem_Malloc(SCRATCH_SIZE);
+    return tuples == NULL || structures == NULL || scratch == NULL ? -1 : 0;
+}
+
+#endif
