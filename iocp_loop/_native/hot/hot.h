@@ -139,6 +139,9 @@ int land(PyObject *op, PyObject *in_flight);
 #ifndef _WIN32
 /* sockets.c.  Bytes, or None if there is nothing to receive just now. */
 PyObject *receive_now(descriptor fd, size_t size);
+/* Whether what sock_recv got of late was large; then the kernel's pool is the slower way. */
+int pieces_are_large(void);
+void note_piece(size_t size); /* one that came another way */
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);

@@ -79,9 +79,18 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
     return *data == NULL ? NO_BUFFER : count;
 }
 
+static size_t expected; /* of all that sock_recv receives */
+
+void note_piece(size_t size)
+{
+    if (size >= DIRECT_FROM && expected < size)
+        expected = size < DIRECT_MOST ? size : DIRECT_MOST;
+}
+
+int pieces_are_large(void) { return expected >= DIRECT_FROM; }
+
 PyObject *receive_now(descriptor fd, size_t size)
 {
-    static size_t expected;
     PyObject *data;
     ssize_t count = receive_bytes(fd, size, &expected, &data);
     if (count > 0)

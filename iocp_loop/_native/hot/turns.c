@@ -656,7 +656,7 @@ static PyObject *get_ready(Turns *self, void *ignored)
     return (PyObject *)queue;
 }
 
-/* A copy: the timers in no particular order. */
+/* A copy, as they stand in the heap: the earliest first, the others in no particular order. */
 static PyObject *get_scheduled(Turns *self, void *ignored)
 {
     PyObject *list = PyList_New((Py_ssize_t)self->timers);

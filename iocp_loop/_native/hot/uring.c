@@ -201,9 +201,10 @@ static PyObject *reap(UringTurns *self, PyObject *op, int64_t result, uint32_t f
  * Receive operations of sock_recv (sockets.c)
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* A message of this size or more is not received by the kernel into its pool, piece by piece, but by recv, once a poll
- * tells that it has come. */
-enum { RECEIVE_BY_POLL = 32 * 1024 };
+/* Large pieces are not received by the kernel into its pool, where they would be cut, but by recv, once a poll tells that
+ * they have come. */
+/* The kernel cuts what it receives into its pool to this (SINGLE_SIZE in ../linux/uring.c). */
+enum { POOL_PIECE = 32 * 1024 };
 
 static int by_poll(PyObject *op)
 {
@@ -218,11 +219,11 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
     if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
         return -1;
     int code;
-    if (size >= RECEIVE_BY_POLL) {
+    if (pieces_are_large()) {
         Py_XSETREF(SLOT(op, operation_slots.driver_data), Py_NewRef(Py_True));
         code = self->prepare_poll(self->ring, fd, self->tokens, POLLIN);
     } else
-        code = self->prepare_receive(self->ring, fd, self->tokens, (uint32_t)size);
+        code = self->prepare_receive(self->ring, fd, self->tokens, size > POOL_PIECE ? POOL_PIECE : (uint32_t)size);
     if (code < 0 && PyList_Append(self->unarmed, op) < 0)
         return -1;
     return 1;
@@ -231,9 +232,10 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
 static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
 {
     PyObject *data, *error = Py_None, *wait;
-    if (flags & URING_DATA)
+    if (flags & URING_DATA) {
         data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
-    else {
+        note_piece((size_t)(result - start));
+    } else {
         data = receive_now(socket_descriptor(SLOT(op, operation_slots.handle)),
                            PyLong_AsSize_t(SLOT(op, operation_slots.size)));
         if (data == Py_None && SLOT(op, operation_slots.state) == operation_slots.in_flight) {
