@@ -38,10 +38,10 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *abandon, *buffer_updated, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
-        *drain_ready, *end_stream, *fatal_error, *future_blocking, *get_buffer, *go_on, *hand_over, *keep_value, *open_ring,
-        *queue_leftovers, *reap, *receive_ended, *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled,
-        *write_otherwise, *write_to_self;
+    PyObject *abandon, *buffer_updated, *callback, *check_callback, *check_closed, *check_thread, *context,
+        *create_future, *data_received, *delay, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking,
+        *get_buffer, *go_on, *hand_over, *keep_value, *open_ring, *queue_leftovers, *reap, *receive_ended,
+        *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled, *when, *write_otherwise, *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
@@ -93,6 +93,8 @@ PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject
 /* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
 int handle_visit(PyObject *handle, visitproc visit, void *arg);
 void handle_release(PyObject *handle);
+/* Let the garbage collector see `handle` from now on, of whatever type it is. */
+void handle_track(PyObject *handle);
 int handle_is_cancelled(PyObject *handle);
 int handle_run(PyObject *handle);
 size_t *timer_place(PyObject *timer); /* where it stands in the heap of its loop */
@@ -107,7 +109,7 @@ static inline int is_own_handle(PyObject *object)
 
 /* turns.c */
 extern PyTypeObject *Turns_type;
-int turns_forget_timer(PyObject *loop, PyObject *timer);
+void turns_forget_timer(PyObject *loop, PyObject *timer);
 int turns_in_debug(PyObject *loop);
 
 /* What a turn calls of a native driver, with the driver as the first argument. */
@@ -117,7 +119,7 @@ struct turn_calls {
 };
 
 /* The calls for the driver that `wait` is a method of, if that is one of ours; else NULL. */
-const struct turn_calls *native_calls(PyObject *wait);
+const struct turn_calls *native_calls(PyObject *driver, PyObject *wait);
 #ifdef __linux__
 const struct turn_calls *uring_calls(PyCFunction function);
 const struct turn_calls *epoll_calls(PyCFunction function);

@@ -48,10 +48,10 @@ int ends_the_loop(void)
     return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
 }
 
-const struct turn_calls *native_calls(PyObject *wait)
+const struct turn_calls *native_calls(PyObject *driver, PyObject *wait)
 {
     const struct turn_calls *calls = NULL;
-    if (!PyCFunction_Check(wait))
+    if (!PyCFunction_Check(wait) || PyCFunction_GET_SELF(wait) != driver)
         return NULL;
 #ifdef __linux__
     calls = uring_calls(PyCFunction_GET_FUNCTION(wait));
@@ -74,20 +74,23 @@ submit_function native_submit(PyObject *driver)
 
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
 {
-    PyObject *number = PyLong_FromUnsignedLongLong(token), *kind = (PyObject *)Py_TYPE(op);
-    if (number == NULL || PyDict_SetItem(in_flight, number, op) < 0) {
+    PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
+    if (before == NULL && PyErr_Occurred())
+        return -1;
+    PyObject *number = PyLong_FromUnsignedLongLong(token);
+    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
+    int failed = number == NULL || count == NULL || PyDict_SetItem(submissions, kind, count) < 0
+                         || PyDict_SetItem(in_flight, number, op) < 0
+                     ? -1
+                     : 0;
+    Py_XDECREF(count);
+    if (failed) { /* nothing is in flight then */
         Py_XDECREF(number);
         return -1;
     }
     Py_XSETREF(SLOT(op, operation_slots.token), number);
     Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.in_flight));
-    PyObject *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
-    if (before == NULL && PyErr_Occurred())
-        return -1;
-    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
-    int failed = count == NULL ? -1 : PyDict_SetItem(submissions, kind, count);
-    Py_XDECREF(count);
-    return failed;
+    return 0;
 }
 
 int land(PyObject *op, PyObject *in_flight)
@@ -260,14 +263,17 @@ static int intern_names(void)
     } table[] = {
         {&names.abandon, "abandon"},
         {&names.buffer_updated, "buffer_updated"},
+        {&names.callback, "callback"},
         {&names.check_callback, "_check_callback"},
         {&names.check_closed, "_check_closed"},
         {&names.check_thread, "_check_thread"},
         {&names.context, "context"},
         {&names.create_future, "create_future"},
         {&names.data_received, "data_received"},
+        {&names.delay, "delay"},
         {&names.done, "done"},
         {&names.drain_ready, "_drain_ready"},
+        {&names.end, "_end"},
         {&names.end_stream, "_end_stream"},
         {&names.fatal_error, "_fatal_error"},
         {&names.future_blocking, "_asyncio_future_blocking"},
@@ -284,6 +290,7 @@ static int intern_names(void)
         {&names.set_result, "set_result"},
         {&names.time, "time"},
         {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
+        {&names.when, "when"},
         {&names.write_otherwise, "_write_otherwise"},
         {&names.write_to_self, "_write_to_self"},
     };
