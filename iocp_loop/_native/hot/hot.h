@@ -74,8 +74,10 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
 /* Enter or leave `context` if it is a real one.  1: it is; 0: it is something else, with a `run`; -1: error. */
 int enter_context(PyObject *context);
 
-/* The descriptor of a socket object, read in place; -1 if it is closed.  Only for what is_socket says yes to. */
+/* Whether `object` is a socket, and not of a subclass, whose methods may do something else.  Only for such: its
+ * descriptor, read in place (-1 if it is closed), and whether it is of type SOCK_STREAM. */
 int is_socket(PyObject *object);
+int is_stream_socket(PyObject *sock);
 #ifdef _WIN32
 typedef uintptr_t descriptor; /* a SOCKET */
 #define NO_DESCRIPTOR ((descriptor)-1)
@@ -144,11 +146,16 @@ PyObject *receive_now(descriptor fd, size_t size);
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* recv into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or without. */
-ssize_t receive_into(descriptor fd, PyObject *get_buffer);
+/* recv on `sock` into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or
+ * without.  Both are held while that runs: it may do anything, to the socket too. */
+ssize_t receive_into(PyObject *sock, PyObject *get_buffer);
 enum { NO_BUFFER = -2 };
 extern PyTypeObject *SocketWait_type;
-int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error);
+/* op.complete(value, error), of which one is None, for an operation that has landed: a SocketWait's, or what came in its
+ * place when its coroutine was gone. */
+int complete_receive(PyObject *op, PyObject *value, PyObject *error);
+/* What receive_now has brought for `op`, as its completion: takes the exception over if that is an OSError. */
+int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data);
 PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);
 

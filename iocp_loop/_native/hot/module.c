@@ -2,11 +2,18 @@
 
 #include "hot.h"
 
+#ifdef _WIN32
+#include <winsock2.h>
+#else
+#include <sys/socket.h>
+#endif
+
 struct names names;
 struct helpers helpers;
 struct operation_slots operation_slots;
 
-static PyTypeObject *socket_type; /* _socket.socket, the class beneath socket.socket */
+/* socket.socket, and _socket.socket beneath it; NULL where a socket's descriptor can't be read in place. */
+static PyTypeObject *socket_class, *socket_type;
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Shared by the files
@@ -135,48 +142,70 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
     return result;
 }
 
-/* CPython's socket objects begin with their descriptor.  Looked at once, when the module is made: see check_sockets. */
+/* How CPython's socket objects begin.  Looked at once, when the module is made: see check_sockets. */
 struct socket_object {
     PyObject_HEAD
     descriptor fd;
+    int family, type;
 };
 
-int is_socket(PyObject *object) { return socket_type != NULL && PyObject_TypeCheck(object, socket_type); }
+int is_socket(PyObject *object)
+{
+    return socket_type != NULL && (Py_IS_TYPE(object, socket_class) || Py_IS_TYPE(object, socket_type));
+}
+
+int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
-/* Make sure that a socket's descriptor is where we look for it.  If it is not, no object passes for a socket here, and
- * the transports go by the methods of socket objects. */
+/* object.name as a C integer; -1 with an exception. */
+static long long number_of(PyObject *object, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(object, name);
+    long long number = value == NULL ? -1 : PyLong_AsLongLong(value);
+    Py_XDECREF(value);
+    return number;
+}
+
+/* Whether what we read of an open socket is what it says of itself, and that it is closed when it is. */
+static int reads_right(PyObject *sock)
+{
+    const struct socket_object *read = (struct socket_object *)sock;
+    PyObject *fd = PyObject_CallMethod(sock, "fileno", NULL), *closed;
+    int right = fd != NULL && read->fd == (descriptor)PyLong_AsLongLong(fd) && read->family == number_of(sock, "family")
+                && read->type == number_of(sock, "type");
+    Py_XDECREF(fd);
+    PyErr_Clear();
+    closed = PyObject_CallMethod(sock, "close", NULL);
+    Py_XDECREF(closed);
+    return right && closed != NULL && read->fd == NO_DESCRIPTOR;
+}
+
+/* Make sure that a socket's descriptor is where we look for it.  If it is not, or no socket can be made here to try it,
+ * no object passes for a socket, and everything goes by the methods of socket objects. */
 static int check_sockets(void)
 {
-    PyObject *module = PyImport_ImportModule("socket");
-    PyObject *sock = module == NULL ? NULL : PyObject_CallMethod(module, "socket", NULL);
+    PyObject *module = PyImport_ImportModule("socket"), *beneath = PyImport_ImportModule("_socket");
+    PyObject *class = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
+    PyObject *type = beneath == NULL ? NULL : PyObject_GetAttrString(beneath, "socket");
     Py_XDECREF(module);
-    if (sock == NULL)
-        return -1;
-    PyObject *number = PyObject_CallMethod(sock, "fileno", NULL);
-    module = number == NULL ? NULL : PyImport_ImportModule("_socket");
-    PyObject *type = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
-    Py_XDECREF(module);
-    if (type == NULL) {
-        Py_XDECREF(number);
-        Py_DECREF(sock);
+    Py_XDECREF(beneath);
+    if (class == NULL || type == NULL) {
+        Py_XDECREF(class);
+        Py_XDECREF(type);
         return -1;
     }
-    descriptor fd = (descriptor)PyLong_AsLongLong(number);
-    if (PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
-        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object)
-        && socket_descriptor(sock) == fd)
+    PyObject *sock = PyObject_CallNoArgs(class);
+    if (sock != NULL && PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
+        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(sock)) {
+        socket_class = (PyTypeObject *)Py_NewRef(class);
         socket_type = (PyTypeObject *)Py_NewRef(type);
+    }
+    PyErr_Clear();
+    Py_XDECREF(sock);
+    Py_DECREF(class);
     Py_DECREF(type);
-    Py_DECREF(number);
-    PyObject *closed = PyObject_CallMethod(sock, "close", NULL);
-    Py_XDECREF(closed);
-    /* A closed one has -1 there. */
-    if (closed != NULL && socket_type != NULL && socket_descriptor(sock) != NO_DESCRIPTOR)
-        Py_CLEAR(socket_type);
-    Py_DECREF(sock);
-    return closed == NULL ? -1 : 0;
+    return 0;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
