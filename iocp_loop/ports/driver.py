@@ -221,7 +221,9 @@ def receive_datagrams(op: Any, most: int, receive: Callable[[Any], Any]) -> int:
     does this in C for the datagrams of the Internet (``_native/hot/datagrams.c``).
     """
     if op.internet and _receive_natively is not None:
-        return cast("int", _receive_natively(op, most))
+        received = _receive_natively(op, most)
+        if received is not None:
+            return cast("int", received)
     count = 0
     while count < most and not op.paused and op.state is IN_FLIGHT:
         try:

@@ -36,7 +36,7 @@ import select
 import selectors
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from .. import operations as ops
 from ..operations import READABLE, WRITABLE, HandleLike, Operation
@@ -158,8 +158,12 @@ class PollDriver(PollTurns, Driver):
     def _adopt_socket_wait(self, fd: int) -> None:
         """Before anything else is begun on `fd`: watch here for the receive that the native tier waits for there."""
         waiting = self._take_socket_wait(fd)
-        if waiting is not None:
+        if waiting is None:
+            return
+        if cast("socket.socket", waiting.handle).fileno() == fd:
             self._add(waiting, READABLE)
+        else:  # its socket was closed, and the number means something else now
+            self._finish(waiting, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
 
     def _attempt(self, op: Operation) -> bool:
         """Make the call of an ordinary operation; True when it is over, well or badly."""
@@ -233,6 +237,8 @@ class PollDriver(PollTurns, Driver):
         if watch is not None:
             watch.remove(op)
             self._settle(op.fd, watch)
+        else:
+            self._adopt_socket_wait(op.fd)  # if it was this one, it is let go
 
     def pause(self, op: Any) -> None:
         op.paused = True
@@ -373,12 +379,14 @@ class PollDriver(PollTurns, Driver):
         for op in list(self.in_flight.values()):
             self._land(op)
         self._watches.clear()
+        self._forget_poller()
         self._poller.close()
         self._waker.close()
         self._scratch.close()
 
     def after_fork_in_child(self) -> None:
         if not self.closed:
+            self._forget_poller()
             self._poller.close()
             self._waker.close()
         super().after_fork_in_child()

@@ -41,6 +41,9 @@ class PythonPollTurns(_Base):
     def _use_poller(self) -> None:
         """Nothing to prepare; the native turn asks for the poller's descriptor here."""
 
+    def _forget_poller(self) -> None:
+        """The poller is being closed; the native turn must not use its descriptor any more."""
+
     def _take_socket_wait(self, fd: int) -> ops.Operation | None:
         """A receive on `fd` that is not known here; only the native tier has such."""
         return None

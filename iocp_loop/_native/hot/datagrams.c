@@ -81,8 +81,9 @@ static PyObject *make_structure(int family, PyObject *tuple)
             return NULL;
         }
     }
-    const char *host = PyUnicode_AsUTF8(PyTuple_GET_ITEM(tuple, 0));
-    if (host == NULL) {
+    Py_ssize_t length;
+    const char *host = PyUnicode_AsUTF8AndSize(PyTuple_GET_ITEM(tuple, 0), &length);
+    if (host == NULL || strlen(host) != (size_t)length) {
         PyErr_Clear();
         return NULL;
     }
@@ -104,13 +105,25 @@ static PyObject *make_structure(int family, PyObject *tuple)
     return PyBytes_FromStringAndSize((char *)&address, sizeof *six);
 }
 
+/* Whether what is equal to `tuple` is the same address: 80.0 and True are equal to ports too, and none. */
+static int is_literal(PyObject *tuple)
+{
+    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(tuple); n++)
+        if (!PyUnicode_CheckExact(PyTuple_GET_ITEM(tuple, n)) && !PyLong_CheckExact(PyTuple_GET_ITEM(tuple, n)))
+            return 0;
+    return 1;
+}
+
 /* As make_structure, by way of the table; borrowed. */
 static PyObject *structure_of(int family, PyObject *tuple)
 {
+    if (!is_literal(tuple))
+        return NULL;
     PyObject *structure = PyDict_GetItemWithError(structures, tuple);
     if (structure != NULL && ((const struct sockaddr *)PyBytes_AS_STRING(structure))->sa_family == family)
         return structure;
-    PyErr_Clear(); /* what can't be hashed */
+    if (structure == NULL && PyErr_Occurred())
+        return NULL;
     structure = make_structure(family, tuple);
     if (structure == NULL)
         return NULL;
@@ -119,8 +132,8 @@ static PyObject *structure_of(int family, PyObject *tuple)
     return failed ? NULL : structure;
 }
 
-/* receive_datagrams(op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.  The
- * number of them.  OSError if receiving fails. */
+/* receive_datagrams(op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
+ * The number of them; None if its socket is not a plain one, for the way in Python.  OSError if receiving fails. */
 PyObject *receive_datagrams(PyObject *module, PyObject *args)
 {
     PyObject *op;
@@ -137,10 +150,8 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
         PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
         struct sockaddr_storage from;
         socklen_t length = sizeof from;
-        if (sock == NULL || !is_socket(sock)) {
-            PyErr_SetString(PyExc_TypeError, "datagrams are received from sockets");
-            return NULL;
-        }
+        if (sock == NULL || !is_socket(sock))
+            Py_RETURN_NONE;
         ssize_t size = recvfrom(socket_descriptor(sock), scratch, SCRATCH_SIZE, MSG_DONTWAIT, (struct sockaddr *)&from,
                                 &length);
         if (size < 0) {

@@ -19,7 +19,9 @@
 enum { BATCH = 1024 };
 
 /* A socket that sock_recv waits for.  Its registration stays when the wait is over: next time there is none to make, as
- * long as the socket is the same.  An event that nobody waits for ends it. */
+ * long as the socket is the same.  It is edge-triggered, and a wait begins after a recv that found nothing.  So what
+ * comes when nobody waits is told once and not for ever, even where it can't be taken back: a socket that was closed here
+ * stays registered while another process has it. */
 struct socket_watch {
     PyObject *sock; /* a weak reference; NULL: not registered */
     PyObject *op;   /* the Receive that waits, or NULL */
@@ -83,11 +85,12 @@ static int wait(PyObject *driver, double seconds)
     EpollTurns *self = (EpollTurns *)driver;
     int limit = -1, count, work, code;
     self->waits++;
-    if (seconds >= 0) {
+    if (self->next < self->count) /* an exception has ended the dispatch: it goes on first */
+        return 0;
+    if (!(seconds < 0)) {
         double ms = ceil(seconds * 1000); /* rounded up: never early */
-        limit = ms > INT_MAX ? INT_MAX : (int)ms;
+        limit = ms <= INT_MAX ? (int)ms : INT_MAX;
     }
-    /* What a dispatch that an exception ended has left is told again: the poller is level-triggered. */
     self->next = self->count = 0;
     self->sleeping = 1;
     work = limit == 0 || has_items(self->ready);
@@ -133,7 +136,7 @@ static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout)
 static int receive(EpollTurns *self, PyObject *op)
 {
     PyObject *sock = SLOT(op, operation_slots.handle), *done, *data, *complete; /* `sock` is borrowed */
-    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
+    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer);                /* borrowed */
     if (sock == NULL || !is_socket(sock)) {
         done = PyObject_CallMethod((PyObject *)self, "_receive_data", "O", op);
         Py_XDECREF(done);
@@ -142,7 +145,7 @@ static int receive(EpollTurns *self, PyObject *op)
     ssize_t count;
     int lent = get_buffer != NULL && get_buffer != Py_None;
     if (lent)
-        count = receive_into(socket_descriptor(sock), get_buffer);
+        count = receive_into(sock, get_buffer);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &data);
     if (count == NO_BUFFER)
@@ -222,7 +225,7 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
         Py_XDECREF(number);
         if (watched < 0)
             PyErr_Clear();
-        if (watched || self->fd < 0)
+        if (watched || self->fd < 0) /* the driver in Python sees to it */
             return 0;
         return fd >= self->sockets_room || self->sockets[fd].op == NULL
                || SLOT(self->sockets[fd].op, operation_slots.state) != operation_slots.in_flight;
@@ -232,7 +235,7 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
         return -1;
     PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
     if (watch->sock == NULL || !is_weakly(watch->sock, sock)) {
-        struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+        struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.fd = fd};
         PyObject *reference = PyWeakref_NewRef(sock, NULL);
         if (reference == NULL)
             return -1;
@@ -258,44 +261,23 @@ submit_function epoll_submit_function(PyObject *driver)
 /* The socket behind `fd` is ready. */
 static int receive_for_wait(EpollTurns *self, int fd)
 {
-    struct socket_watch *watch = &self->sockets[fd];
-    PyObject *op = watch->op;
+    PyObject *op = self->sockets[fd].op; /* ours from here on, unless it goes on waiting */
+    self->sockets[fd].op = NULL;
     if (op == NULL || SLOT(op, operation_slots.state) != operation_slots.in_flight) {
-        /* Nobody waits, and the poller would go on telling. */
-        epoll_ctl(self->fd, EPOLL_CTL_DEL, fd, NULL);
-        Py_CLEAR(watch->op);
-        Py_CLEAR(watch->sock);
+        Py_XDECREF(op); /* nobody waits: the next who does looks first */
         return 0;
     }
-    PyObject *error = Py_None, *wait = SLOT(op, operation_slots.complete); /* borrowed */
-    PyObject *data = receive_now(fd, PyLong_AsSize_t(SLOT(op, operation_slots.size)));
+    PyObject *data = receive_now(socket_descriptor(SLOT(op, operation_slots.handle)),
+                                 PyLong_AsSize_t(SLOT(op, operation_slots.size)));
     if (data == Py_None) {
         Py_DECREF(data);
+        self->sockets[fd].op = op;
         return 0;
     }
-    if (data == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_OSError))
-            return -1;
-        error = take_exception();
-        data = Py_NewRef(Py_None);
-    }
-    watch->op = NULL; /* ours now */
-    Py_XINCREF(wait);
     self->completions++;
-    int failed = land(op, self->in_flight);
-    if (!failed && wait != NULL && Py_IS_TYPE(wait, SocketWait_type))
-        failed = socket_wait_complete(wait, data, error);
-    else if (!failed && wait != NULL) { /* its coroutine is gone */
-        PyObject *args[] = {data, error};
-        PyObject *done = PyObject_Vectorcall(wait, args, 2, NULL);
-        failed = done == NULL ? -1 : 0;
-        Py_XDECREF(done);
-    }
-    Py_XDECREF(wait);
+    int failed = deliver_received(op, self->in_flight, data);
+    Py_XDECREF(data);
     Py_DECREF(op);
-    Py_DECREF(data);
-    if (error != Py_None)
-        Py_DECREF(error);
     return failed;
 }
 
@@ -325,6 +307,15 @@ static void forget_sockets(EpollTurns *self)
     }
 }
 
+/* The poller is being closed, and its descriptor will soon be something else. */
+static PyObject *forget_poller(EpollTurns *self, PyObject *ignored)
+{
+    self->fd = -1;
+    self->next = self->count = 0;
+    forget_sockets(self);
+    Py_RETURN_NONE;
+}
+
 static int deliver(EpollTurns *self, struct epoll_event event)
 {
     PyObject *fd = PyLong_FromLong(event.data.fd), *watch, *stream, *done;
@@ -341,9 +332,15 @@ static int deliver(EpollTurns *self, struct epoll_event event)
         return receive_for_wait(self, event.data.fd);
     }
     watch = Py_NewRef(watch == NULL ? Py_None : watch);
-    if (watch != Py_None && self->stream_slot == 0)
+    if (watch != Py_None && self->stream_slot <= 0) {
         self->stream_slot = slot_offset((PyObject *)Py_TYPE(watch), "stream");
-    stream = watch == Py_None || self->stream_slot <= 0 ? NULL : SLOT(watch, self->stream_slot);
+        if (self->stream_slot < 0) {
+            Py_DECREF(watch);
+            Py_DECREF(fd);
+            return -1;
+        }
+    }
+    stream = watch == Py_None ? NULL : SLOT(watch, self->stream_slot);
     if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
         self->completions++;
         Py_INCREF(stream);
@@ -412,8 +409,10 @@ static int epoll_turns_traverse(EpollTurns *self, visitproc visit, void *arg)
     Py_VISIT(self->fresh);
     Py_VISIT(self->in_flight);
     Py_VISIT(self->submissions);
-    for (int n = 0; n < self->sockets_room; n++)
+    for (int n = 0; n < self->sockets_room; n++) {
         Py_VISIT(self->sockets[n].op);
+        Py_VISIT(self->sockets[n].sock);
+    }
     Py_VISIT(self->ready);
     Py_VISIT(self->before_sleep);
     return 0;
@@ -445,6 +444,7 @@ static PyMethodDef epoll_turns_methods[] = {
     {"wait", epoll_turns_wait, METH_O, NULL},
     {"dispatch", epoll_turns_dispatch, METH_NOARGS, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
+    {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -9,7 +9,12 @@
  * collector look at each would cost more than to run it.  So a handle is not tracked while its loop has it: the loop,
  * when it is traversed, visits what its handles refer to as if the references were its own (handle_visit).  When the
  * loop is done with a handle that somebody else still holds, it is tracked from then on (handle_release): a timer that is
- * kept in an attribute of the object whose method it calls is a cycle.
+ * kept in an attribute of the object whose method it calls is a cycle.  So is one that comes from outside (handle_track),
+ * which the loop may have twice, and its references would count twice.
+ *
+ * What this does not see: a pending handle does not keep its loop from the collector if nothing else does.  A loop that
+ * runs or is to run is held by who runs it; one that was dropped without close() is collected with its handles, even if
+ * somebody still holds one of these.
  */
 
 #include "hot.h"
@@ -96,7 +101,7 @@ static void handle_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* The arguments of an untracked handle are untracked too. */
+/* The arguments of an untracked handle are untracked too, unless they are the debug mode's. */
 static int visit_arguments(PyObject *args, visitproc visit, void *arg)
 {
     if (args == NULL || !PyTuple_CheckExact(args) || PyObject_GC_IsTracked(args)) {
@@ -123,14 +128,20 @@ int handle_visit(PyObject *self, visitproc visit, void *arg)
     return 0;
 }
 
+void handle_track(PyObject *self)
+{
+    if (!is_own_handle(self) || PyObject_GC_IsTracked(self))
+        return;
+    PyObject *args = SLOT(self, at.args); /* borrowed */
+    if (args != NULL && PyTuple_CheckExact(args) && PyTuple_GET_SIZE(args) > 0 && !PyObject_GC_IsTracked(args))
+        PyObject_GC_Track(args);
+    PyObject_GC_Track(self);
+}
+
 void handle_release(PyObject *self)
 {
-    if (Py_REFCNT(self) > 1 && is_own_handle(self) && !PyObject_GC_IsTracked(self)) {
-        PyObject *args = SLOT(self, at.args); /* borrowed */
-        if (args != NULL && PyTuple_CheckExact(args) && PyTuple_GET_SIZE(args) > 0 && !PyObject_GC_IsTracked(args))
-            PyObject_GC_Track(args);
-        PyObject_GC_Track(self);
-    }
+    if (Py_REFCNT(self) > 1)
+        handle_track(self);
     Py_DECREF(self);
 }
 
@@ -142,6 +153,8 @@ static int handle_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(SLOT(self, at.loop));
     Py_VISIT(SLOT(self, at.source_traceback));
     Py_VISIT(SLOT(self, at.context));
+    if (Py_IS_TYPE(self, TimerHandle_type))
+        Py_VISIT(SLOT(self, at.when)); /* any number */
     return 0;
 }
 
@@ -218,19 +231,15 @@ static PyObject *timer_tp_new(PyTypeObject *type, PyObject *args, PyObject *kwar
 /* As asyncio.Handle._run: 0, or -1 with an exception that is to end the loop. */
 int handle_run(PyObject *handle)
 {
-    PyObject *callback = SLOT(handle, at.callback), *args = SLOT(handle, at.args);
-    PyObject *context = SLOT(handle, at.context), *result;
-    if (callback == NULL || args == NULL || context == NULL || !PyTuple_Check(args)) {
-        PyErr_SetString(PyExc_RuntimeError, "a handle that was cancelled or not initialised cannot run");
-        return -1;
-    }
-    Py_INCREF(callback);
-    Py_INCREF(args);
-    Py_INCREF(context);
-    result = call_in_context(context, callback, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args));
-    Py_DECREF(callback);
-    Py_DECREF(args);
-    Py_DECREF(context);
+    PyObject *callback = Py_XNewRef(SLOT(handle, at.callback)), *args = Py_XNewRef(SLOT(handle, at.args));
+    PyObject *context = Py_XNewRef(SLOT(handle, at.context)), *result = NULL;
+    if (callback == NULL || args == NULL || context == NULL || !PyTuple_Check(args))
+        PyErr_SetString(PyExc_TypeError, "a handle that was cancelled or not initialised cannot run");
+    else
+        result = call_in_context(context, callback, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args));
+    Py_XDECREF(callback);
+    Py_XDECREF(args);
+    Py_XDECREF(context);
     if (result != NULL) {
         Py_DECREF(result);
         return 0;
@@ -257,10 +266,9 @@ static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
         Py_RETURN_NONE;
     PyObject *loop = SLOT(self, at.loop); /* borrowed; `self` keeps it */
     if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL) {
-        if (PyObject_TypeCheck(loop, Turns_type)) {
-            if (turns_forget_timer(loop, self) < 0)
-                return NULL;
-        } else {
+        if (PyObject_TypeCheck(loop, Turns_type))
+            turns_forget_timer(loop, self);
+        else {
             PyObject *told = PyObject_CallMethodOneArg(loop, names.timer_handle_cancelled, self);
             if (told == NULL)
                 return NULL;

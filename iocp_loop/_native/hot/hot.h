@@ -38,10 +38,10 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *abandon, *buffer_updated, *check_callback, *check_closed, *check_thread, *context, *create_future, *data_received, *done,
-        *drain_ready, *end_stream, *fatal_error, *future_blocking, *get_buffer, *go_on, *hand_over, *keep_value, *open_ring,
-        *queue_leftovers, *reap, *receive_ended, *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled,
-        *write_otherwise, *write_to_self;
+    PyObject *abandon, *buffer_updated, *callback, *check_callback, *check_closed, *check_thread, *context,
+        *create_future, *data_received, *delay, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking,
+        *get_buffer, *go_on, *hand_over, *keep_value, *open_ring, *queue_leftovers, *reap, *receive_ended,
+        *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled, *when, *write_otherwise, *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
@@ -74,8 +74,10 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
 /* Enter or leave `context` if it is a real one.  1: it is; 0: it is something else, with a `run`; -1: error. */
 int enter_context(PyObject *context);
 
-/* The descriptor of a socket object, read in place; -1 if it is closed.  Only for what is_socket says yes to. */
+/* Whether `object` is a socket, and not of a subclass, whose methods may do something else.  Only for such: its
+ * descriptor, read in place (-1 if it is closed), and whether it is of type SOCK_STREAM. */
 int is_socket(PyObject *object);
+int is_stream_socket(PyObject *sock);
 #ifdef _WIN32
 typedef uintptr_t descriptor; /* a SOCKET */
 #define NO_DESCRIPTOR ((descriptor)-1)
@@ -93,6 +95,8 @@ PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject
 /* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
 int handle_visit(PyObject *handle, visitproc visit, void *arg);
 void handle_release(PyObject *handle);
+/* Let the garbage collector see `handle` from now on, of whatever type it is. */
+void handle_track(PyObject *handle);
 int handle_is_cancelled(PyObject *handle);
 int handle_run(PyObject *handle);
 size_t *timer_place(PyObject *timer); /* where it stands in the heap of its loop */
@@ -107,7 +111,7 @@ static inline int is_own_handle(PyObject *object)
 
 /* turns.c */
 extern PyTypeObject *Turns_type;
-int turns_forget_timer(PyObject *loop, PyObject *timer);
+void turns_forget_timer(PyObject *loop, PyObject *timer);
 int turns_in_debug(PyObject *loop);
 
 /* What a turn calls of a native driver, with the driver as the first argument. */
@@ -117,7 +121,7 @@ struct turn_calls {
 };
 
 /* The calls for the driver that `wait` is a method of, if that is one of ours; else NULL. */
-const struct turn_calls *native_calls(PyObject *wait);
+const struct turn_calls *native_calls(PyObject *driver, PyObject *wait);
 #ifdef __linux__
 const struct turn_calls *uring_calls(PyCFunction function);
 const struct turn_calls *epoll_calls(PyCFunction function);
@@ -145,11 +149,16 @@ void note_piece(size_t size); /* one that came another way */
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* recv into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or without. */
-ssize_t receive_into(descriptor fd, PyObject *get_buffer);
+/* recv on `sock` into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or
+ * without.  Both are held while that runs: it may do anything, to the socket too. */
+ssize_t receive_into(PyObject *sock, PyObject *get_buffer);
 enum { NO_BUFFER = -2 };
 extern PyTypeObject *SocketWait_type;
-int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error);
+/* op.complete(value, error), of which one is None, for an operation that has landed: a SocketWait's, or what came in its
+ * place when its coroutine was gone. */
+int complete_receive(PyObject *op, PyObject *value, PyObject *error);
+/* What receive_now has brought for `op`, as its completion: takes the exception over if that is an OSError. */
+int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data);
 PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);
 

@@ -2,11 +2,18 @@
 
 #include "hot.h"
 
+#ifdef _WIN32
+#include <winsock2.h>
+#else
+#include <sys/socket.h>
+#endif
+
 struct names names;
 struct helpers helpers;
 struct operation_slots operation_slots;
 
-static PyTypeObject *socket_type; /* _socket.socket, the class beneath socket.socket */
+/* socket.socket, and _socket.socket beneath it; NULL where a socket's descriptor can't be read in place. */
+static PyTypeObject *socket_class, *socket_type;
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Shared by the files
@@ -48,10 +55,10 @@ int ends_the_loop(void)
     return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
 }
 
-const struct turn_calls *native_calls(PyObject *wait)
+const struct turn_calls *native_calls(PyObject *driver, PyObject *wait)
 {
     const struct turn_calls *calls = NULL;
-    if (!PyCFunction_Check(wait))
+    if (!PyCFunction_Check(wait) || PyCFunction_GET_SELF(wait) != driver)
         return NULL;
 #ifdef __linux__
     calls = uring_calls(PyCFunction_GET_FUNCTION(wait));
@@ -74,20 +81,23 @@ submit_function native_submit(PyObject *driver)
 
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
 {
-    PyObject *number = PyLong_FromUnsignedLongLong(token), *kind = (PyObject *)Py_TYPE(op);
-    if (number == NULL || PyDict_SetItem(in_flight, number, op) < 0) {
+    PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
+    if (before == NULL && PyErr_Occurred())
+        return -1;
+    PyObject *number = PyLong_FromUnsignedLongLong(token);
+    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
+    int failed = number == NULL || count == NULL || PyDict_SetItem(submissions, kind, count) < 0
+                         || PyDict_SetItem(in_flight, number, op) < 0
+                     ? -1
+                     : 0;
+    Py_XDECREF(count);
+    if (failed) { /* nothing is in flight then */
         Py_XDECREF(number);
         return -1;
     }
     Py_XSETREF(SLOT(op, operation_slots.token), number);
     Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.in_flight));
-    PyObject *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
-    if (before == NULL && PyErr_Occurred())
-        return -1;
-    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
-    int failed = count == NULL ? -1 : PyDict_SetItem(submissions, kind, count);
-    Py_XDECREF(count);
-    return failed;
+    return 0;
 }
 
 int land(PyObject *op, PyObject *in_flight)
@@ -132,48 +142,70 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
     return result;
 }
 
-/* CPython's socket objects begin with their descriptor.  Looked at once, when the module is made: see check_sockets. */
+/* How CPython's socket objects begin.  Looked at once, when the module is made: see check_sockets. */
 struct socket_object {
     PyObject_HEAD
     descriptor fd;
+    int family, type;
 };
 
-int is_socket(PyObject *object) { return socket_type != NULL && PyObject_TypeCheck(object, socket_type); }
+int is_socket(PyObject *object)
+{
+    return socket_type != NULL && (Py_IS_TYPE(object, socket_class) || Py_IS_TYPE(object, socket_type));
+}
+
+int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
-/* Make sure that a socket's descriptor is where we look for it.  If it is not, no object passes for a socket here, and
- * the transports go by the methods of socket objects. */
+/* object.name as a C integer; -1 with an exception. */
+static long long number_of(PyObject *object, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(object, name);
+    long long number = value == NULL ? -1 : PyLong_AsLongLong(value);
+    Py_XDECREF(value);
+    return number;
+}
+
+/* Whether what we read of an open socket is what it says of itself, and that it is closed when it is. */
+static int reads_right(PyObject *sock)
+{
+    const struct socket_object *read = (struct socket_object *)sock;
+    PyObject *fd = PyObject_CallMethod(sock, "fileno", NULL), *closed;
+    int right = fd != NULL && read->fd == (descriptor)PyLong_AsLongLong(fd) && read->family == number_of(sock, "family")
+                && read->type == number_of(sock, "type");
+    Py_XDECREF(fd);
+    PyErr_Clear();
+    closed = PyObject_CallMethod(sock, "close", NULL);
+    Py_XDECREF(closed);
+    return right && closed != NULL && read->fd == NO_DESCRIPTOR;
+}
+
+/* Make sure that a socket's descriptor is where we look for it.  If it is not, or no socket can be made here to try it,
+ * no object passes for a socket, and everything goes by the methods of socket objects. */
 static int check_sockets(void)
 {
-    PyObject *module = PyImport_ImportModule("socket");
-    PyObject *sock = module == NULL ? NULL : PyObject_CallMethod(module, "socket", NULL);
+    PyObject *module = PyImport_ImportModule("socket"), *beneath = PyImport_ImportModule("_socket");
+    PyObject *class = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
+    PyObject *type = beneath == NULL ? NULL : PyObject_GetAttrString(beneath, "socket");
     Py_XDECREF(module);
-    if (sock == NULL)
-        return -1;
-    PyObject *number = PyObject_CallMethod(sock, "fileno", NULL);
-    module = number == NULL ? NULL : PyImport_ImportModule("_socket");
-    PyObject *type = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
-    Py_XDECREF(module);
-    if (type == NULL) {
-        Py_XDECREF(number);
-        Py_DECREF(sock);
+    Py_XDECREF(beneath);
+    if (class == NULL || type == NULL) {
+        Py_XDECREF(class);
+        Py_XDECREF(type);
         return -1;
     }
-    descriptor fd = (descriptor)PyLong_AsLongLong(number);
-    if (PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
-        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object)
-        && socket_descriptor(sock) == fd)
+    PyObject *sock = PyObject_CallNoArgs(class);
+    if (sock != NULL && PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
+        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(sock)) {
+        socket_class = (PyTypeObject *)Py_NewRef(class);
         socket_type = (PyTypeObject *)Py_NewRef(type);
+    }
+    PyErr_Clear();
+    Py_XDECREF(sock);
+    Py_DECREF(class);
     Py_DECREF(type);
-    Py_DECREF(number);
-    PyObject *closed = PyObject_CallMethod(sock, "close", NULL);
-    Py_XDECREF(closed);
-    /* A closed one has -1 there. */
-    if (closed != NULL && socket_type != NULL && socket_descriptor(sock) != NO_DESCRIPTOR)
-        Py_CLEAR(socket_type);
-    Py_DECREF(sock);
-    return closed == NULL ? -1 : 0;
+    return 0;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -260,14 +292,17 @@ static int intern_names(void)
     } table[] = {
         {&names.abandon, "abandon"},
         {&names.buffer_updated, "buffer_updated"},
+        {&names.callback, "callback"},
         {&names.check_callback, "_check_callback"},
         {&names.check_closed, "_check_closed"},
         {&names.check_thread, "_check_thread"},
         {&names.context, "context"},
         {&names.create_future, "create_future"},
         {&names.data_received, "data_received"},
+        {&names.delay, "delay"},
         {&names.done, "done"},
         {&names.drain_ready, "_drain_ready"},
+        {&names.end, "_end"},
         {&names.end_stream, "_end_stream"},
         {&names.fatal_error, "_fatal_error"},
         {&names.future_blocking, "_asyncio_future_blocking"},
@@ -284,6 +319,7 @@ static int intern_names(void)
         {&names.set_result, "set_result"},
         {&names.time, "time"},
         {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
+        {&names.when, "when"},
         {&names.write_otherwise, "_write_otherwise"},
         {&names.write_to_self, "_write_to_self"},
     };

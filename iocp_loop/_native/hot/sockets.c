@@ -1,5 +1,5 @@
 /*
- * sock_recv and sock_sendall, as far as they are quick: for plain sockets, outside debug mode.
+ * sock_recv and sock_sendall, as far as they are quick: for plain sockets (to receive, of streams), outside debug mode.
  *
  * SocketCalls.receive tries at once.  If there is nothing to receive, it returns a SocketWait, which a coroutine awaits: it
  * submits a Receive operation that it fills in itself, and yields a Future to wait with.  The operation is one like any
@@ -33,7 +33,6 @@ typedef struct {
 
 PyTypeObject *SocketWait_type;
 static PyTypeObject *Calls_type;
-static PyObject *socket_class; /* socket.socket; a subclass of it may be more than a socket */
 
 /* Small pieces are received into a buffer that stays in the cache, and copied out of it.  Where large ones are to be
  * expected, copying costs more than to receive into memory for the bytes object itself, cut to size afterwards.  Not more
@@ -92,30 +91,37 @@ int pieces_are_large(void) { return expected >= DIRECT_FROM; }
 PyObject *receive_now(descriptor fd, size_t size)
 {
     PyObject *data;
-    ssize_t count = receive_bytes(fd, size, &expected, &data);
+    ssize_t count;
+    do
+        count = receive_bytes(fd, size, &expected, &data);
+    while (count == -1 && errno == EINTR);
     if (count > 0)
         return data;
     if (count == 0)
         return PyBytes_FromStringAndSize(NULL, 0);
     if (count == NO_BUFFER)
         return NULL;
-    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+    if (errno == EAGAIN || errno == EWOULDBLOCK)
         return Py_NewRef(Py_None);
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-ssize_t receive_into(descriptor fd, PyObject *get_buffer)
+ssize_t receive_into(PyObject *sock, PyObject *get_buffer)
 {
     Py_buffer view;
+    ssize_t count = NO_BUFFER;
+    int code = 0;
+    Py_INCREF(sock);
+    Py_INCREF(get_buffer);
     PyObject *buffer = PyObject_CallNoArgs(get_buffer);
-    if (buffer == NULL || buffer == Py_None || PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) < 0) {
-        Py_XDECREF(buffer);
-        return NO_BUFFER;
+    if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
+        count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
+        code = errno;
+        PyBuffer_Release(&view);
     }
-    ssize_t count = recv(fd, view.buf, (size_t)view.len, MSG_DONTWAIT);
-    int code = errno;
-    PyBuffer_Release(&view);
-    Py_DECREF(buffer);
+    Py_XDECREF(buffer);
+    Py_DECREF(get_buffer);
+    Py_DECREF(sock);
     errno = code;
     return count;
 }
@@ -123,7 +129,7 @@ ssize_t receive_into(descriptor fd, PyObject *get_buffer)
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {
-    if ((PyObject *)Py_TYPE(sock) != socket_class || turns_in_debug(loop) || !is_socket(sock))
+    if (!is_socket(sock) || turns_in_debug(loop))
         return NO_DESCRIPTOR;
     return socket_descriptor(sock);
 }
@@ -163,9 +169,8 @@ static int submit(SocketWait *self)
 }
 
 /* The operation has ended: `value` or `error`, the other None. */
-int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error)
+static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
 {
-    SocketWait *self = (SocketWait *)wait;
     PyObject *done;
     if (self->op != NULL) /* part the two, which refer to each other */
         Py_XSETREF(SLOT(self->op, operation_slots.complete), Py_NewRef(Py_None));
@@ -198,9 +203,40 @@ int socket_wait_complete(PyObject *wait, PyObject *value, PyObject *error)
 static PyObject *wait_call(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     PyObject *value, *error;
-    if (!PyArg_ParseTuple(args, "OO", &value, &error) || socket_wait_complete(self, value, error) < 0)
+    if (!PyArg_ParseTuple(args, "OO", &value, &error) || end_wait((SocketWait *)self, value, error) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+int complete_receive(PyObject *op, PyObject *value, PyObject *error)
+{
+    PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *done;
+    int failed = -1;
+    if (complete != NULL && Py_IS_TYPE(complete, SocketWait_type))
+        failed = end_wait((SocketWait *)complete, value, error);
+    else if (complete != NULL) {
+        PyObject *args[] = {value, error};
+        done = PyObject_Vectorcall(complete, args, 2, NULL);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(complete);
+    return failed;
+}
+
+int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
+{
+    PyObject *error = NULL;
+    if (data == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_OSError))
+            return -1;
+        error = take_exception();
+    }
+    int failed = land(op, in_flight);
+    if (!failed)
+        failed = complete_receive(op, data == NULL ? Py_None : data, error == NULL ? Py_None : error);
+    Py_XDECREF(error);
+    return failed;
 }
 
 /* The answer of an operation that has ended. */
@@ -376,8 +412,9 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     }
     PyObject *sock = args[0];
     descriptor fd = plain_descriptor(self->loop, sock);
-    if (fd == NO_DESCRIPTOR || !PyLong_CheckExact(args[1]) || PyDict_GET_SIZE(self->unclaimed) > 0
-        || PyDict_GET_SIZE(self->lines) > 0)
+    /* What is not a stream has messages, which must not be cut to what receive_bytes expects. */
+    if (fd == NO_DESCRIPTOR || !is_stream_socket(sock) || !PyLong_CheckExact(args[1])
+        || PyDict_GET_SIZE(self->unclaimed) > 0 || PyDict_GET_SIZE(self->lines) > 0)
         Py_RETURN_NONE;
     Py_ssize_t size = PyLong_AsSsize_t(args[1]);
     if (size <= 0) {
@@ -508,13 +545,10 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
 
 int add_sockets(PyObject *module)
 {
-    PyObject *from = PyImport_ImportModule("socket");
-    socket_class = from == NULL ? NULL : PyObject_GetAttrString(from, "socket");
-    Py_XDECREF(from);
     scratch = PyMem_Malloc(SCRATCH_SIZE);
     SocketWait_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &wait_spec, NULL);
     Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
-    return socket_class == NULL || scratch == NULL || SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
+    return scratch == NULL || SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
 }
 
 #endif

@@ -19,7 +19,7 @@ struct stream {
     PyObject *sock, *protocol, *context;
     char direct;  /* write may send at once: nothing is queued, nothing has ended */
     char paused, closing;
-    char by_call; /* `sock` is a real socket, so that its descriptor can be used */
+    char by_call; /* `sock` is a plain socket, so that its descriptor can be used */
 };
 
 static PyTypeObject *Stream_type;
@@ -130,7 +130,10 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
     }
-    if (!PyBytes_CheckExact(args[0]) || PyBytes_GET_SIZE(args[0]) == 0)
+    int some = PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) > 0 : PyObject_IsTrue(args[0]);
+    if (some < 0)
+        return NULL;
+    if (!some)
         return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
     if (stream->context == NULL || stream->protocol == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
@@ -151,25 +154,28 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
 /* protocol.method(argument) in the context of the connection. */
 static PyObject *ask(struct stream *stream, PyObject *method, PyObject *argument)
 {
-    PyObject *context = Py_NewRef(stream->context), *result = NULL;
-    PyObject *callable = PyObject_GetAttr(stream->protocol, method);
+    if (stream->context == NULL || stream->protocol == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+        return NULL;
+    }
+    PyObject *context = Py_NewRef(stream->context), *protocol = Py_NewRef(stream->protocol), *result = NULL;
+    PyObject *callable = PyObject_GetAttr(protocol, method);
     if (callable != NULL)
         result = call_in_context(context, callable, &argument, 1);
     Py_XDECREF(callable);
+    Py_DECREF(protocol);
     Py_DECREF(context);
     return result;
 }
 
-/* Get a buffer of the protocol for `hint` bytes.  1: here it is, to be released; 0: the protocol has failed to give one,
- * and was told; -1: error. */
-static int get_buffer(PyObject *self, Py_ssize_t hint, Py_buffer *view)
+/* Get a buffer of the protocol for `hint` bytes.  1: here it is, `view` of `buffer`, both to be released; 0: the protocol
+ * has failed to give one, and was told; -1: error. */
+static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
 {
-    struct stream *stream = stream_of(self);
     PyObject *size = PyLong_FromSsize_t(hint);
-    PyObject *buffer = size == NULL ? NULL : ask(stream, names.get_buffer, size);
-    int failed = buffer == NULL || PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE) < 0;
+    *buffer = size == NULL ? NULL : ask(stream_of(self), names.get_buffer, size);
+    int failed = *buffer == NULL || PyObject_GetBuffer(*buffer, view, PyBUF_SIMPLE) < 0;
     Py_XDECREF(size);
-    Py_XDECREF(buffer);
     if (!failed && (view->readonly || view->len == 0)) {
         if (view->readonly)
             PyErr_SetString(PyExc_TypeError, "a writable buffer is needed, this one is read-only");
@@ -180,6 +186,7 @@ static int get_buffer(PyObject *self, Py_ssize_t hint, Py_buffer *view)
     }
     if (!failed)
         return 1;
+    Py_CLEAR(*buffer);
     return fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.");
 }
 
@@ -188,6 +195,7 @@ static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssi
 {
     struct stream *stream = stream_of(self);
     Py_ssize_t hint = -1;
+    PyObject *buffer;
     Py_buffer view;
     if (count > 0) {
         hint = PyLong_AsSsize_t(args[0]);
@@ -196,15 +204,24 @@ static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssi
     }
     if (stream->paused || stream->closing || stream->context == NULL || stream->protocol == NULL)
         Py_RETURN_NONE;
-    int got = get_buffer(self, hint, &view);
+    int got = get_buffer(self, hint, &buffer, &view);
     if (got < 0)
         return NULL;
     if (got == 0)
         Py_RETURN_NONE;
-    PyObject *memory = PyMemoryView_FromObject(view.obj);
     PyBuffer_Release(&view);
-    if (memory != NULL && strcmp(PyMemoryView_GET_BUFFER(memory)->format, "B") != 0)
-        Py_SETREF(memory, PyObject_CallMethod(memory, "cast", "s", "B"));
+    PyObject *memory = PyMemoryView_FromObject(buffer);
+    Py_DECREF(buffer);
+    if (memory != NULL) {
+        const Py_buffer *plain = PyMemoryView_GET_BUFFER(memory);
+        if (plain->ndim != 1 || strcmp(plain->format, "B") != 0)
+            Py_SETREF(memory, PyObject_CallMethod(memory, "cast", "s", "B"));
+    }
+    if (memory == NULL) {
+        if (fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.") < 0)
+            return NULL;
+        Py_RETURN_NONE;
+    }
     return memory;
 }
 
@@ -220,14 +237,16 @@ static int buffer_updated(PyObject *self, Py_ssize_t count)
 /* Copy what has come into the protocol's buffer; what does not fit in goes the slower way, bit by bit. */
 static int copy_to_protocol(PyObject *self, PyObject *data)
 {
+    PyObject *buffer;
     Py_buffer view;
     Py_ssize_t size = PyBytes_GET_SIZE(data);
-    int got = get_buffer(self, size, &view);
+    int got = get_buffer(self, size, &buffer, &view);
     if (got <= 0)
         return got;
     Py_ssize_t count = size < view.len ? size : view.len;
     memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
     PyBuffer_Release(&view);
+    Py_DECREF(buffer);
     if (buffer_updated(self, count) < 0)
         return -1;
     if (count == size)
@@ -322,7 +341,7 @@ static int find_base_slots(PyTypeObject *base)
 static int stream_clear(PyObject *self)
 {
     struct stream *stream = stream_of(self);
-    stream->direct = 0;
+    stream->direct = stream->by_call = 0;
     Py_CLEAR(stream->sock);
     Py_CLEAR(stream->protocol);
     Py_CLEAR(stream->context);

@@ -14,6 +14,8 @@
 
 #include "hot.h"
 
+#include <math.h>
+
 struct timer {
     double when;
     uint64_t serial;
@@ -171,7 +173,7 @@ static int schedule(Turns *self, PyObject *handle, double when)
 }
 
 /* A timer is being cancelled: let it leave the heap, if it is there. */
-int turns_forget_timer(PyObject *loop, PyObject *timer)
+void turns_forget_timer(PyObject *loop, PyObject *timer)
 {
     Turns *self = (Turns *)loop;
     size_t place = *timer_place(timer);
@@ -180,7 +182,6 @@ int turns_forget_timer(PyObject *loop, PyObject *timer)
         timer_set_scheduled(timer, 0);
         handle_release(timer); /* the heap's; whoever cancels has another */
     }
-    return 0;
 }
 
 static void forget_everything(Turns *self)
@@ -198,28 +199,53 @@ static void forget_everything(Turns *self)
  * Scheduling callbacks
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* Take `context` out of the keywords of a call.  `counted` is the number of positional arguments before them. */
-static int parse_context(const char *function, PyObject *const *args, Py_ssize_t counted, PyObject *kwnames,
-                         PyObject **context)
+/* The arguments of a call like call_later(delay, callback, *args, context=None), all borrowed. */
+struct call {
+    PyObject *named[2]; /* those before *args, which may come as keywords too */
+    PyObject *const *args;
+    Py_ssize_t count;
+    PyObject *context; /* NULL: not given */
+};
+
+static int is_name(PyObject *given, PyObject *name)
 {
-    *context = NULL;
-    if (kwnames == NULL)
-        return 0;
-    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(kwnames); n++) {
-        PyObject *name = PyTuple_GET_ITEM(kwnames, n);
-        if (name != names.context && PyUnicode_Compare(name, names.context) != 0) {
-            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument %R", function, name);
-            return -1;
-        }
-        *context = args[counted + n];
-    }
-    return 0;
+    return given == name || PyUnicode_Compare(given, name) == 0;
 }
 
-static int missing(const char *function, const char *argument)
+/* Sort the arguments of a vectorcall.  `wanted` are the names of those before *args, `most` of them. */
+static int parse_call(const char *function, PyObject *const *wanted, Py_ssize_t most, PyObject *const *args,
+                      Py_ssize_t count, PyObject *kwnames, struct call *call)
 {
-    PyErr_Format(PyExc_TypeError, "%s() missing 1 required positional argument: '%s'", function, argument);
-    return -1;
+    Py_ssize_t placed = count < most ? count : most;
+    for (Py_ssize_t n = 0; n < most; n++)
+        call->named[n] = n < placed ? args[n] : NULL;
+    call->args = args + placed;
+    call->count = count - placed;
+    call->context = NULL;
+    for (Py_ssize_t n = 0; kwnames != NULL && n < PyTuple_GET_SIZE(kwnames); n++) {
+        PyObject *name = PyTuple_GET_ITEM(kwnames, n), *value = args[count + n];
+        Py_ssize_t which = 0;
+        if (is_name(name, names.context)) {
+            call->context = value;
+            continue;
+        }
+        while (which < most && !is_name(name, wanted[which]))
+            which++;
+        if (which == most || call->named[which] != NULL) {
+            PyErr_Format(PyExc_TypeError,
+                         which == most ? "%s() got an unexpected keyword argument %R"
+                                       : "%s() got multiple values for argument %R",
+                         function, name);
+            return -1;
+        }
+        call->named[which] = value;
+    }
+    for (Py_ssize_t n = 0; n < most; n++)
+        if (call->named[n] == NULL) {
+            PyErr_Format(PyExc_TypeError, "%s() missing 1 required positional argument: %R", function, wanted[n]);
+            return -1;
+        }
+    return 0;
 }
 
 /* What BaseEventLoop looks at before it takes a callback. */
@@ -272,17 +298,15 @@ static PyObject *make_in_debug(Turns *self, PyObject *when, PyObject *callback, 
 static PyObject *schedule_soon(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames,
                                const char *method, int any_thread)
 {
-    PyObject *context, *handle;
-    if (count < 1) {
-        missing(method, "callback");
-        return NULL;
-    }
-    if (parse_context(method, args, count, kwnames, &context) < 0 || check(self, args[0], method, any_thread) < 0)
+    PyObject *handle;
+    struct call call;
+    if (parse_call(method, &names.callback, 1, args, count, kwnames, &call) < 0
+        || check(self, call.named[0], method, any_thread) < 0)
         return NULL;
     if (self->debug)
-        handle = make_in_debug(self, NULL, args[0], args + 1, count - 1, context);
+        handle = make_in_debug(self, NULL, call.named[0], call.args, call.count, call.context);
     else
-        handle = handle_new((PyObject *)self, args[0], args + 1, count - 1, context);
+        handle = handle_new((PyObject *)self, call.named[0], call.args, call.count, call.context);
     if (handle != NULL && push(self, Py_NewRef(handle)) < 0)
         Py_CLEAR(handle);
     return handle;
@@ -305,19 +329,22 @@ static PyObject *turns_call_soon_threadsafe(Turns *self, PyObject *const *args, 
     return handle;
 }
 
-static PyObject *schedule_at(Turns *self, PyObject *when, PyObject *const *args, Py_ssize_t count, PyObject *kwnames,
-                             const char *method)
+static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *call, const char *method)
 {
-    PyObject *context, *handle;
+    PyObject *handle, *callback = call->named[1];
     double seconds = PyFloat_AsDouble(when);
     if (seconds == -1.0 && PyErr_Occurred())
         return NULL;
-    if (parse_context(method, args, count, kwnames, &context) < 0 || check(self, args[0], method, 0) < 0)
+    if (isnan(seconds)) { /* neither earlier nor later than anything: the heap would lose its order */
+        PyErr_Format(PyExc_ValueError, "%s() needs a time, not NaN", method);
+        return NULL;
+    }
+    if (check(self, callback, method, 0) < 0)
         return NULL;
     if (self->debug)
-        handle = make_in_debug(self, when, args[0], args + 1, count - 1, context);
+        handle = make_in_debug(self, when, callback, call->args, call->count, call->context);
     else
-        handle = timer_new((PyObject *)self, when, args[0], args + 1, count - 1, context);
+        handle = timer_new((PyObject *)self, when, callback, call->args, call->count, call->context);
     if (handle != NULL && schedule(self, handle, seconds) < 0)
         Py_CLEAR(handle);
     return handle;
@@ -325,15 +352,15 @@ static PyObject *schedule_at(Turns *self, PyObject *when, PyObject *const *args,
 
 static PyObject *turns_call_at(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    if (count < 2) {
-        missing("call_at", count ? "callback" : "when");
+    PyObject *const wanted[] = {names.when, names.callback};
+    struct call call;
+    if (parse_call("call_at", wanted, 2, args, count, kwnames, &call) < 0)
         return NULL;
-    }
-    if (args[0] == Py_None) {
+    if (call.named[0] == Py_None) {
         PyErr_SetString(PyExc_TypeError, "when cannot be None");
         return NULL;
     }
-    return schedule_at(self, args[0], args + 1, count - 1, kwnames, "call_at");
+    return schedule_at(self, call.named[0], &call, "call_at");
 }
 
 /* loop.time() as a double; -1 with an exception. */
@@ -347,22 +374,22 @@ static double now(Turns *self)
 
 static PyObject *turns_call_later(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    if (count < 2) {
-        missing("call_later", count ? "callback" : "delay");
+    PyObject *const wanted[] = {names.delay, names.callback};
+    struct call call;
+    if (parse_call("call_later", wanted, 2, args, count, kwnames, &call) < 0)
         return NULL;
-    }
-    if (args[0] == Py_None) {
+    if (call.named[0] == Py_None) {
         PyErr_SetString(PyExc_TypeError, "delay must not be None");
         return NULL;
     }
     PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, names.time), *when, *handle;
     if (time == NULL)
         return NULL;
-    when = PyNumber_Add(time, args[0]);
+    when = PyNumber_Add(time, call.named[0]);
     Py_DECREF(time);
     if (when == NULL)
         return NULL;
-    handle = schedule_at(self, when, args + 1, count - 1, kwnames, self->debug ? "call_at" : "call_later");
+    handle = schedule_at(self, when, &call, self->debug ? "call_at" : "call_later");
     Py_DECREF(when);
     return handle;
 }
@@ -383,6 +410,7 @@ static PyObject *turns_add_callback(Turns *self, PyObject *handle)
         if (skip)
             Py_RETURN_NONE;
     }
+    handle_track(handle);
     if (push(self, Py_NewRef(handle)) < 0)
         return NULL;
     Py_RETURN_NONE;
@@ -407,8 +435,10 @@ static int wait(Turns *self)
         double time = now(self);
         if (time == -1.0 && PyErr_Occurred())
             return -1;
-        seconds = self->heap[0].when - time;
-        seconds = seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds;
+        if (self->timers > 0) { /* still: who overrides time() may do anything in it */
+            seconds = self->heap[0].when - time;
+            seconds = seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds;
+        }
     }
     if (self->calls != NULL)
         return self->calls->wait(self->driver, seconds);
@@ -507,7 +537,7 @@ static PyObject *turns_use(Turns *self, PyObject *driver)
         return NULL;
     }
     Py_DECREF(has_work);
-    self->calls = native_calls(wait);
+    self->calls = native_calls(driver, wait);
     Py_XSETREF(self->driver, Py_NewRef(driver));
     Py_XSETREF(self->wait, wait);
     Py_XSETREF(self->dispatch, dispatch);
@@ -582,6 +612,7 @@ static Py_ssize_t queue_length(Queue *self) { return (Py_ssize_t)self->loop->cou
 
 static PyObject *queue_append(Queue *self, PyObject *handle)
 {
+    handle_track(handle);
     if (push(self->loop, Py_NewRef(handle)) < 0)
         return NULL;
     Py_RETURN_NONE;
@@ -618,9 +649,17 @@ static PyObject *queue_iterate(Queue *self)
     return iterator;
 }
 
+static int queue_traverse(Queue *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->loop);
+    return 0;
+}
+
 static void queue_dealloc(Queue *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
     Py_DECREF(self->loop);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
@@ -635,6 +674,7 @@ static PyMethodDef queue_methods[] = {
 
 static PyType_Slot queue_slots[] = {
     {Py_tp_dealloc, queue_dealloc},
+    {Py_tp_traverse, queue_traverse}, /* and no clear: whoever refers to this has one, the loop first */
     {Py_tp_methods, queue_methods},
     {Py_tp_iter, queue_iterate},
     {Py_sq_length, queue_length},
@@ -644,24 +684,27 @@ static PyType_Slot queue_slots[] = {
 static PyType_Spec queue_spec = {
     .name = "iocp_loop._hot.ReadyQueue",
     .basicsize = sizeof(Queue),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = queue_slots,
 };
 
 static PyObject *get_ready(Turns *self, void *ignored)
 {
-    Queue *queue = PyObject_New(Queue, Queue_type);
-    if (queue != NULL)
-        queue->loop = (Turns *)Py_NewRef(self);
+    Queue *queue = PyObject_GC_New(Queue, Queue_type);
+    if (queue == NULL)
+        return NULL;
+    queue->loop = (Turns *)Py_NewRef(self);
+    PyObject_GC_Track(queue);
     return (PyObject *)queue;
 }
 
-/* A copy, as they stand in the heap: the earliest first, the others in no particular order. */
+/* A copy: the timers, the earliest first and the others in no particular order. */
 static PyObject *get_scheduled(Turns *self, void *ignored)
 {
-    PyObject *list = PyList_New((Py_ssize_t)self->timers);
+    PyObject *list = PyList_New(0); /* not made at once with its size: what the collector runs may change that */
     for (size_t n = 0; list != NULL && n < self->timers; n++)
-        PyList_SET_ITEM(list, (Py_ssize_t)n, Py_NewRef(self->heap[n].handle));
+        if (PyList_Append(list, self->heap[n].handle) < 0)
+            Py_CLEAR(list);
     return list;
 }
 

@@ -118,9 +118,9 @@ static int wait(PyObject *driver, double seconds)
     self->waits++;
     if (self->next < self->count)
         return 0;
-    if (seconds >= 0) {
+    if (!(seconds < 0)) {
         double ns = ceil(seconds * 1e9);
-        limit = ns == 0 ? 0 : ns < SHORTEST_NS ? SHORTEST_NS : ns > LONGEST_NS ? (int64_t)LONGEST_NS : (int64_t)ns;
+        limit = ns == 0 ? 0 : ns < SHORTEST_NS ? SHORTEST_NS : ns <= LONGEST_NS ? (int64_t)ns : (int64_t)LONGEST_NS;
     }
     if (self->ring == NULL && open_ring(self) < 0)
         return -1;
@@ -229,19 +229,19 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
     return 1;
 }
 
+/* The request of a sock_recv has completed: with data, or by a poll. */
 static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
 {
-    PyObject *data, *error = Py_None, *wait;
+    PyObject *sock = SLOT(op, operation_slots.handle), *data; /* `sock` is borrowed */
     if (flags & URING_DATA) {
         data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
         note_piece((size_t)(result - start));
     } else {
-        data = receive_now(socket_descriptor(SLOT(op, operation_slots.handle)),
-                           PyLong_AsSize_t(SLOT(op, operation_slots.size)));
+        data = receive_now(socket_descriptor(sock), PyLong_AsSize_t(SLOT(op, operation_slots.size)));
         if (data == Py_None && SLOT(op, operation_slots.state) == operation_slots.in_flight) {
             Py_DECREF(data); /* somebody else was faster */
             unsigned long long token = PyLong_AsUnsignedLongLong(SLOT(op, operation_slots.token));
-            if (self->prepare_poll(self->ring, socket_descriptor(SLOT(op, operation_slots.handle)), token, POLLIN) < 0)
+            if (self->prepare_poll(self->ring, socket_descriptor(sock), token, POLLIN) < 0)
                 return PyList_Append(self->unarmed, op);
             return 0;
         }
@@ -252,20 +252,8 @@ static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint3
             return done == NULL ? -1 : 0;
         }
     }
-    if (data == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_OSError))
-            return -1;
-        error = take_exception();
-        data = Py_NewRef(Py_None);
-    }
-    wait = Py_NewRef(SLOT(op, operation_slots.complete));
-    int failed = land(op, self->in_flight);
-    if (!failed)
-        failed = socket_wait_complete(wait, data, error);
-    Py_DECREF(wait);
-    Py_DECREF(data);
-    if (error != Py_None)
-        Py_DECREF(error);
+    int failed = deliver_received(op, self->in_flight, data);
+    Py_XDECREF(data);
     return failed;
 }
 
@@ -299,6 +287,7 @@ static int receives_bulk(PyObject *op)
     PyObject *stream = SLOT(op, operation_slots.driver_data); /* borrowed */
     return at.type != NULL && (PyObject *)Py_TYPE(op) == operation_slots.receive_stream && stream != NULL
            && (PyObject *)Py_TYPE(stream) == at.type && SLOT(stream, at.polling) == Py_True
+           && SLOT(op, operation_slots.handle) != NULL && is_socket(SLOT(op, operation_slots.handle))
            && SLOT(op, operation_slots.paused) != Py_True
            && SLOT(op, operation_slots.state) == operation_slots.in_flight;
 }
@@ -322,49 +311,69 @@ static int go_on(UringTurns *self, PyObject *op, PyObject *stream)
     return done == NULL ? -1 : 0;
 }
 
+/* As go_on, with an exception on its way up: the stream goes on all the same.  -1. */
+static int go_on_failing(UringTurns *self, PyObject *op, PyObject *stream)
+{
+    PyObject *exception = take_exception();
+    go_on(self, op, stream);
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+    return -1;
+}
+
+/* The stream has ended: with `value` that says so, or with the error in errno. */
+static int end_bulk(UringTurns *self, PyObject *op, PyObject *value)
+{
+    PyObject *error = NULL, *done;
+    if (value == NULL) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        error = take_exception();
+    }
+    done = PyObject_CallMethodObjArgs((PyObject *)self, names.end, op, value == NULL ? Py_None : value,
+                                      error == NULL ? Py_None : error, NULL);
+    Py_XDECREF(error);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
 /* As _receive_bulk of the driver: the socket is readable. */
 static int receive_bulk(UringTurns *self, PyObject *op)
 {
-    PyObject *sock = SLOT(op, operation_slots.handle), *get_buffer = SLOT(op, operation_slots.get_buffer);
-    PyObject *stream = Py_NewRef(SLOT(op, operation_slots.driver_data)), *value = NULL, *done = NULL;
+    PyObject *sock = SLOT(op, operation_slots.handle), *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
+    PyObject *stream = Py_NewRef(SLOT(op, operation_slots.driver_data)), *value = NULL, *done;
     ssize_t count;
     int lent = get_buffer != NULL && get_buffer != Py_None, failed = 0;
     Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_False));
     if (lent)
-        count = receive_into(socket_descriptor(sock), get_buffer);
+        count = receive_into(sock, get_buffer);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &value);
-    if (count > 0 && lent)
-        value = PyLong_FromSsize_t(count);
-    if (count > 0 && value != NULL) {
-        long streak = count < BULK_SIZE ? PyLong_AsLong(SLOT(stream, at.streak)) + 1 : 0;
-        if (streak >= BULK_UNTIL) {
-            Py_XSETREF(SLOT(stream, at.bulk), Py_NewRef(Py_False));
-            streak = 0;
-        }
-        Py_XSETREF(SLOT(stream, at.streak), PyLong_FromLong(streak));
-        PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {value, Py_None};
-        done = complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
-        Py_XDECREF(complete);
-        Py_XDECREF(done);
-        if (done == NULL) { /* it is on its way up; the stream goes on all the same */
-            PyObject *exception = take_exception();
-            go_on(self, op, stream);
-            PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
-            Py_XDECREF(exception);
-            failed = -1;
-        } else
-            failed = go_on(self, op, stream);
-    } else if (count > 0 || (count == NO_BUFFER && PyErr_Occurred()))
-        failed = -1;
-    else if (count == NO_BUFFER || (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)))
+    if (count == NO_BUFFER)
+        failed = PyErr_Occurred() ? go_on_failing(self, op, stream) : go_on(self, op, stream);
+    else if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
         failed = go_on(self, op, stream);
+    else if (count < 0)
+        failed = end_bulk(self, op, NULL);
     else {
-        /* The end, or an error: it is still there when the driver looks for itself. */
-        Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_True));
-        done = reap(self, op, POLLIN, 0, 0);
-        Py_XDECREF(done);
-        failed = done == NULL ? -1 : 0;
+        if (lent || count == 0)
+            value = lent ? PyLong_FromSsize_t(count) : PyBytes_FromStringAndSize(NULL, 0);
+        if (value == NULL)
+            failed = go_on_failing(self, op, stream);
+        else if (count == 0)
+            failed = end_bulk(self, op, value);
+        else {
+            long streak = count < BULK_SIZE ? PyLong_AsLong(SLOT(stream, at.streak)) + 1 : 0;
+            if (streak >= BULK_UNTIL) {
+                Py_XSETREF(SLOT(stream, at.bulk), Py_NewRef(Py_False));
+                streak = 0;
+            }
+            Py_XSETREF(SLOT(stream, at.streak), PyLong_FromLong(streak));
+            PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {value, Py_None};
+            done = complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
+            Py_XDECREF(complete);
+            Py_XDECREF(done);
+            failed = done == NULL ? go_on_failing(self, op, stream) : go_on(self, op, stream);
+        }
     }
     Py_XDECREF(value);
     Py_DECREF(stream);
