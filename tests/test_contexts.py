@@ -182,15 +182,22 @@ def test_a_resumed_protocol_keeps_its_context(driver: str, no_leak: None) -> Non
     assert play(scene, iocp_loop.new_event_loop(driver))["data_received"] == expected
 
 
+def narrow(ours: socket.socket, peer: socket.socket) -> None:
+    """Keep the system from taking more and more at once, as it does for TCP that flows: what is written must queue."""
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+
+
 @pytest.mark.parametrize("raising", ["", "resume_writing"])
 def test_what_is_queued_is_sent(driver: str, connect: Any, raising: str, no_leak: None) -> None:
     async def scene(seen: Seen) -> None:
         ours, peer = connect()
+        narrow(ours, peer)
         with peer:
             peer.settimeout(30)
             transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen, raising), sock=ours)
             actor.set("the writer")
-            size = 8 << 20
+            size = 2 << 20
             transport.write(bytes(size))
             assert "pause_writing" in seen
             actor.set("later")
@@ -200,6 +207,7 @@ def test_what_is_queued_is_sent(driver: str, connect: Any, raising: str, no_leak
                 transport.close()
             else:
                 transport.write(bytes(size))
+                assert transport.get_write_buffer_size()
                 actor.set("the end")
                 transport.close()  # and connection_lost comes when the queue is empty
                 await asyncio.to_thread(read_exactly, peer, size)
@@ -211,10 +219,11 @@ def test_what_is_queued_is_sent(driver: str, connect: Any, raising: str, no_leak
 def test_a_send_that_fails(driver: str, connect: Any, no_leak: None) -> None:
     async def scene(seen: Seen) -> None:
         ours, peer = connect()
+        narrow(ours, peer)
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: Witness(seen), sock=ours)
         transport.pause_reading()
         actor.set("the writer")
-        transport.write(bytes(8 << 20))
+        transport.write(bytes(2 << 20))
         actor.set("later")
         peer.recv(1)
         peer.close()  # with data that it has not read: a reset
