@@ -19,6 +19,17 @@ from .transports import SocketTransport
 __all__ = ["TlsMethods"]
 
 
+class _TlsProtocol(sslproto.SSLProtocol):
+    """asyncio's SSLProtocol with buffers of another size.
+
+    It reads `max_size` bytes at a time, into a new bytes object each time, and asks for as many encrypted ones.  A read
+    gives one TLS record at most, 16 KiB (RFC 8446, 5.1); memory of 256 KiB, asyncio's size, is mapped anew by malloc
+    for each read, which costs as much as decrypting a small record.
+    """
+
+    max_size = 64 * 1024
+
+
 class TlsMethods(asyncio.BaseEventLoop):
     """The part of the loop that speaks TLS."""
 
@@ -41,7 +52,7 @@ class TlsMethods(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
         **more: Any,
     ) -> Any:
-        make: Any = sslproto.SSLProtocol  # its parameters differ between the Python versions
+        make: Any = _TlsProtocol  # its parameters differ between the Python versions
         ssl_protocol = make(
             self,
             protocol,
