@@ -40,7 +40,9 @@ else:
     try:
         from . import _hot as hot  # type: ignore[no-redef]  # compiled: mypy does not see it
     except ImportError as _error:
-        why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
+        why_not = f"the extension module iocp_loop._hot cannot be imported: {_error}"
+        if isinstance(_error, ModuleNotFoundError):
+            why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
         if _wanted == "1":
             raise ImportError(f"{ENVIRONMENT_VARIABLE}=1, but {why_not}") from None
 

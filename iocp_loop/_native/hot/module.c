@@ -280,7 +280,7 @@ static struct PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "iocp_loop._hot",
     .m_doc = "The native tier of iocp_loop; see iocp_loop/native.py.",
-    .m_size = -1, /* one for the process: no subinterpreters */
+    .m_size = 0, /* not -1: a second interpreter is to ask PyInit__hot, too */
     .m_methods = module_methods,
 };
 
@@ -333,6 +333,13 @@ static int intern_names(void)
 
 PyMODINIT_FUNC PyInit__hot(void)
 {
+    static PyObject *first; /* what it keeps is static: one for the process */
+    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+        PyErr_SetString(PyExc_ImportError, "the native tier works in the main interpreter only");
+        return NULL;
+    }
+    if (first != NULL)
+        return Py_NewRef(first);
     PyObject *module = PyModule_Create(&module_definition);
     if (module == NULL)
         return NULL;
@@ -347,5 +354,6 @@ PyMODINIT_FUNC PyInit__hot(void)
         Py_DECREF(module);
         return NULL;
     }
+    first = Py_NewRef(module);
     return module;
 }

@@ -206,6 +206,7 @@ static PyObject *reap(UringTurns *self, PyObject *op, int64_t result, uint32_t f
 /* The kernel cuts what it receives into its pool to this (SINGLE_SIZE in ../linux/uring.c). */
 enum { POOL_PIECE = 32 * 1024 };
 
+/* Whether `op` waits that way: nobody but submit_receive puts True there. */
 static int by_poll(PyObject *op)
 {
     return SLOT(op, operation_slots.driver_data) == Py_True;
@@ -411,9 +412,9 @@ static int deliver(UringTurns *self, uint64_t token, int64_t result, uint32_t fl
         int failed = receive_bulk(self, op);
         Py_DECREF(op);
         return failed;
-    } else if (SLOT(op, operation_slots.complete) != NULL
-               && Py_IS_TYPE(SLOT(op, operation_slots.complete), SocketWait_type)
-               && (flags & URING_DATA || (result >= 0 && by_poll(op)))) {
+    } else if ((result >= 0 && !(flags & URING_DATA) && by_poll(op))
+               || (flags & URING_DATA && SLOT(op, operation_slots.complete) != NULL
+                   && Py_IS_TYPE(SLOT(op, operation_slots.complete), SocketWait_type))) {
         int failed = end_socket_wait(self, op, result, flags, start);
         Py_DECREF(op);
         return failed;

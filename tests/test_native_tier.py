@@ -1,0 +1,618 @@
+"""What the native tier promises by itself: which tier is in force, and handles and timers as asyncio's own.
+
+Everything else about it is tested where its subject is, and those tests run on both tiers (``make test-python-tier``).
+What is tested here against asyncio's own loop holds on both tiers as well, unless a test says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import decimal
+import gc
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import iocp_loop
+from iocp_loop import native
+
+from .support import Recorder, run_python, turns, until
+
+Loop = iocp_loop.IocpEventLoop
+Reports = list[dict[str, Any]]
+
+natively = pytest.mark.skipif(native.hot is None, reason=f"the native tier is not in force: {native.why_not}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Which tier is in force
+# --------------------------------------------------------------------------------------------------
+
+#: Serves one connection on a loop, with what a tier has to do with, and tells by which types.
+_USE_IT = """
+import asyncio, socket, sys
+import iocp_loop
+from iocp_loop import native
+from iocp_loop.ports import DRIVERS, availability
+
+async def main():
+    loop = asyncio.get_running_loop()
+    one, two = socket.socketpair()
+    with one, two:
+        one.setblocking(False)
+        two.setblocking(False)
+        loop.call_soon(two.send, b"hello")
+        assert await loop.sock_recv(one, 100) == b"hello"
+    server = await asyncio.start_server(lambda reader, writer: echo(reader, writer), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(b"x" * 100_000)
+    assert await reader.readexactly(100_000) == b"x" * 100_000
+    writer.close()
+    await writer.wait_closed()
+    server.close()
+    await asyncio.sleep(0.01)
+
+async def echo(reader, writer):
+    writer.write(await reader.readexactly(100_000))
+    await reader.read()
+    writer.close()
+
+for driver in DRIVERS:
+    if availability(driver).available:
+        with asyncio.Runner(loop_factory=lambda: iocp_loop.new_event_loop(driver)) as runner:
+            runner.run(main())
+print(native.hot is not None, native.why_not)
+"""
+
+_TRY_TO_IMPORT = """
+try:
+    import iocp_loop
+except ImportError as error:
+    print(error)
+"""
+
+_WITHOUT_HOT = "import sys; sys.modules['iocp_loop._hot'] = None\n"
+
+
+def test_the_python_tier_is_used_if_the_environment_says_so() -> None:
+    assert run_python(_USE_IT, IOCP_LOOP_NATIVE="0").stdout == "False IOCP_LOOP_NATIVE=0\n"
+
+
+@natively
+@pytest.mark.parametrize("value", ["1", "auto", ""])
+def test_the_native_tier_is_used_if_it_may_be(value: str) -> None:
+    assert run_python(_USE_IT, IOCP_LOOP_NATIVE=value).stdout == "True \n"
+
+
+def test_without_the_extension_module_everything_works_in_python() -> None:
+    done = run_python(_WITHOUT_HOT + _USE_IT, IOCP_LOOP_NATIVE="")
+    assert done.stdout.startswith("False the extension module iocp_loop._hot is missing (")
+
+
+def test_a_native_tier_that_is_demanded_and_missing_is_an_error() -> None:
+    done = run_python(_WITHOUT_HOT + _TRY_TO_IMPORT, IOCP_LOOP_NATIVE="1")
+    assert "IOCP_LOOP_NATIVE=1, but the extension module iocp_loop._hot is missing" in done.stdout
+
+
+def test_a_value_that_means_nothing_is_an_error() -> None:
+    done = run_python(_TRY_TO_IMPORT, IOCP_LOOP_NATIVE="yes")
+    assert "IOCP_LOOP_NATIVE=yes: it must be 0" in done.stdout
+
+
+def test_in_a_subinterpreter_it_gives_way_to_the_python_tier() -> None:
+    """Its types are made once for the process, beneath the main interpreter's asyncio."""
+    code = "from iocp_loop import native; assert native.hot is None, native.hot; print(native.why_not)"
+    done = run_python(
+        f"""
+        import iocp_loop.native, sys
+        if sys.version_info >= (3, 13):
+            import _interpreters as interpreters
+            made = interpreters.create("legacy")
+            failed = interpreters.exec(made, {code!r})
+            assert failed is None, failed
+        else:
+            import _xxsubinterpreters as interpreters
+            made = interpreters.create(isolated=False)
+            interpreters.run_string(made, {code!r})
+        interpreters.destroy(made)
+        """,
+        IOCP_LOOP_NATIVE="0" if native.hot is None else "",
+    )
+    assert done.stdout == ("IOCP_LOOP_NATIVE=0\n" if native.hot is None else done.stdout)
+    assert native.hot is None or "main interpreter" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# Handles, as asyncio's
+# --------------------------------------------------------------------------------------------------
+
+
+def nothing(*_: Any) -> None:
+    """A callback."""
+
+
+def raising(*_: Any) -> None:
+    raise ValueError("on purpose")
+
+
+class Stranger:
+    """Not a Context, but it can run."""
+
+    def run(self, callback: Callable[..., Any], *args: Any) -> Any:
+        return callback(*args, "by a stranger")
+
+
+def both(driver: str) -> tuple[Loop, asyncio.AbstractEventLoop]:
+    return iocp_loop.new_event_loop(driver), asyncio.SelectorEventLoop()
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+@pytest.mark.parametrize("cancelled", [False, True], ids=["", "cancelled"])
+@pytest.mark.parametrize("name", ["call_soon", "call_soon_threadsafe", "call_at"])
+def test_a_handle_prints_as_asyncios(driver: str, name: str, cancelled: bool, debug: bool) -> None:
+    texts = []
+    for loop in both(driver):
+        loop.set_debug(debug)
+        when = () if name != "call_at" else (123456789.5,)
+        handle = getattr(loop, name)(*when, nothing, 1, "two")
+        line = repr(handle)
+        if cancelled:
+            handle.cancel()
+            assert handle.cancelled()
+            line = repr(handle)
+        assert isinstance(handle, asyncio.TimerHandle if when else asyncio.Handle)
+        texts.append(line)
+        loop.close()
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["call_soon", "call_soon_threadsafe", "call_later", "call_at"])
+def test_in_debug_mode_a_handle_knows_where_it_was_made(driver: str, name: str) -> None:
+    found = []
+    for loop in both(driver):
+        loop.set_debug(True)
+        when = () if name.startswith("call_soon") else (1e6,)
+        handle = getattr(loop, name)(*when, nothing)
+        found.append([(frame.name, frame.filename, frame.lineno) for frame in handle._source_traceback])
+        loop.close()
+    assert found[0][-7:] == found[1][-7:]  # of ten, of which asyncio takes out its own frames
+    assert found[0][-1][0] == "test_in_debug_mode_a_handle_knows_where_it_was_made"
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_an_exception_in_a_callback_is_reported_in_the_same_words(driver: str, debug: bool) -> None:
+    told: list[dict[str, Any]] = []
+    for loop in both(driver):
+        loop.set_debug(debug)
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        handle = loop.call_soon(raising, 1, "two")
+        loop.run_until_complete(asyncio.sleep(0))
+        assert told[-1]["handle"] is handle
+        loop.close()
+    ours, theirs = told
+    assert ours["message"] == theirs["message"]
+    assert ours["message"].startswith("Exception in callback raising(1, 'two')")
+    assert ours.keys() == theirs.keys()
+    assert (type(ours["exception"]), ours["exception"].args) == (ValueError, ("on purpose",))
+    if debug:
+        assert ours["source_traceback"][-1] == theirs["source_traceback"][-1]
+
+
+async def test_callbacks_by_keyword(loop: Loop) -> None:
+    calls: list[str] = []
+    loop.call_soon(callback=lambda: calls.append("soon"))
+    loop.call_soon_threadsafe(callback=lambda: calls.append("threadsafe"))
+    loop.call_later(delay=0, callback=lambda: calls.append("later"))
+    loop.call_later(0, callback=lambda: calls.append("later"), context=contextvars.copy_context())
+    loop.call_at(when=0, callback=lambda: calls.append("at"))
+    await turns()
+    assert sorted(calls) == ["at", "later", "later", "soon", "threadsafe"]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("call_soon", (), {}),
+        ("call_soon", (nothing,), {"other": 1}),
+        ("call_soon", (nothing,), {"callback": nothing}),
+        ("call_later", (1,), {}),
+        ("call_later", (), {"callback": nothing}),
+        ("call_later", (None, nothing), {}),
+        ("call_later", (1, nothing), {"delay": 1}),
+        ("call_later", (decimal.Decimal(1), nothing), {}),
+        ("call_later", ("1", nothing), {}),
+        ("call_at", (1,), {}),
+        ("call_at", (None, nothing), {}),
+        ("call_at", (1, nothing), {"when": 1}),
+    ],
+)
+def test_calls_that_asyncio_refuses(driver: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    messages = []
+    for loop in both(driver):
+        with pytest.raises(TypeError) as caught:
+            getattr(loop, name)(*args, **kwargs)
+        messages.append(str(caught.value).replace("BaseEventLoop.", ""))
+        loop.close()
+    assert messages[0] == messages[1]
+
+
+@natively
+@pytest.mark.parametrize("name", ["call_at", "call_later"])
+def test_not_a_number_is_no_time(driver: str, name: str) -> None:
+    """asyncio takes it, and its timers lose their order."""
+    loop = iocp_loop.new_event_loop(driver)
+    with pytest.raises(ValueError, match="NaN"):
+        getattr(loop, name)(float("nan"), nothing)
+    loop.close()
+
+
+async def test_times_of_any_kind_of_number(loop: Loop) -> None:
+    calls: list[int] = []
+    handles = [
+        loop.call_at(0, calls.append, 0),
+        loop.call_at(True, calls.append, 1),
+        loop.call_at(-float("inf"), calls.append, 2),
+        loop.call_later(-1, calls.append, 3),
+    ]
+    never = loop.call_at(float("inf"), calls.append, 4)
+    if native.hot is not None:  # asyncio's own arithmetic is on floats
+        exact = decimal.Decimal("0.5")
+        handles.append(loop.call_at(exact, calls.append, 5))  # type: ignore[arg-type]  # a number all the same
+        assert handles[-1].when() is exact
+    await asyncio.sleep(0.01)
+    assert set(calls) == set(range(6 if native.hot is not None else 4)) - {4}
+    assert calls[0] == 2
+    never.cancel()
+
+
+async def test_a_handle_cancelled_while_it_runs(loop: Loop, reports: Reports) -> None:
+    kept: list[asyncio.Handle] = []
+
+    def callback(argument: list[int]) -> None:
+        kept[0].cancel()
+        kept[1].cancel()
+        gc.collect()
+        argument.append(1)
+        raise ValueError
+
+    argument: list[int] = []
+    kept += [loop.call_soon(callback, argument), loop.call_later(0, callback, argument)]
+    await turns()
+    assert argument == [1]  # the second was cancelled by the first
+    (report,) = reports
+    reports.clear()
+    assert report["handle"] is kept[0]
+
+
+async def test_a_timer_cancelled_in_its_own_callback_and_afterwards(loop: Loop) -> None:
+    calls: list[int] = []
+
+    def callback() -> None:
+        timer.cancel()
+        calls.append(1)
+
+    timer = loop.call_later(0, callback)
+    await until(lambda: calls)
+    timer.cancel()
+    assert timer.cancelled()
+    assert timer not in loop._scheduled  # type: ignore[attr-defined]  # BaseEventLoop's
+
+
+def test_handles_after_the_loop_was_closed(driver: str) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    soon, later = loop.call_soon(nothing, []), loop.call_later(100, nothing, [])
+    loop.close()
+    for handle in (soon, later):
+        assert not handle.cancelled()
+        handle.cancel()
+        handle.cancel()
+        assert handle.cancelled()
+    for method, args in ((loop.call_soon, ()), (loop.call_later, (1,)), (loop.call_at, (1,))):
+        with pytest.raises(RuntimeError, match="Event loop is closed"):
+            method(*args, nothing)  # type: ignore[operator]  # three methods, two shapes
+
+
+async def test_a_handle_that_is_added_again(loop: Loop) -> None:
+    """By hand, as some libraries do: it is in the ready queue several times, and the collector counts it once."""
+    calls: list[list[int]] = []
+    argument = [1]
+    handle = loop.call_soon(calls.append, argument)
+    for _ in range(5):
+        loop._ready.append(handle)  # type: ignore[attr-defined]  # BaseEventLoop's
+        loop._add_callback(handle)  # type: ignore[attr-defined]  # BaseEventLoop's
+    timer = loop.call_later(100, calls.append, argument)
+    loop._add_callback(timer)  # type: ignore[attr-defined]  # BaseEventLoop's
+    gc.collect()
+    await turns()
+    assert calls == [[1]] * 12
+    timer.cancel()
+
+
+async def test_handles_of_other_kinds(loop: Loop, reports: Reports) -> None:
+    """asyncio's own handles, made for our loop: in the ready queue, and as timers that nobody schedules."""
+    calls: list[int] = []
+    loop._ready.append(asyncio.Handle(calls.append, [1], loop, None))  # type: ignore[attr-defined]  # as above
+    loop._add_callback(asyncio.Handle(raising, (), loop, None))  # type: ignore[attr-defined]  # as above
+    cancelled = asyncio.Handle(calls.append, (2,), loop, None)
+    cancelled.cancel()
+    loop._add_callback(cancelled)  # type: ignore[attr-defined]  # as above
+    asyncio.TimerHandle(1.0, calls.append, (3,), loop, None).cancel()
+    await turns()
+    assert calls == [1]
+    assert isinstance(reports.pop()["exception"], ValueError)
+
+
+async def test_the_ready_queue_from_outside(loop: Loop) -> None:
+    calls: list[int] = []
+    queue = loop._ready  # type: ignore[attr-defined]  # BaseEventLoop's
+    await turns(1)
+    handles = [loop.call_soon(calls.append, number) for number in range(100)]
+    assert len(queue) >= 100
+    listed = list(queue)
+    assert [handle for handle in listed if handle in handles] == handles
+    while len(queue):
+        queue.popleft()  # one may stand for the completions of this turn
+    with pytest.raises(IndexError):
+        queue.popleft()
+    loop.call_soon(calls.append, 100)
+    queue.clear()
+    for handle in listed:
+        queue.append(handle)
+    await turns()
+    assert calls == list(range(100))
+
+
+async def test_a_context_that_is_none(loop: Loop, reports: Reports) -> None:
+    calls: list[Any] = []
+    loop.call_soon(calls.append, context=Stranger())  # type: ignore[arg-type]  # on purpose
+    loop.call_soon(calls.append, 1, context=42)  # type: ignore[arg-type]  # on purpose
+    loop.call_soon(calls.append, 2, context=None)
+    await turns()
+    assert calls == ["by a stranger", 2]
+    assert "'int' object has no attribute 'run'" in str(reports.pop()["exception"])
+
+
+async def test_a_context_that_is_in_use(loop: Loop, reports: Reports) -> None:
+    context = contextvars.copy_context()
+    calls: list[int] = []
+    handle = asyncio.Handle(calls.append, (1,), loop, context)
+    ours = loop.call_soon(calls.append, 2, context=context)
+    context.run(handle._run)
+    context.run(ours._run)
+    assert [type(report["exception"]) for report in reports] == [RuntimeError] * 2
+    reports.clear()
+    await turns()
+    assert calls == [2]
+
+
+def test_a_cancelled_handle_that_is_run_by_hand_reports_and_raises_nothing(driver: str) -> None:
+    told: list[dict[str, Any]] = []
+    for loop in both(driver):
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        handle = loop.call_soon(nothing)
+        handle.cancel()
+        handle._run()
+        loop.close()
+    assert [type(context["exception"]) for context in told] == [TypeError] * 2
+
+
+@natively
+async def test_the_types_have_no_subclasses(loop: Loop) -> None:
+    for kind in (type(loop.call_soon(nothing)), type(loop.call_at(0, nothing))):
+        with pytest.raises(TypeError):
+            type("Sub", (kind,), {})
+
+
+def test_system_exit_leaves_the_rest_for_the_next_run(driver: str) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    calls: list[int] = []
+    loop.call_soon(calls.append, 1)
+    loop.call_soon(sys.exit, 3)
+    loop.call_soon(calls.append, 2)
+    with pytest.raises(SystemExit):
+        loop.run_forever()
+    assert calls == [1]
+    loop.run_until_complete(asyncio.sleep(0))
+    assert calls == [1, 2]
+    loop.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Timers, against a model
+# --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that stands still but when told to go on."""
+
+    now = 0.0
+
+
+@given(st.data())
+def test_timers_strike_in_order(data: st.DataObject) -> None:
+    """Made, cancelled and struck as a list that is sorted would have it; ties in the order in which they were made."""
+    with contextlib.closing(iocp_loop.new_event_loop("poll")) as loop:
+        compare_with_a_model(loop, data)
+
+
+def compare_with_a_model(loop: Loop, data: st.DataObject) -> None:
+    clock = Clock()
+    loop.time = lambda: clock.now  # type: ignore[method-assign]  # time is the test's
+    loop._clock_resolution = 1e-9  # type: ignore[attr-defined]  # BaseEventLoop's
+    struck: list[int] = []
+    model: dict[int, tuple[float, asyncio.TimerHandle]] = {}
+    made = 0
+    for _ in range(data.draw(st.integers(1, 60))):
+        action = data.draw(st.sampled_from(["make", "make", "make", "cancel", "strike"]))
+        if action == "make":
+            when = clock.now + data.draw(st.sampled_from([0, 1, 1, 2, 3, 5, 8, -1, 0.5]))
+            model[made] = (when, loop.call_at(when, struck.append, made))
+            made += 1
+        elif action == "cancel" and model:
+            model.pop(data.draw(st.sampled_from(sorted(model))))[1].cancel()
+        elif action == "strike":
+            clock.now += data.draw(st.sampled_from([0, 1, 2, 3]))
+            struck.clear()
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            due = sorted((when, number) for number, (when, _) in model.items() if when <= clock.now)
+            if native.hot is None:  # asyncio's heap knows no order among equals
+                assert sorted(struck) == sorted(number for _, number in due)
+            else:
+                assert struck == [number for _, number in due]
+            for _, number in due:
+                assert not model.pop(number)[1]._scheduled  # type: ignore[attr-defined]  # asyncio's
+        pending = {timer for timer in loop._scheduled if not timer.cancelled()}  # type: ignore[attr-defined]  # as above
+        assert pending == {timer for _, timer in model.values()}
+        if pending:
+            assert loop._scheduled[0].when() <= min(when for when, _ in model.values())  # type: ignore[attr-defined]  # as above
+
+
+@natively
+async def test_a_cancelled_timer_leaves_at_once(loop: Loop) -> None:
+    alive = Recorder()
+    reference = weakref.ref(alive)
+    for _ in range(1000):
+        loop.call_later(1000, nothing, alive).cancel()
+    del alive
+    assert reference() is None
+    assert len(loop._scheduled) < 10  # type: ignore[attr-defined]  # BaseEventLoop's
+
+
+async def test_who_overrides_time_may_cancel_timers_in_it(loop: Loop) -> None:
+    timer = loop.call_later(1000, nothing)
+
+    def time() -> float:
+        timer.cancel()
+        return type(loop).time(loop)
+
+    loop.time = time  # type: ignore[method-assign]  # on purpose
+    await asyncio.sleep(0.01)
+    assert timer.cancelled()
+
+
+# --------------------------------------------------------------------------------------------------
+# The garbage collector
+# --------------------------------------------------------------------------------------------------
+
+
+class Holder:
+    """Keeps the handle of its own method: a cycle."""
+
+    handle: asyncio.Handle
+
+    def method(self, *_: Any) -> None:
+        """Called, or not."""
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+@pytest.mark.parametrize("end", ["run", "cancelled", "left"])
+@pytest.mark.parametrize("name", ["call_soon", "call_later"])
+def test_cycles_through_handles_are_collected(driver: str, name: str, end: str, debug: bool) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    loop.set_debug(debug)
+    holder = Holder()
+    when = () if name == "call_soon" else (0 if end == "run" else 100,)
+    holder.handle = getattr(loop, name)(*when, holder.method, holder, [holder])
+    references = [weakref.ref(holder), weakref.ref(holder.handle)]
+    if end == "cancelled":
+        holder.handle.cancel()
+    gc.collect()
+    assert all(reference() is not None for reference in references)
+    if end == "run":
+        loop.run_until_complete(asyncio.sleep(0.01))
+    del holder
+    loop.close()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_a_loop_that_was_dropped_with_handles_is_collected(driver: str, debug: bool) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    loop.set_debug(debug)
+    holder = Holder()
+    holder.handle = loop.call_later(100, holder.method, loop)
+    loop.call_soon(holder.method, [holder], loop)
+    queue = loop._ready  # type: ignore[attr-defined]  # BaseEventLoop's
+    loop.queue = queue  # type: ignore[attr-defined]  # a cycle through it
+    references = [weakref.ref(loop), weakref.ref(holder)]
+    del loop, holder, queue
+    gc.collect()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+async def test_what_only_a_handle_refers_to_lives_until_it_runs(loop: Loop) -> None:
+    seen: list[int] = []
+
+    class Only:
+        def method(self, argument: list[int]) -> None:
+            seen.extend(argument)
+
+    handles = [loop.call_soon(Only().method, [number]) for number in range(50)]
+    handles += [loop.call_later(0.001, Only().method, [number]) for number in range(50, 100)]
+    loop.call_soon(gc.collect)
+    del handles[::2]
+    gc.collect()
+    await asyncio.sleep(0.02)
+    assert sorted(seen) == list(range(100))
+
+
+async def test_handles_are_weakly_referable_and_their_memory_is_used_again(loop: Loop) -> None:
+    died: list[int] = []
+    for round_ in range(5):
+        handles = [loop.call_soon(nothing, round_) for _ in range(3000)]
+        handles += [loop.call_later(0, nothing, round_) for _ in range(3000)]
+        references = [weakref.ref(handle, lambda _: died.append(1)) for handle in handles]
+        del handles
+        await asyncio.sleep(0.005)
+        await turns()
+        assert not any(reference() for reference in references)
+        assert len(died) == 6000 * (round_ + 1)
+
+
+def test_a_long_chain_of_handles_is_freed_without_a_deep_recursion(driver: str) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar("variable")
+    handle: Any = None
+    for _ in range(100_000):
+        handle = loop.call_soon(nothing, handle)
+    last = loop.call_later(100, nothing, handle)
+    for _ in range(100_000):
+        variable.set(last)
+        last = loop.call_later(100, nothing)
+    del handle
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    variable.set(None)
+    del last
+    gc.collect()
+
+
+def test_debug_mode_may_change_at_any_time(driver: str, caplog: pytest.LogCaptureFixture) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    loop.slow_callback_duration = -1
+    calls: list[int] = []
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        loop.call_soon(calls.append, 1)
+        loop.call_soon(loop.set_debug, True)
+        loop.call_soon(calls.append, 2)
+        loop.run_until_complete(asyncio.sleep(0))
+        assert "append(2)" in caplog.text
+        caplog.clear()
+        loop.call_soon(loop.set_debug, False)
+        loop.call_later(0, calls.append, 3)
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert "append(3)" not in caplog.text
+    assert calls == [1, 2, 3]
+    loop.close()
