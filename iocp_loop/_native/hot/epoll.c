@@ -133,7 +133,7 @@ static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout)
 }
 
 /* One receive of a stream, delivered at once. */
-static int receive(EpollTurns *self, PyObject *op)
+static int receive_once(EpollTurns *self, PyObject *op, int *filled)
 {
     PyObject *sock = SLOT(op, operation_slots.handle), *done, *data, *complete; /* `sock` is borrowed */
     PyObject *get_buffer = SLOT(op, operation_slots.get_buffer);                /* borrowed */
@@ -145,7 +145,7 @@ static int receive(EpollTurns *self, PyObject *op)
     ssize_t count;
     int lent = get_buffer != NULL && get_buffer != Py_None;
     if (lent)
-        count = receive_into(sock, get_buffer);
+        count = receive_into(sock, get_buffer, filled);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &data);
     if (count == NO_BUFFER)
@@ -175,6 +175,19 @@ static int receive(EpollTurns *self, PyObject *op)
     Py_DECREF(data);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
+}
+
+static int receive(EpollTurns *self, PyObject *op)
+{
+    for (int left = RECEIVES_IN_A_TURN; left > 0; left--) {
+        int filled = 0;
+        if (receive_once(self, op, &filled) < 0)
+            return -1;
+        if (!filled || SLOT(op, operation_slots.paused) == Py_True
+            || SLOT(op, operation_slots.state) != operation_slots.in_flight)
+            break;
+    }
+    return 0;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -251,11 +264,6 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
         return -1;
     Py_XSETREF(watch->op, Py_NewRef(op));
     return 1;
-}
-
-submit_function epoll_submit_function(PyObject *driver)
-{
-    return PyObject_TypeCheck(driver, EpollTurns_type) ? submit_receive : NULL;
 }
 
 /* The socket behind `fd` is ready. */
@@ -383,12 +391,6 @@ static PyObject *epoll_turns_dispatch(PyObject *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
-const struct turn_calls *epoll_calls(PyCFunction function)
-{
-    static const struct turn_calls calls = {wait, dispatch};
-    return function == (PyCFunction)epoll_turns_wait ? &calls : NULL;
-}
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
@@ -498,6 +500,8 @@ int add_epoll(PyObject *module)
     EpollTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &epoll_turns_spec, NULL);
     if (EpollTurns_type == NULL)
         return -1;
+    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, wait, dispatch, submit_receive};
+    add_native_driver(&driver);
     return PyModule_AddObjectRef(module, "EpollTurns", (PyObject *)EpollTurns_type);
 }
 

@@ -10,7 +10,8 @@
  *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
- *   module.c    puts them together
+ *   shared.c    what all of them need                                            (native.py)
+ *   module.c    puts them together; no other file knows of it
  *
  * Ownership.  Everything here runs under the GIL but the system call that waits.  A PyObject pointer in a struct owns
  * its reference; one in a local variable owns it too unless the comment beside it says "borrowed".  Functions return
@@ -114,27 +115,19 @@ extern PyTypeObject *Turns_type;
 void turns_forget_timer(PyObject *loop, PyObject *timer);
 int turns_in_debug(PyObject *loop);
 
-/* What a turn calls of a native driver, with the driver as the first argument. */
-struct turn_calls {
+/* A driver whose turn is in C.  The turn of the loop and the calls on sockets find it by its type. */
+struct native_driver {
+    PyTypeObject **type;
+    PyCFunction wait_method; /* its method `wait`; an object that has another in its place is not for the short way */
     int (*wait)(PyObject *driver, double seconds); /* negative: for ever */
     int (*dispatch)(PyObject *driver);
+    /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
+     * asked; -1: error. */
+    int (*submit_receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
 };
 
-/* The calls for the driver that `wait` is a method of, if that is one of ours; else NULL. */
-const struct turn_calls *native_calls(PyObject *driver, PyObject *wait);
-#ifdef __linux__
-const struct turn_calls *uring_calls(PyCFunction function);
-const struct turn_calls *epoll_calls(PyCFunction function);
-#endif
-
-/* Submit a Receive operation to a native driver.  1: it is in flight; 0: the driver can't take it this way, which with
- * `op` NULL is only asked; -1: error. */
-typedef int (*submit_function)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
-submit_function native_submit(PyObject *driver); /* NULL if there is none */
-#ifdef __linux__
-submit_function uring_submit_function(PyObject *driver);
-submit_function epoll_submit_function(PyObject *driver);
-#endif
+void add_native_driver(const struct native_driver *driver);
+const struct native_driver *native_driver_of(PyObject *driver); /* NULL if it is none of ours */
 
 /* The bookkeeping of a submission and of the last completion, as Driver._launch and _land do it. */
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);
@@ -150,9 +143,12 @@ void note_piece(size_t size); /* one that came another way */
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
 /* recv on `sock` into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or
- * without.  Both are held while that runs: it may do anything, to the socket too. */
-ssize_t receive_into(PyObject *sock, PyObject *get_buffer);
+ * without.  Both are held while that runs: it may do anything, to the socket too.  `filled`: the buffer is full, so that
+ * there may be more. */
+ssize_t receive_into(PyObject *sock, PyObject *get_buffer, int *filled);
 enum { NO_BUFFER = -2 };
+/* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
+enum { RECEIVES_IN_A_TURN = 8 };
 extern PyTypeObject *SocketWait_type;
 /* op.complete(value, error), of which one is None, for an operation that has landed: a SocketWait's, or what came in its
  * place when its coroutine was gone. */
@@ -170,6 +166,11 @@ int add_datagrams(PyObject *module);
 
 /* Whether a list or a deque has anything in it; both keep their size where var-sized objects do. */
 static inline int has_items(PyObject *object) { return object != NULL && Py_SIZE(object) > 0; }
+
+PyObject *set_helpers(PyObject *module, PyObject *args);
+PyObject *use_operations(PyObject *module, PyObject *operations);
+int intern_names(void);
+int check_sockets(void);
 
 int add_handles(PyObject *module);
 int add_turns(PyObject *module);

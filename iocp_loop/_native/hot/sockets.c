@@ -20,7 +20,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *loop, *proactor, *driver;
     PyObject *unclaimed, *lines, *transports; /* dicts; a socket in one of them is not for the quick way */
-    submit_function submit;
+    const struct native_driver *native;
 } SocketCalls;
 
 typedef struct {
@@ -106,17 +106,19 @@ PyObject *receive_now(descriptor fd, size_t size)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-ssize_t receive_into(PyObject *sock, PyObject *get_buffer)
+ssize_t receive_into(PyObject *sock, PyObject *get_buffer, int *filled)
 {
     Py_buffer view;
     ssize_t count = NO_BUFFER;
     int code = 0;
+    *filled = 0;
     Py_INCREF(sock);
     Py_INCREF(get_buffer);
     PyObject *buffer = PyObject_CallNoArgs(get_buffer);
     if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
         count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
         code = errno;
+        *filled = count > 0 && count == view.len;
         PyBuffer_Release(&view);
     }
     Py_XDECREF(buffer);
@@ -160,7 +162,7 @@ static int submit(SocketWait *self)
         Py_DECREF(op);
         return -1;
     }
-    int done = calls->submit(calls->driver, op, fd, self->size);
+    int done = calls->native->submit_receive(calls->driver, op, fd, self->size);
     if (done > 0)
         Py_XSETREF(self->op, op);
     else
@@ -431,7 +433,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         Py_DECREF(data);
         return NULL;
     }
-    if (owned || !self->submit(self->driver, NULL, fd, 0))
+    if (owned || !self->native->submit_receive(self->driver, NULL, fd, 0))
         return data; /* None */
     Py_DECREF(data);
     SocketWait *wait = PyObject_GC_New(SocketWait, SocketWait_type);
@@ -526,8 +528,8 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOO!O!O!", &loop, &proactor, &driver, &PyDict_Type, &unclaimed, &PyDict_Type, &lines,
                           &PyDict_Type, &transports))
         return NULL;
-    submit_function submit = native_submit(driver);
-    if (submit == NULL || operation_slots.receive == NULL)
+    const struct native_driver *native = native_driver_of(driver);
+    if (native == NULL || operation_slots.receive == NULL)
         Py_RETURN_NONE;
     SocketCalls *self = PyObject_GC_New(SocketCalls, Calls_type);
     if (self == NULL)
@@ -538,7 +540,7 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
     self->unclaimed = Py_NewRef(unclaimed);
     self->lines = Py_NewRef(lines);
     self->transports = Py_NewRef(transports);
-    self->submit = submit;
+    self->native = native;
     PyObject_GC_Track(self);
     return (PyObject *)self;
 }

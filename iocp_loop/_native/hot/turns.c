@@ -31,7 +31,7 @@ typedef struct {
     uint64_t serial;
     double resolution; /* of the clock, seconds: a timer that is due within it is due */
     PyObject *driver, *wait, *dispatch;
-    const struct turn_calls *calls; /* of a native driver; NULL: call its methods */
+    const struct native_driver *native; /* NULL: call the methods of the driver */
     PyObject *task_factory;
     char debug, closed, stopping, waited;
 } Turns;
@@ -440,8 +440,8 @@ static int wait(Turns *self)
             seconds = seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds;
         }
     }
-    if (self->calls != NULL)
-        return self->calls->wait(self->driver, seconds);
+    if (self->native != NULL)
+        return self->native->wait(self->driver, seconds);
     timeout = seconds < 0 ? Py_NewRef(Py_None) : PyFloat_FromDouble(seconds);
     if (timeout == NULL)
         return -1;
@@ -453,8 +453,8 @@ static int wait(Turns *self)
 
 static int dispatch(Turns *self)
 {
-    if (self->calls != NULL)
-        return self->calls->dispatch(self->driver);
+    if (self->native != NULL)
+        return self->native->dispatch(self->driver);
     PyObject *done = PyObject_CallNoArgs(self->dispatch);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
@@ -537,7 +537,11 @@ static PyObject *turns_use(Turns *self, PyObject *driver)
         return NULL;
     }
     Py_DECREF(has_work);
-    self->calls = native_calls(driver, wait);
+    self->native = native_driver_of(driver);
+    if (self->native != NULL
+        && (!PyCFunction_Check(wait) || PyCFunction_GET_SELF(wait) != driver
+            || PyCFunction_GET_FUNCTION(wait) != self->native->wait_method))
+        self->native = NULL;
     Py_XSETREF(self->driver, Py_NewRef(driver));
     Py_XSETREF(self->wait, wait);
     Py_XSETREF(self->dispatch, dispatch);
@@ -743,7 +747,7 @@ static int turns_traverse(Turns *self, visitproc visit, void *arg)
 
 static int turns_clear(Turns *self)
 {
-    self->calls = NULL;
+    self->native = NULL;
     Py_CLEAR(self->driver);
     Py_CLEAR(self->wait);
     Py_CLEAR(self->dispatch);

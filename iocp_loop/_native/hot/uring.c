@@ -42,9 +42,9 @@ static PyTypeObject *UringTurns_type;
 /* The longest timeout that is handed to the kernel, ns: about 100 years. */
 static const double LONGEST_NS = 3e18;
 
-/* The shortest that is not 0.  By so much the kernel itself lets timers be late (prctl(2), PR_SET_TIMERSLACK), and to
- * wake once for the timers of so long a time is cheaper than to wake for each. */
-enum { SHORTEST_NS = 50000 };
+/* The shortest that is not 0: to wake once for the timers of so long a time is cheaper than to wake for each.  It is a
+ * fifth of the millisecond in which epoll, and so most other loops, count. */
+enum { SHORTEST_NS = 200000 };
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Waiting
@@ -338,15 +338,15 @@ static int end_bulk(UringTurns *self, PyObject *op, PyObject *value)
 }
 
 /* As _receive_bulk of the driver: the socket is readable. */
-static int receive_bulk(UringTurns *self, PyObject *op)
+static int receive_bulk_once(UringTurns *self, PyObject *op, int *again)
 {
     PyObject *sock = SLOT(op, operation_slots.handle), *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
     PyObject *stream = Py_NewRef(SLOT(op, operation_slots.driver_data)), *value = NULL, *done;
     ssize_t count;
-    int lent = get_buffer != NULL && get_buffer != Py_None, failed = 0;
+    int lent = get_buffer != NULL && get_buffer != Py_None, failed = 0, filled = 0;
     Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_False));
     if (lent)
-        count = receive_into(sock, get_buffer);
+        count = receive_into(sock, get_buffer, &filled);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &value);
     if (count == NO_BUFFER)
@@ -373,17 +373,33 @@ static int receive_bulk(UringTurns *self, PyObject *op)
             done = complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
             Py_XDECREF(complete);
             Py_XDECREF(done);
-            failed = done == NULL ? go_on_failing(self, op, stream) : go_on(self, op, stream);
+            if (done == NULL)
+                failed = go_on_failing(self, op, stream);
+            else if (filled && *again && self->ring != NULL && SLOT(op, operation_slots.paused) != Py_True
+                     && SLOT(stream, at.armed) == Py_False
+                     && SLOT(op, operation_slots.state) == operation_slots.in_flight)
+                goto done; /* there may be more */
+            else
+                failed = go_on(self, op, stream);
         }
     }
+    *again = 0;
+done:
     Py_XDECREF(value);
     Py_DECREF(stream);
     return failed;
 }
 
-submit_function uring_submit_function(PyObject *driver)
+static int receive_bulk(UringTurns *self, PyObject *op)
 {
-    return PyObject_TypeCheck(driver, UringTurns_type) ? submit_receive : NULL;
+    int again;
+    for (int left = RECEIVES_IN_A_TURN; left > 0; left--) {
+        again = left > 1;
+        int failed = receive_bulk_once(self, op, &again);
+        if (failed || !again)
+            return failed;
+    }
+    return 0;
 }
 
 /* One completion: to the receiver of a stream at once, or else to _reap. */
@@ -453,12 +469,6 @@ static PyObject *uring_turns_dispatch(PyObject *self, PyObject *ignored)
     if (dispatch(self) < 0)
         return NULL;
     Py_RETURN_NONE;
-}
-
-const struct turn_calls *uring_calls(PyCFunction function)
-{
-    static const struct turn_calls calls = {wait, dispatch};
-    return function == (PyCFunction)uring_turns_wait ? &calls : NULL;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -610,6 +620,8 @@ int add_uring(PyObject *module)
     UringTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &uring_turns_spec, NULL);
     if (UringTurns_type == NULL)
         return -1;
+    static const struct native_driver driver = {&UringTurns_type, uring_turns_wait, wait, dispatch, submit_receive};
+    add_native_driver(&driver);
     return PyModule_AddObjectRef(module, "UringTurns", (PyObject *)UringTurns_type);
 }
 

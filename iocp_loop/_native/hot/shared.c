@@ -1,0 +1,303 @@
+/* What the files of the native tier share; hot.h tells what is where, and what each function does. */
+
+#include "hot.h"
+
+#ifdef _WIN32
+#include <winsock2.h>
+#else
+#include <sys/socket.h>
+#endif
+
+struct names names;
+struct helpers helpers;
+struct operation_slots operation_slots;
+
+/* socket.socket, and _socket.socket beneath it; NULL where a socket's descriptor can't be read in place. */
+static PyTypeObject *socket_class, *socket_type;
+
+Py_ssize_t slot_offset(PyObject *type, const char *name)
+{
+    PyObject *member = PyObject_GetAttrString(type, name);
+    if (member == NULL)
+        return -1;
+    if (!Py_IS_TYPE(member, &PyMemberDescr_Type)) {
+        PyErr_Format(PyExc_ImportError, "%R has no slot %s", type, name);
+        Py_DECREF(member);
+        return -1;
+    }
+    Py_ssize_t offset = ((PyMemberDescrObject *)member)->d_member->offset;
+    Py_DECREF(member);
+    return offset;
+}
+
+PyObject *take_exception(void)
+{
+#if PY_VERSION_HEX >= 0x030C0000
+    return PyErr_GetRaisedException();
+#else
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback != NULL)
+        PyException_SetTraceback(value, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return value;
+#endif
+}
+
+int ends_the_loop(void)
+{
+    return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
+}
+
+int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
+{
+    PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
+    if (before == NULL && PyErr_Occurred())
+        return -1;
+    PyObject *number = PyLong_FromUnsignedLongLong(token);
+    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
+    int failed = number == NULL || count == NULL || PyDict_SetItem(submissions, kind, count) < 0
+                         || PyDict_SetItem(in_flight, number, op) < 0
+                     ? -1
+                     : 0;
+    Py_XDECREF(count);
+    if (failed) { /* nothing is in flight then */
+        Py_XDECREF(number);
+        return -1;
+    }
+    Py_XSETREF(SLOT(op, operation_slots.token), number);
+    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.in_flight));
+    return 0;
+}
+
+int land(PyObject *op, PyObject *in_flight)
+{
+    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.done));
+    return PyDict_DelItem(in_flight, SLOT(op, operation_slots.token));
+}
+
+int enter_context(PyObject *context)
+{
+    if (!PyContext_CheckExact(context))
+        return 0;
+    return PyContext_Enter(context) < 0 ? -1 : 1;
+}
+
+PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const *args, size_t count)
+{
+    PyObject *result;
+    int entered = enter_context(context);
+    if (entered < 0)
+        return NULL;
+    if (entered) {
+        result = PyObject_Vectorcall(callable, args, count, NULL);
+        if (PyContext_Exit(context) < 0)
+            Py_CLEAR(result);
+        return result;
+    }
+    PyObject *run = PyObject_GetAttr(context, names.run);
+    if (run == NULL)
+        return NULL;
+    PyObject **more = PyMem_Malloc((count + 1) * sizeof(PyObject *));
+    if (more == NULL) {
+        Py_DECREF(run);
+        return PyErr_NoMemory();
+    }
+    more[0] = callable;
+    for (size_t n = 0; n < count; n++)
+        more[n + 1] = args[n];
+    result = PyObject_Vectorcall(run, more, count + 1, NULL);
+    PyMem_Free(more);
+    Py_DECREF(run);
+    return result;
+}
+
+/* How CPython's socket objects begin.  Looked at once, when the module is made: see check_sockets. */
+struct socket_object {
+    PyObject_HEAD
+    descriptor fd;
+    int family, type;
+};
+
+int is_socket(PyObject *object)
+{
+    return socket_type != NULL && (Py_IS_TYPE(object, socket_class) || Py_IS_TYPE(object, socket_type));
+}
+
+int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
+
+descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
+
+/* object.name as a C integer; -1 with an exception. */
+static long long number_of(PyObject *object, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(object, name);
+    long long number = value == NULL ? -1 : PyLong_AsLongLong(value);
+    Py_XDECREF(value);
+    return number;
+}
+
+/* Whether what we read of an open socket is what it says of itself, and that it is closed when it is. */
+static int reads_right(PyObject *sock)
+{
+    const struct socket_object *read = (struct socket_object *)sock;
+    PyObject *fd = PyObject_CallMethod(sock, "fileno", NULL), *closed;
+    int right = fd != NULL && read->fd == (descriptor)PyLong_AsLongLong(fd) && read->family == number_of(sock, "family")
+                && read->type == number_of(sock, "type");
+    Py_XDECREF(fd);
+    PyErr_Clear();
+    closed = PyObject_CallMethod(sock, "close", NULL);
+    Py_XDECREF(closed);
+    return right && closed != NULL && read->fd == NO_DESCRIPTOR;
+}
+
+/* Make sure that a socket's descriptor is where we look for it.  If it is not, or no socket can be made here to try it,
+ * no object passes for a socket, and everything goes by the methods of socket objects. */
+int check_sockets(void)
+{
+    PyObject *module = PyImport_ImportModule("socket"), *beneath = PyImport_ImportModule("_socket");
+    PyObject *class = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
+    PyObject *type = beneath == NULL ? NULL : PyObject_GetAttrString(beneath, "socket");
+    Py_XDECREF(module);
+    Py_XDECREF(beneath);
+    if (class == NULL || type == NULL) {
+        Py_XDECREF(class);
+        Py_XDECREF(type);
+        return -1;
+    }
+    PyObject *sock = PyObject_CallNoArgs(class);
+    if (sock != NULL && PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
+        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(sock)) {
+        socket_class = (PyTypeObject *)Py_NewRef(class);
+        socket_type = (PyTypeObject *)Py_NewRef(type);
+    }
+    PyErr_Clear();
+    Py_XDECREF(sock);
+    Py_DECREF(class);
+    Py_DECREF(type);
+    return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The drivers that there are
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static const struct native_driver *drivers[4];
+static size_t driver_count;
+
+void add_native_driver(const struct native_driver *driver)
+{
+    if (driver_count < sizeof drivers / sizeof *drivers)
+        drivers[driver_count++] = driver;
+}
+
+const struct native_driver *native_driver_of(PyObject *driver)
+{
+    for (size_t n = 0; n < driver_count; n++)
+        if (PyObject_TypeCheck(driver, *drivers[n]->type))
+            return drivers[n];
+    return NULL;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * What comes from Python
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+PyObject *set_helpers(PyObject *module, PyObject *args)
+{
+    PyObject *report_error, *run_in_debug;
+    if (!PyArg_ParseTuple(args, "OO", &report_error, &run_in_debug))
+        return NULL;
+    Py_XSETREF(helpers.report_error, Py_NewRef(report_error));
+    Py_XSETREF(helpers.run_in_debug, Py_NewRef(run_in_debug));
+    Py_RETURN_NONE;
+}
+
+/* use_operations(operations): where its classes have their slots. */
+PyObject *use_operations(PyObject *module, PyObject *operations)
+{
+    static const struct {
+        const char *type, *slot;
+        size_t where;
+    } table[] = {
+        {"Operation", "complete", offsetof(struct operation_slots, complete)},
+        {"Operation", "driver_data", offsetof(struct operation_slots, driver_data)},
+        {"Operation", "fd", offsetof(struct operation_slots, fd)},
+        {"Operation", "handle", offsetof(struct operation_slots, handle)},
+        {"Operation", "key", offsetof(struct operation_slots, key)},
+        {"Operation", "state", offsetof(struct operation_slots, state)},
+        {"Operation", "token", offsetof(struct operation_slots, token)},
+        {"ReceiveStream", "get_buffer", offsetof(struct operation_slots, get_buffer)},
+        {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
+        {"Receive", "size", offsetof(struct operation_slots, size)},
+        {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
+    };
+    if (operation_slots.receive != NULL)
+        Py_RETURN_NONE;
+    for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
+        PyObject *type = PyObject_GetAttrString(operations, table[n].type);
+        Py_ssize_t offset = type == NULL ? -1 : slot_offset(type, table[n].slot);
+        Py_XDECREF(type);
+        if (offset < 0)
+            return NULL;
+        *(Py_ssize_t *)((char *)&operation_slots + table[n].where) = offset;
+    }
+    operation_slots.new = PyObject_GetAttrString(operations, "NEW");
+    operation_slots.in_flight = PyObject_GetAttrString(operations, "IN_FLIGHT");
+    operation_slots.done = PyObject_GetAttrString(operations, "DONE");
+    operation_slots.receive_stream = PyObject_GetAttrString(operations, "ReceiveStream");
+    operation_slots.receive_from_stream = PyObject_GetAttrString(operations, "ReceiveFromStream");
+    operation_slots.receive = PyObject_GetAttrString(operations, "Receive");
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+int intern_names(void)
+{
+    static const struct {
+        PyObject **where;
+        const char *text;
+    } table[] = {
+        {&names.abandon, "abandon"},
+        {&names.buffer_updated, "buffer_updated"},
+        {&names.callback, "callback"},
+        {&names.check_callback, "_check_callback"},
+        {&names.check_closed, "_check_closed"},
+        {&names.check_thread, "_check_thread"},
+        {&names.context, "context"},
+        {&names.create_future, "create_future"},
+        {&names.data_received, "data_received"},
+        {&names.delay, "delay"},
+        {&names.done, "done"},
+        {&names.drain_ready, "_drain_ready"},
+        {&names.end, "_end"},
+        {&names.end_stream, "_end_stream"},
+        {&names.fatal_error, "_fatal_error"},
+        {&names.future_blocking, "_asyncio_future_blocking"},
+        {&names.get_buffer, "get_buffer"},
+        {&names.go_on, "_go_on"},
+        {&names.hand_over, "_hand_over"},
+        {&names.keep_value, "keep_value"},
+        {&names.open_ring, "_open_ring"},
+        {&names.queue_leftovers, "_queue_leftovers"},
+        {&names.reap, "_reap"},
+        {&names.receive_ended, "_receive_ended"},
+        {&names.receiving_failed, "_receiving_failed"},
+        {&names.run, "run"},
+        {&names.set_result, "set_result"},
+        {&names.time, "time"},
+        {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
+        {&names.when, "when"},
+        {&names.write_otherwise, "_write_otherwise"},
+        {&names.write_to_self, "_write_to_self"},
+    };
+    for (size_t n = 0; n < sizeof(table) / sizeof(*table); n++) {
+        *table[n].where = PyUnicode_InternFromString(table[n].text);
+        if (*table[n].where == NULL)
+            return -1;
+    }
+    return 0;
+}
