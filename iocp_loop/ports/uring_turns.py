@@ -22,8 +22,8 @@ __all__ = ["PythonUringTurns", "UringTurns"]
 #: The longest timeout that is handed to the kernel, ns: about 100 years.
 LONGEST_NS = 3_000_000_000_000_000_000
 
-#: The shortest that is not 0, ns: to wake once for the timers of so long a time is cheaper than to wake for each.  It is a
-#: fifth of the millisecond in which epoll, and so most other loops, count.
+#: The shortest that is not 0, ns: to wake once for the timers of so long a time is cheaper than to wake for each.  It
+#: is a fifth of the millisecond in which epoll, and so most other loops, count.
 SHORTEST_NS = 200_000
 
 # A completion of a stream that goes on, with data: URING_MORE and URING_DATA of uring.h.
