@@ -257,8 +257,6 @@ async def test_somebody_else_takes_the_data(loop: Loop, ends: Pair) -> None:
             assert await task == b"one"
 
 
-
-
 def test_system_exit_in_one_completion_loses_no_other(driver: str) -> None:
     """Data of several sockets in one batch, and the first makes an end of the loop."""
     loop = iocp_loop.new_event_loop(driver)
@@ -351,7 +349,8 @@ async def test_no_bytes_at_all(loop: Loop, ends: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "error"), [(-1, ValueError), (2**100, OverflowError), (1.5, TypeError), ("1", TypeError), (None, TypeError)]
+    ("size", "error"),
+    [(-1, ValueError), (2**100, OverflowError), (1.5, TypeError), ("1", TypeError), (None, TypeError)],
 )
 async def test_sizes_that_are_none(loop: Loop, ends: Pair, size: Any, error: type[Exception]) -> None:
     with pytest.raises(error):

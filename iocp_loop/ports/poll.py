@@ -160,7 +160,7 @@ class PollDriver(PollTurns, Driver):
         waiting = self._take_socket_wait(fd)
         if waiting is None:
             return
-        if waiting.handle.fileno() == fd:
+        if waiting.handle.fileno() == fd:  # type: ignore[union-attr]  # a Receive holds a socket
             self._add(waiting, READABLE)
         else:  # its socket was closed, and the number means something else now
             self._finish(waiting, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
