@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-all test-debian test-windows lint format types docs coverage bench wheel clean
+.PHONY: help venv echo doctor test test-python-tier sanitize soak test-all test-debian test-windows lint format types docs coverage bench wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -74,6 +74,21 @@ bench: $(VENV)/.bench ## the benchmarks (ARGS=)
 test: $(VENV)/.test ## the tests, on every driver that this machine has (ARGS=)
 	@$(RUN) -m iocp_loop
 	@$(RUN) -m pytest $(ARGS)
+
+# Without the tests of what has nothing to do with the tier: the benchmarks, the examples, the drivers' bindings, and
+# Windows.
+NOT_OF_A_TIER := benchmarks benchmarks_runs examples choice signatures native_windows iocp iocp_many \
+    windows_pipes pytest_asyncio echo_program
+WITHOUT := $(foreach name,$(NOT_OF_A_TIER),--ignore=tests/test_$(name).py)
+
+test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without those that do not touch it (ARGS=)
+	@IOCP_LOOP_NATIVE=0 $(RUN) -m pytest $(WITHOUT) $(ARGS)
+
+sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind (ARGS=asan, ARGS=valgrind)
+	@PYTHON=$(RUN) tools/sanitize.sh $(ARGS)
+
+soak: $(VENV)/.test ## 100,000 connections, 1,000,000 callbacks and timers: nothing may be left (ARGS=)
+	@IOCP_LOOP_SOAK=50 $(RUN) -m pytest -o faulthandler_timeout=1800 tests/test_references.py $(ARGS)
 
 test-all: $(VENV)/.dev ## the tests on every Python found here, from 3.11 on
 	@$(BIN)/nox $(ARGS)

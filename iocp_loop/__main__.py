@@ -13,6 +13,7 @@ import platform
 import sys
 from typing import Any
 
+from . import native
 from .ports.choice import AUTO_ORDER, DRIVERS, ENVIRONMENT_VARIABLE, availability
 
 __all__ = ["examine", "main"]
@@ -28,7 +29,9 @@ def examine() -> dict[str, Any]:
     that ``auto`` takes.  ``environment``: the value of IOCP_LOOP_DRIVER or None.  ``in_force``: the driver that a new
     loop gets, or None if IOCP_LOOP_DRIVER asks for one that cannot be had; ``problem`` says so then.  ``binding``:
     the compiled extension module of this platform, its ``module`` (None where the platform has none) and ``path``
-    (None if it was not built).
+    (None if it was not built).  ``tier``: what runs with every callback and message, its ``name`` (``native`` or
+    ``python``), the ``path`` of the native one or None, the ``reason`` why it is not that (empty if it is) and the
+    ``environment``, the value of IOCP_LOOP_NATIVE or None.
     """
     from . import __version__
 
@@ -49,6 +52,7 @@ def examine() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "executable": sys.executable,
         "binding": _binding(),
+        "tier": _tier(),
         "drivers": [driver._asdict() for driver in drivers],
         "auto": auto,
         "environment": environment,
@@ -66,6 +70,15 @@ def _binding() -> dict[str, str | None]:
     return {"module": module, "path": spec.origin if spec is not None else None}
 
 
+def _tier() -> dict[str, str | None]:
+    return {
+        "name": "python" if native.hot is None else "native",
+        "path": getattr(native.hot, "__file__", None),
+        "reason": native.why_not,
+        "environment": os.environ.get(native.ENVIRONMENT_VARIABLE),
+    }
+
+
 def describe(facts: dict[str, Any]) -> str:
     """The facts of `examine`, for people."""
     binding = facts["binding"]
@@ -75,11 +88,13 @@ def describe(facts: dict[str, Any]) -> str:
         built = f"{binding['module']} was not built (that takes a C compiler and Python's headers)"
     else:
         built = f"{binding['module']}, {binding['path']}"
+    tier = facts["tier"]
     lines = [
         f"iocp_loop  {facts['iocp_loop']}",
         f"platform   {facts['platform']}",
         f"python     {facts['python']}, {facts['executable']}",
         f"binding    {built}",
+        f"tier       {tier['name']}, {tier['path'] or tier['reason']}",
         "",
     ]
     for driver in facts["drivers"]:

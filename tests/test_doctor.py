@@ -12,6 +12,7 @@ import pytest
 
 import iocp_loop
 from iocp_loop import __main__ as doctor
+from iocp_loop import native
 from iocp_loop.ports import DRIVERS, availability
 
 from .programs import run_to_end
@@ -78,6 +79,25 @@ def test_an_environment_that_cannot_be_followed_is_told(name: str, reason: str) 
     assert found["in_force"] is None
     assert reason in found["problem"]
     assert f"in force   none, a new loop cannot be made: {found['problem']}" in output(IOCP_LOOP_DRIVER=name)
+
+
+def test_it_tells_which_tier_is_in_force_and_why() -> None:
+    found = facts(IOCP_LOOP_NATIVE="0")["tier"]
+    assert found == {"name": "python", "path": None, "reason": "IOCP_LOOP_NATIVE=0", "environment": "0"}
+    assert "tier       python, IOCP_LOOP_NATIVE=0" in output(IOCP_LOOP_NATIVE="0")
+
+
+@pytest.mark.skipif(native.hot is None, reason=f"the native tier is not in force: {native.why_not}")
+def test_it_tells_where_the_native_tier_is() -> None:
+    found = facts(IOCP_LOOP_NATIVE="1")["tier"]
+    assert found == {"name": "native", "path": native.hot.__file__, "reason": "", "environment": "1"}
+    assert f"tier       native, {native.hot.__file__}" in output(IOCP_LOOP_NATIVE="1")
+
+
+def test_it_tells_why_there_is_no_native_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "hot", None)
+    monkeypatch.setattr(native, "why_not", "it is missing")
+    assert "tier       python, it is missing" in doctor.describe(doctor.examine())
 
 
 def test_it_tells_whether_the_binding_was_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def test_an_exception_in_a_callback_is_reported_in_the_same_words(driver: str, d
         loop.close()
     ours, theirs = told
     assert ours["message"] == theirs["message"]
-    assert ours["message"].startswith("Exception in callback raising(1, 'two')")
+    assert ours["message"].startswith("Exception in callback raising(")
     assert ours.keys() == theirs.keys()
     assert (type(ours["exception"]), ours["exception"].args) == (ValueError, ("on purpose",))
     if debug:
@@ -264,8 +264,8 @@ async def test_times_of_any_kind_of_number(loop: Loop) -> None:
     ]
     never = loop.call_at(float("inf"), calls.append, 4)
     if native.hot is not None:  # asyncio's own arithmetic is on floats
-        exact = decimal.Decimal("0.5")
-        handles.append(loop.call_at(exact, calls.append, 5))  # type: ignore[arg-type]  # a number all the same
+        exact: Any = decimal.Decimal("0.5")
+        handles.append(loop.call_at(exact, calls.append, 5))
         assert handles[-1].when() is exact
     await asyncio.sleep(0.01)
     assert set(calls) == set(range(6 if native.hot is not None else 4)) - {4}
@@ -303,7 +303,7 @@ async def test_a_timer_cancelled_in_its_own_callback_and_afterwards(loop: Loop) 
     await until(lambda: calls)
     timer.cancel()
     assert timer.cancelled()
-    assert timer not in loop._scheduled  # type: ignore[attr-defined]  # BaseEventLoop's
+    assert timer not in loop._scheduled
 
 
 def test_handles_after_the_loop_was_closed(driver: str) -> None:
@@ -315,9 +315,9 @@ def test_handles_after_the_loop_was_closed(driver: str) -> None:
         handle.cancel()
         handle.cancel()
         assert handle.cancelled()
-    for method, args in ((loop.call_soon, ()), (loop.call_later, (1,)), (loop.call_at, (1,))):
+    for name, args in (("call_soon", ()), ("call_later", (1,)), ("call_at", (1,))):
         with pytest.raises(RuntimeError, match="Event loop is closed"):
-            method(*args, nothing)  # type: ignore[operator]  # three methods, two shapes
+            getattr(loop, name)(*args, nothing)
 
 
 async def test_a_handle_that_is_added_again(loop: Loop) -> None:
@@ -326,7 +326,7 @@ async def test_a_handle_that_is_added_again(loop: Loop) -> None:
     argument = [1]
     handle = loop.call_soon(calls.append, argument)
     for _ in range(5):
-        loop._ready.append(handle)  # type: ignore[attr-defined]  # BaseEventLoop's
+        loop._ready.append(handle)
         loop._add_callback(handle)  # type: ignore[attr-defined]  # BaseEventLoop's
     timer = loop.call_later(100, calls.append, argument)
     loop._add_callback(timer)  # type: ignore[attr-defined]  # BaseEventLoop's
@@ -339,7 +339,7 @@ async def test_a_handle_that_is_added_again(loop: Loop) -> None:
 async def test_handles_of_other_kinds(loop: Loop, reports: Reports) -> None:
     """asyncio's own handles, made for our loop: in the ready queue, and as timers that nobody schedules."""
     calls: list[int] = []
-    loop._ready.append(asyncio.Handle(calls.append, [1], loop, None))  # type: ignore[attr-defined]  # as above
+    loop._ready.append(asyncio.Handle(calls.append, [1], loop, None))
     loop._add_callback(asyncio.Handle(raising, (), loop, None))  # type: ignore[attr-defined]  # as above
     cancelled = asyncio.Handle(calls.append, (2,), loop, None)
     cancelled.cancel()
@@ -352,7 +352,7 @@ async def test_handles_of_other_kinds(loop: Loop, reports: Reports) -> None:
 
 async def test_the_ready_queue_from_outside(loop: Loop) -> None:
     calls: list[int] = []
-    queue = loop._ready  # type: ignore[attr-defined]  # BaseEventLoop's
+    queue = loop._ready
     await turns(1)
     handles = [loop.call_soon(calls.append, number) for number in range(100)]
     assert len(queue) >= 100
@@ -380,14 +380,16 @@ async def test_a_context_that_is_none(loop: Loop, reports: Reports) -> None:
     assert "'int' object has no attribute 'run'" in str(reports.pop()["exception"])
 
 
-async def test_a_context_that_is_in_use(loop: Loop, reports: Reports) -> None:
+async def test_a_context_that_is_in_use(loop: Loop, reports: Reports, caplog: pytest.LogCaptureFixture) -> None:
     context = contextvars.copy_context()
     calls: list[int] = []
     handle = asyncio.Handle(calls.append, (1,), loop, context)
     ours = loop.call_soon(calls.append, 2, context=context)
     context.run(handle._run)
     context.run(ours._run)
-    assert [type(report["exception"]) for report in reports] == [RuntimeError] * 2
+    assert not calls
+    # Reported, since Python 3.12 in the very context that can't be entered, and then to the log.
+    assert len(reports) == 2 or caplog.text.count("is already entered") >= 2
     reports.clear()
     await turns()
     assert calls == [2]
@@ -446,7 +448,7 @@ def test_timers_strike_in_order(data: st.DataObject) -> None:
 def compare_with_a_model(loop: Loop, data: st.DataObject) -> None:
     clock = Clock()
     loop.time = lambda: clock.now  # type: ignore[method-assign]  # time is the test's
-    loop._clock_resolution = 1e-9  # type: ignore[attr-defined]  # BaseEventLoop's
+    loop._clock_resolution = 1e-9
     struck: list[int] = []
     model: dict[int, tuple[float, asyncio.TimerHandle]] = {}
     made = 0
@@ -470,10 +472,10 @@ def compare_with_a_model(loop: Loop, data: st.DataObject) -> None:
                 assert struck == [number for _, number in due]
             for _, number in due:
                 assert not model.pop(number)[1]._scheduled  # type: ignore[attr-defined]  # asyncio's
-        pending = {timer for timer in loop._scheduled if not timer.cancelled()}  # type: ignore[attr-defined]  # as above
+        pending = {timer for timer in loop._scheduled if not timer.cancelled()}
         assert pending == {timer for _, timer in model.values()}
         if pending:
-            assert loop._scheduled[0].when() <= min(when for when, _ in model.values())  # type: ignore[attr-defined]  # as above
+            assert loop._scheduled[0].when() <= min(when for when, _ in model.values())
 
 
 @natively
@@ -484,7 +486,7 @@ async def test_a_cancelled_timer_leaves_at_once(loop: Loop) -> None:
         loop.call_later(1000, nothing, alive).cancel()
     del alive
     assert reference() is None
-    assert len(loop._scheduled) < 10  # type: ignore[attr-defined]  # BaseEventLoop's
+    assert len(loop._scheduled) < 10
 
 
 async def test_who_overrides_time_may_cancel_timers_in_it(loop: Loop) -> None:
@@ -522,7 +524,7 @@ def test_cycles_through_handles_are_collected(driver: str, name: str, end: str, 
     holder = Holder()
     when = () if name == "call_soon" else (0 if end == "run" else 100,)
     holder.handle = getattr(loop, name)(*when, holder.method, holder, [holder])
-    references = [weakref.ref(holder), weakref.ref(holder.handle)]
+    references: list[weakref.ref[Any]] = [weakref.ref(holder), weakref.ref(holder.handle)]
     if end == "cancelled":
         holder.handle.cancel()
     gc.collect()
@@ -543,9 +545,9 @@ def test_a_loop_that_was_dropped_with_handles_is_collected(driver: str, debug: b
     holder = Holder()
     holder.handle = loop.call_later(100, holder.method, loop)
     loop.call_soon(holder.method, [holder], loop)
-    queue = loop._ready  # type: ignore[attr-defined]  # BaseEventLoop's
+    queue = loop._ready
     loop.queue = queue  # type: ignore[attr-defined]  # a cycle through it
-    references = [weakref.ref(loop), weakref.ref(holder)]
+    references: list[weakref.ref[Any]] = [weakref.ref(loop), weakref.ref(holder)]
     del loop, holder, queue
     gc.collect()
     gc.collect()

@@ -304,19 +304,19 @@ static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wa
 /* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
 static int abandon(SocketWait *self)
 {
-    PyObject *done = Py_None, *op = self->op;
-    Py_XINCREF(op);
+    PyObject *op = Py_XNewRef(self->op), *done;
     if (self->value != NULL && op != NULL) {
         done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, op, self->value, NULL);
         Py_CLEAR(self->value);
     } else if (op != NULL
                && SLOT(op, operation_slots.complete) == (PyObject *)self)
         done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
-    if (done != Py_None)
-        Py_XDECREF(done);
+    else
+        done = Py_NewRef(Py_None);
     Py_XDECREF(op);
     Py_CLEAR(self->op);
     Py_CLEAR(self->future);
+    Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
 

@@ -1,0 +1,200 @@
+"""Nothing is left behind: connections, callbacks, timers and waits by the thousand leave the process as it was.
+
+What is counted is memory blocks and objects.  Caches fill and lists grow, so each work is done three times, and what
+the third adds beyond the second must be next to nothing for each of its rounds.  ``make soak`` does it longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .support import WINDOWS
+
+Loop = iocp_loop.IocpEventLoop
+Work = Callable[[Loop, int], Awaitable[None]]
+
+#: By how much more is done: 1 in the suite.
+SOAK = int(os.environ.get("IOCP_LOOP_SOAK", "1"))
+
+
+class Quiet(asyncio.Protocol):
+    """Says one thing, hears one thing, and goes."""
+
+    def __init__(self, lost: asyncio.Event) -> None:
+        self.lost = lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # stream transports only
+        self.transport.write(b"hello")
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost.set()
+
+
+async def pairs(loop: Loop, count: int) -> None:
+    for _ in range(count // 2):
+        one, two = socket.socketpair()
+        ends = [asyncio.Event(), asyncio.Event()]
+        for sock, lost in zip((one, two), ends, strict=True):
+            await loop.create_connection(lambda: Quiet(lost), sock=sock)  # noqa: B023 - called at once
+        for lost in ends:
+            await lost.wait()
+
+
+async def clients_of_a_server(loop: Loop, count: int) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read(100))
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    address = server.sockets[0].getsockname()
+
+    async def be_client(number: int) -> None:
+        for _ in range(number):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(b"hello")
+            assert await reader.read(100) == b"hello"
+            writer.transport.abort()  # a reset leaves no port in TIME_WAIT
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*[be_client(count // 50) for _ in range(25)])  # each connection has two ends
+    server.close()
+    await server.wait_closed()
+    await asyncio.sleep(0.01)
+
+
+async def callbacks(loop: Loop, count: int) -> None:
+    done = loop.create_future()
+
+    def run(left: int, *_: Any) -> None:
+        if left:
+            loop.call_soon(run, left - 1, left, [])
+            loop.call_soon(run, 0).cancel()
+        else:
+            done.done() or done.set_result(None)
+
+    for _ in range(10):
+        done = loop.create_future()
+        run(count // 10)
+        await done
+
+
+async def timers(loop: Loop, count: int) -> None:
+    for _ in range(count // 1000):
+        kept = [loop.call_later(100, print, number, []) for number in range(500)]
+        struck = [loop.call_later(0, str, number) for number in range(500)]
+        for timer in kept:
+            timer.cancel()
+        await asyncio.sleep(0)
+        del kept, struck
+
+
+async def failures(loop: Loop, count: int) -> None:
+    loop.set_exception_handler(lambda *_: None)
+    for _ in range(count):
+        loop.call_soon(int, "no number")
+        await asyncio.sleep(0)
+
+
+async def waits(loop: Loop, count: int) -> None:
+    one, two = socket.socketpair()
+    with one, two:
+        one.setblocking(False)
+        two.setblocking(False)
+        for number in range(count):
+            task = asyncio.ensure_future(loop.sock_recv(one, 100 if number % 2 else 100_000))
+            await asyncio.sleep(0)
+            if number % 10 == 0:
+                task.cancel()
+                await asyncio.wait([task])
+                continue
+            await loop.sock_sendall(two, b"hello")
+            assert await task == b"hello"
+
+
+async def datagrams(loop: Loop, count: int) -> None:
+    received = loop.create_future()
+
+    class Receiver(asyncio.DatagramProtocol):
+        def datagram_received(self, data: bytes, address: Any) -> None:
+            received.set_result(address)
+
+    one, _ = await loop.create_datagram_endpoint(Receiver, local_addr=("127.0.0.1", 0))
+    address = one.get_extra_info("sockname")
+    for _ in range(count):
+        received = loop.create_future()
+        one.sendto(b"hello", address)
+        assert await received == address
+    one.abort()
+    await asyncio.sleep(0)
+
+
+#: The work, and how often in the suite: a few seconds in all.
+WORKS: list[tuple[Work, int]] = [
+    (pairs, 2000),
+    (clients_of_a_server, 2000),
+    (callbacks, 20_000),
+    (timers, 20_000),
+    (failures, 2000),
+    (waits, 4000),
+    (datagrams, 4000),
+]
+
+
+@pytest.mark.skipif(WINDOWS, reason="the work is made for Linux: socket pairs by the thousand")
+@pytest.mark.parametrize(("work", "count"), WORKS, ids=[work.__name__ for work, _ in WORKS])
+def test_nothing_is_left(driver: str, work: Work, count: int) -> None:
+    count *= SOAK
+    loop = iocp_loop.new_event_loop(driver)
+    try:
+        left = []
+        for _ in range(3):
+            loop.run_until_complete(work(loop, count))
+            gc.collect()
+            left.append((sys.getallocatedblocks(), len(gc.get_objects()), references()))
+        growth = [after - before for before, after in zip(left[1], left[2], strict=True)]
+    finally:
+        loop.close()
+    assert max(growth) < count / 20, f"blocks, objects, references to what lives for ever: {left}"
+
+
+def references() -> int:
+    """How many references there are to a few objects that every handle and operation refers to."""
+    things: list[Any] = [None, True, False, (), asyncio.Future, asyncio.Task, socket.socket]
+    return sum(sys.getrefcount(thing) for thing in things if sys.getrefcount(thing) < 2**30)  # not the immortal
+
+
+@pytest.mark.skipif(WINDOWS, reason="as above; and /proc tells how much memory there is")
+def test_no_memory_is_left_by_connections(driver: str) -> None:
+    """What no Python allocator sees: the C library's memory, mappings, the kernel's part in it."""
+    loop = iocp_loop.new_event_loop(driver)
+    count = 4000 * SOAK
+    try:
+        loop.run_until_complete(pairs(loop, count))
+        before = resident_bytes()
+        loop.run_until_complete(pairs(loop, count))
+        growth = resident_bytes() - before
+    finally:
+        loop.close()
+    assert growth < 1_000_000 + 20 * count, f"{growth} bytes after {count} connections"
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
