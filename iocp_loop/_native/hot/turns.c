@@ -275,9 +275,9 @@ static int check(Turns *self, PyObject *callback, const char *method, int any_th
     return done == NULL ? -1 : 0;
 }
 
-/* In debug mode asyncio's __init__ notes where the handle is made.  `when` NULL: a Handle, else a TimerHandle. */
-static PyObject *make_in_debug(Turns *self, PyObject *when, PyObject *callback, PyObject *const *args,
-                               Py_ssize_t count, PyObject *context)
+/* Make a handle of `type` by asyncio's __init__, which in debug mode notes where that is.  `when` is for timers only. */
+static PyObject *make_by_asyncio(Turns *self, PyObject *type, PyObject *when, PyObject *callback,
+                                 PyObject *const *args, Py_ssize_t count, PyObject *context)
 {
     PyObject *arguments = PyTuple_New(count), *handle;
     if (arguments == NULL)
@@ -287,11 +287,31 @@ static PyObject *make_in_debug(Turns *self, PyObject *when, PyObject *callback, 
     if (context == NULL)
         context = Py_None;
     if (when == NULL)
-        handle = PyObject_CallFunctionObjArgs((PyObject *)Handle_type, callback, arguments, self, context, NULL);
+        handle = PyObject_CallFunctionObjArgs(type, callback, arguments, self, context, NULL);
     else
-        handle = PyObject_CallFunctionObjArgs((PyObject *)TimerHandle_type, when, callback, arguments, self, context,
-                                              NULL);
+        handle = PyObject_CallFunctionObjArgs(type, when, callback, arguments, self, context, NULL);
     Py_DECREF(arguments);
+    return handle;
+}
+
+/* Since Python 3.14 asyncio has a handle of its own for callbacks from other threads: its cancel() waits while it runs.  It
+ * is written in Python, and one in ours would do nothing else. */
+static PyObject *threadsafe_type; /* NULL before */
+
+static PyObject *make_threadsafe(Turns *self, const struct call *call)
+{
+    PyObject *handle =
+        make_by_asyncio(self, threadsafe_type, NULL, call->named[0], call->args, call->count, call->context);
+    PyObject *stack = handle == NULL ? NULL : PyObject_GetAttrString(handle, "_source_traceback");
+    /* Its last line is that of the constructor, which nobody wants to know of. */
+    if (stack != NULL && PyList_Check(stack) && PyList_GET_SIZE(stack) > 0) {
+        Py_ssize_t size = PyList_GET_SIZE(stack);
+        if (PyList_SetSlice(stack, size - 1, size, NULL) < 0)
+            Py_CLEAR(handle);
+    }
+    if (stack == NULL)
+        Py_CLEAR(handle);
+    Py_XDECREF(stack);
     return handle;
 }
 
@@ -303,8 +323,11 @@ static PyObject *schedule_soon(Turns *self, PyObject *const *args, Py_ssize_t co
     if (parse_call(method, &names.callback, 1, args, count, kwnames, &call) < 0
         || check(self, call.named[0], method, any_thread) < 0)
         return NULL;
-    if (self->debug)
-        handle = make_in_debug(self, NULL, call.named[0], call.args, call.count, call.context);
+    if (any_thread && threadsafe_type != NULL)
+        handle = make_threadsafe(self, &call);
+    else if (self->debug)
+        handle = make_by_asyncio(self, (PyObject *)Handle_type, NULL, call.named[0], call.args, call.count,
+                                 call.context);
     else
         handle = handle_new((PyObject *)self, call.named[0], call.args, call.count, call.context);
     if (handle != NULL && push(self, Py_NewRef(handle)) < 0)
@@ -342,7 +365,8 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
     if (check(self, callback, method, 0) < 0)
         return NULL;
     if (self->debug)
-        handle = make_in_debug(self, when, callback, call->args, call->count, call->context);
+        handle = make_by_asyncio(self, (PyObject *)TimerHandle_type, when, callback, call->args, call->count,
+                                 call->context);
     else
         handle = timer_new((PyObject *)self, when, callback, call->args, call->count, call->context);
     if (handle != NULL && schedule(self, handle, seconds) < 0)
@@ -870,6 +894,8 @@ int add_turns(PyObject *module)
     if (future_type == NULL || task_type == NULL || loop_keyword == NULL || loop_name_keywords == NULL
         || describe_create_task() < 0)
         return -1;
+    threadsafe_type = attribute("asyncio.events", "_ThreadSafeHandle");
+    PyErr_Clear();
     PyObject *time = PyImport_ImportModule("time");
     if (time == NULL)
         return -1;
