@@ -47,7 +47,7 @@ build() {
     rm -f "$copy"/source/iocp_loop/*.so
     CFLAGS="$1" LDFLAGS="$1" "$python" -m pip --disable-pip-version-check --quiet install --no-deps \
         --target "$copy" "$copy/source"
-    cp -r tests pyproject.toml "$copy"
+    cp -r tests docs pyproject.toml "$copy"
     (cd "$copy" && IOCP_LOOP_NATIVE=1 "${@:2}" "$python" -m iocp_loop)
 }
 

@@ -457,6 +457,9 @@ class UringDriver(UringTurns, Driver):
         except OSError as error:
             self._end(op, None, error)
             return
+        except BaseException:  # of get_buffer, to end the loop; the stream goes on all the same
+            self._go_on(op)
+            raise
         if count == 0:
             self._end(op, value)
             return
