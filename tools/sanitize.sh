@@ -68,7 +68,7 @@ run_valgrind() {
     build "-g -O1" env
     (cd "$copy" && env PYTHONMALLOC=malloc IOCP_LOOP_NATIVE=1 valgrind --quiet --error-exitcode=99 --leak-check=no \
         --suppressions="$OLDPWD/tools/valgrind.supp" \
-        "$python" -m pytest -q -p no:cacheprovider -o faulthandler_timeout=0 -k "$too_slow" "${fewer[@]}" "$@")
+        "$python" -m pytest -q -p no:cacheprovider -o faulthandler_timeout=0 --tb=short -k "$too_slow" "${fewer[@]}" "$@")
 }
 
 for tool in "${tools[@]}"; do
