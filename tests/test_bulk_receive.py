@@ -7,13 +7,14 @@ import asyncio
 import ctypes
 import socket
 import sys
+import time
 from typing import Any
 
 import pytest
 
 import iocp_loop
 
-from .support import Recorder, in_thread, read_exactly, reset, turns, until
+from .support import LIMIT, Recorder, in_thread, read_exactly, reset, turns, until
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
@@ -133,7 +134,7 @@ async def test_paused_within_data_received(loop: Loop, pair: Pair, number: int, 
 async def test_closed_within_data_received(loop: Loop, pair: Pair, number: int, action: Any) -> None:
     protocol = Counter(number, action)
     await connect(loop, pair, protocol)
-    with in_thread(lambda: send_what_goes(pair[1])):
+    with in_thread(lambda: send_in_pieces(pair[1], protocol)):
         await until(lambda: protocol.finished)
     assert protocol.pieces == number
     assert protocol.data == LARGE[: len(protocol.data)]
@@ -146,11 +147,25 @@ def send_what_goes(sock: socket.socket) -> None:
         pass  # the other side has closed
 
 
+def send_in_pieces(sock: socket.socket, protocol: Any) -> None:
+    """Send LARGE so that it comes in many pieces, however much a driver receives at once; or until the other closes."""
+    size = 60_000
+    try:
+        for start in range(0, len(LARGE), size):
+            sock.sendall(LARGE[start : start + size])
+            deadline = time.monotonic() + LIMIT
+            while len(protocol.data) < min(start + size, len(LARGE)) and not protocol.finished:
+                assert time.monotonic() < deadline, "it was not received in time"
+                time.sleep(0.0005)
+    except OSError:
+        pass  # the other side has closed
+
+
 @pytest.mark.parametrize("number", [1, 6, 12])
 async def test_an_exception_within_data_received(loop: Loop, pair: Pair, reports: Reports, number: int) -> None:
     protocol = Counter(number, fail)
     await connect(loop, pair, protocol)
-    with in_thread(lambda: send_what_goes(pair[1])):
+    with in_thread(lambda: send_in_pieces(pair[1], protocol)):
         await until(lambda: protocol.finished)
     assert isinstance(protocol.lost, ValueError)
     (report,) = reports
@@ -164,7 +179,7 @@ def test_system_exit_within_data_received_loses_nothing(driver: str, pair: Pair,
     loop = iocp_loop.new_event_loop(driver)
     protocol = Counter(number, leave)
     loop.run_until_complete(connect(loop, pair, protocol))
-    with in_thread(lambda: pair[1].sendall(LARGE)):
+    with in_thread(lambda: send_in_pieces(pair[1], protocol)):
         with pytest.raises(SystemExit):
             loop.run_forever()
         loop.run_until_complete(until(lambda: len(protocol.data) == len(LARGE)))
