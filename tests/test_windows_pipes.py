@@ -531,14 +531,28 @@ async def test_closing_while_the_thread_blocks(loop: Loop, runtime_pipe: tuple[A
     assert reader.read(100) == b"nobody has taken it"
 
 
+def note_reads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """An event that is set when a thread goes to read: one that has not begun when it is stopped will not begin."""
+    reads = threading.Event()
+    really_read = windows_handles.read_blocking
+
+    def read(handle: int, size: int) -> bytes | None:
+        reads.set()
+        return really_read(handle, size)
+
+    monkeypatch.setattr(windows_handles, "read_blocking", read)
+    return reads
+
+
 async def test_a_thread_that_does_not_come_back_is_left(
     loop: Loop, runtime_pipe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reads = note_reads(monkeypatch)
     monkeypatch.setattr(windows_handles, "interrupt", lambda thread: None)
     monkeypatch.setattr(windows_channels, "PATIENCE", 0.1)
     reader, writer = runtime_pipe
     transport, protocol = await loop.connect_read_pipe(Recorder, reader)
-    await turns()
+    await until(reads.is_set)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         transport.close()
@@ -575,9 +589,10 @@ def test_closing_the_loop_while_a_thread_does_not_come_back(
     driver: str, runtime_pipe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = runtime_pipe
+    reads = note_reads(monkeypatch)
     loop = iocp_loop.new_event_loop(driver)
     transport, protocol = loop.run_until_complete(loop.connect_read_pipe(Recorder, reader))
-    loop.run_until_complete(turns())
+    loop.run_until_complete(until(reads.is_set))
     with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         patch.setattr(windows_handles, "interrupt", lambda thread: None)
