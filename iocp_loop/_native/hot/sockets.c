@@ -548,6 +548,10 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
 int add_sockets(PyObject *module)
 {
     scratch = PyMem_Malloc(SCRATCH_SIZE);
+    /* glibc's malloc gives the top of its heap back to the system when 128 KiB of it are free, and a loop that makes and
+     * drops large messages would have it give and take with each.  Its limits grow with the largest block that was ever
+     * mapped and freed (mallopt(3), M_MMAP_THRESHOLD): after this it keeps up to 2 MiB. */
+    PyMem_RawFree(PyMem_RawMalloc(1 << 20));
     SocketWait_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &wait_spec, NULL);
     Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
     return scratch == NULL || SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
