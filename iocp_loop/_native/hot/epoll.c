@@ -42,17 +42,6 @@ typedef struct {
     struct epoll_event events[BATCH];
 } EpollTurns;
 
-/* See uring.c: what another busy thread makes of a wait, and what helps. */
-static const int64_t CONTENDED_NS = 500000;
-enum { CONTENDED_TURNS = 200, LOOK_NS = 60000 };
-
-static int64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
 /* epoll_wait without the GIL; `limit` in ms, negative for ever. */
 static int block(EpollTurns *self, int limit)
 {

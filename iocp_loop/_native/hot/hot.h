@@ -176,6 +176,22 @@ int add_handles(PyObject *module);
 int add_turns(PyObject *module);
 PyObject *make_stream_type(PyObject *module, PyObject *base);
 #ifdef __linux__
+#include <time.h>
+
+/* Getting the GIL back took longer than this: another thread runs Python code all the time. */
+enum { CONTENDED_NS = 500000 };
+
+/* For so many turns after that, look for completions with the GIL in hand, for so long, before giving it away: who
+ * gives it away gets it back one switch interval later (sys.setswitchinterval), 5 ms. */
+enum { CONTENDED_TURNS = 200, LOOK_NS = 60000 };
+
+static inline int64_t clock_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
 int add_uring(PyObject *module);
 int add_epoll(PyObject *module);
 #endif

@@ -50,20 +50,6 @@ enum { SHORTEST_NS = 200000 };
  * Waiting
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* Getting the GIL back took longer than this: another thread runs Python code all the time. */
-static const int64_t CONTENDED_NS = 500000;
-
-/* For so many turns after that, look for completions with the GIL in hand, for so long, before giving it away: who
- * gives it away gets it back one switch interval later (sys.setswitchinterval), 5 ms. */
-enum { CONTENDED_TURNS = 200, LOOK_NS = 60000 };
-
-static int64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
-
 /* uring_wait without the GIL; `limit` in ns, negative for ever. */
 static int block(UringTurns *self, int64_t limit)
 {
