@@ -1,7 +1,15 @@
-"""TLS on the loop's transports, by the standard library's :mod:`asyncio.sslproto`.
+"""TLS on the loop's transports: asyncio's SSLProtocol with a shorter way for the data.
 
 The SSLProtocol is an ordinary protocol of a socket transport; what the user's protocol sees is the transport that it
-offers on its other side.
+offers on its other side.  Its states, the handshake, the shutdown, the timeouts and the flow control are the standard
+library's (:mod:`asyncio.sslproto`).  What every message goes through is ours:
+
+- What the peer sends comes as bytes, by ``data_received``, and goes into the SSLObject's MemoryBIO at once.  asyncio's
+  class keeps a buffer of 256 KiB for each connection instead.
+- As many records as there are become one piece of data, and no read is tried that can only raise SSLWantReadError.
+- What is received before a record that is not valid is delivered, and then the connection fails.
+- A BufferedProtocol whose buffer was too small is asked for another at once, not in the next turn; one that lends an
+  empty buffer has made a mistake, which is not the end of the stream.
 """
 
 from __future__ import annotations
@@ -12,22 +20,170 @@ import socket
 import ssl
 from asyncio import sslproto
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .transports import SocketTransport
+from .native import hot
+from .operations import writable_view
+from .transports import SocketTransport, TakesBytes
 
 __all__ = ["TlsMethods"]
 
+_State: Any = sslproto.SSLProtocolState
+_NOT_NOW: tuple[type[Exception], ...] = sslproto.SSLAgainErrors
 
-class _TlsProtocol(sslproto.SSLProtocol):
-    """asyncio's SSLProtocol with buffers of another size.
+#: The plain text of a TLS record, in bytes, at most (RFC 8446, 5.1).
+_RECORD = 16 * 1024
 
-    It reads `max_size` bytes at a time, into a new bytes object each time, and asks for as many encrypted ones.  A read
-    gives one TLS record at most, 16 KiB (RFC 8446, 5.1); memory of 256 KiB, asyncio's size, is mapped anew by malloc
-    for each read, which costs as much as decrypting a small record.
-    """
+#: How much a transport that is not ours may put into our buffer at once, in bytes: a read gives one record at most.
+_BUFFER = 64 * 1024
 
-    max_size = 64 * 1024
+
+class PythonTls:
+    """The way of one message through TLS.  The native tier has it in C (``_native/hot/tls.c``)."""
+
+    if TYPE_CHECKING:  # the rest of the protocol: asyncio's
+        _app_protocol: Any
+        _app_protocol_buffer_updated: Callable[[int], object]
+        _app_protocol_get_buffer: Callable[[int], Any]
+        _app_protocol_is_buffer: bool
+        _app_reading_paused: bool
+        _incoming: ssl.MemoryBIO
+        _sslobj: ssl.SSLObject
+        _state: Any
+        _write_backlog: Any
+
+        def _call_eof_received(self) -> None: ...
+        def _control_ssl_reading(self) -> None: ...
+        def _do_write(self) -> None: ...
+        def _fatal_error(self, exc: BaseException, message: str) -> None: ...
+        def _go_on(self) -> None: ...
+        def _process_outgoing(self) -> None: ...
+        def _start_shutdown(self) -> None: ...
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes from the peer."""
+        self._incoming.write(data)
+        if self._state is _State.WRAPPED:
+            self._do_read()
+        else:
+            self._go_on()
+
+    def _do_read(self) -> None:
+        """Give the protocol what has come, until there is no more or it wants no more."""
+        if self._state is not _State.WRAPPED and self._state is not _State.FLUSHING:
+            return
+        try:
+            if not self._app_reading_paused:
+                self._read_all()
+                if self._write_backlog:
+                    self._do_write()
+                else:
+                    self._process_outgoing()
+            self._control_ssl_reading()
+        except Exception as exc:
+            self._fatal_error(exc, "Fatal error on SSL protocol")
+
+    def _read_all(self) -> None:
+        full = True
+        while (
+            full and not self._app_reading_paused and (self._state is _State.WRAPPED or self._state is _State.FLUSHING)
+        ):
+            read = self._read_for_buffered_protocol if self._app_protocol_is_buffer else self._read_for_protocol
+            full, ended = read()
+            if ended:
+                self._call_eof_received()
+                self._start_shutdown()
+
+    def _read_for_protocol(self) -> tuple[bool, bool]:
+        # A record of which OpenSSL has the beginning already may be larger than what is left of it here.
+        size = self._incoming.pending + _RECORD
+        with memoryview(bytearray(size)) as view:
+            count, ended, error = self._fill(view)
+            data = bytes(view[:count])
+        if data:
+            self._app_protocol.data_received(data)
+        if error is not None:
+            raise error
+        return count == size, ended
+
+    def _read_for_buffered_protocol(self) -> tuple[bool, bool]:
+        with writable_view(self._app_protocol_get_buffer(self._incoming.pending)) as view:
+            size = view.nbytes
+            if not size:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+            count, ended, error = self._fill(view)
+        if count:
+            self._app_protocol_buffer_updated(count)
+        if error is not None:
+            raise error
+        return count == size, ended
+
+    def _fill(self, view: memoryview) -> tuple[int, bool, Exception | None]:
+        """Decrypt what there is into `view`: how much, whether it was the end, and what went wrong after it."""
+        size = view.nbytes
+        count = 0
+        try:
+            while count < size:
+                more: int = self._sslobj.read(size - count, view[count:])  # type: ignore[assignment]  # given a buffer, a count
+                if not more:
+                    return count, True, None
+                count += more
+                # A read gives of one record what there is of it.  If it left room, and no other record has begun to
+                # come, the next would only raise that there is nothing.
+                if count < size and not self._incoming.pending:
+                    break
+        except _NOT_NOW:
+            pass
+        except Exception as exc:
+            return count, False, exc
+        return count, False, None
+
+
+class PythonTlsTransport:
+    """The native tier has ``write`` in C (``_native/hot/tls.c``); the Python tier leaves it to asyncio's class."""
+
+
+if TYPE_CHECKING:
+    Tls = PythonTls
+    TlsTransport = PythonTlsTransport
+elif hot is None:
+    Tls, TlsTransport = PythonTls, PythonTlsTransport
+else:
+    Tls, TlsTransport = hot.tls_types(_State.WRAPPED, _State.FLUSHING, _NOT_NOW, ssl.SSLObject)
+
+
+class _SSLTransport(TlsTransport, sslproto._SSLProtocolTransport):
+    """What a protocol above TLS writes to."""
+
+    _write_otherwise = sslproto._SSLProtocolTransport.write
+
+    def close(self) -> None:
+        """Close it, once: asyncio's own forgets its SSLProtocol at the second call, and fails at what comes then."""
+        if not self._closed:
+            super().close()
+
+
+class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]  # it redefines _do_read
+    """asyncio's SSLProtocol with the way of a message as above."""
+
+    max_size = 0  # of the buffer that the constructor makes
+
+    def _get_app_transport(self) -> Any:
+        if self._app_transport is None:
+            self._app_transport = _SSLTransport(self._loop, self)
+        return self._app_transport
+
+    def _go_on(self) -> None:
+        """Bytes have come, and it is not just data that is awaited: the step that the state says."""
+        super().buffer_updated(0)
+
+    def get_buffer(self, n: int) -> memoryview:
+        """A buffer for a transport that is not ours, and so takes this protocol for a BufferedProtocol."""
+        self.max_size = _BUFFER  # type: ignore[misc]  # typeshed: of the class
+        return super().get_buffer(n)
+
+
+_make_protocol: Any = _SSLProtocol  # its parameters differ between the Python versions
 
 
 class TlsMethods(asyncio.BaseEventLoop):
@@ -52,8 +208,7 @@ class TlsMethods(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
         **more: Any,
     ) -> Any:
-        make: Any = _TlsProtocol  # its parameters differ between the Python versions
-        ssl_protocol = make(
+        ssl_protocol = _make_protocol(
             self,
             protocol,
             sslcontext,
@@ -84,31 +239,52 @@ class TlsMethods(asyncio.BaseEventLoop):
         Parameters and errors as for ``asyncio.loop.start_tls``.  A client may send its first TLS record on the heels of
         the plain-text line that announces it.  What a stream reader has read ahead that way goes into the handshake.
         """
-        if isinstance(transport, SocketTransport) and isinstance(sslcontext, ssl.SSLContext):
-            transport.release_protocol()
-            if server_side:
-                _give_back_read_ahead(transport, protocol)
-        return await super().start_tls(
-            transport,
+        if not isinstance(sslcontext, ssl.SSLContext):
+            raise TypeError(f"sslcontext must be an ssl.SSLContext, got {sslcontext!r}")
+        if not getattr(transport, "_start_tls_compatible", False):
+            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
+        lower: Any = transport
+        if isinstance(lower, SocketTransport):
+            lower.release_protocol()
+        waiter = self.create_future()
+        ssl_protocol = _make_protocol(
+            self,
             protocol,
             sslcontext,
-            server_side=server_side,
-            server_hostname=server_hostname,
+            waiter,
+            server_side,
+            server_hostname,
             ssl_handshake_timeout=ssl_handshake_timeout,
             ssl_shutdown_timeout=ssl_shutdown_timeout,
+            call_connection_made=False,
         )
+        if server_side:
+            ssl_protocol._incoming.write(_take_read_ahead(protocol))
+        lower.pause_reading()  # nothing is to come before the handshake has begun
+        lower.set_protocol(ssl_protocol)
+        begin = self.call_soon(ssl_protocol.connection_made, lower)
+        go_on = self.call_soon(lower.resume_reading)
+        try:
+            await waiter
+        except BaseException:
+            lower.close()
+            begin.cancel()
+            go_on.cancel()
+            raise
+        return ssl_protocol._app_transport  # type: ignore[no-any-return]  # asyncio's
 
 
-def _give_back_read_ahead(transport: SocketTransport, protocol: asyncio.BaseProtocol) -> None:
-    """Return to `transport` what the stream reader behind `protocol` has read and nobody has taken from it.
+def _take_read_ahead(protocol: asyncio.BaseProtocol) -> bytes:
+    """What the stream reader behind `protocol` has read and nobody has taken from it.
 
     Only for the side that answers the handshake: all that it has not consumed is the client's handshake.  The side
     that begins may still hold plain text, for no TLS record can have come before its own.
     """
     reader = getattr(protocol, "_stream_reader", None)
-    if isinstance(reader, asyncio.StreamReader):
-        buffer: bytearray = reader._buffer  # type: ignore[attr-defined]  # StreamReader has no public way
-        if buffer:
-            transport.unread(bytes(buffer))
-            buffer.clear()
-            reader._maybe_resume_transport()  # type: ignore[attr-defined]  # as above
+    if not isinstance(reader, asyncio.StreamReader):
+        return b""
+    buffer: bytearray = reader._buffer  # type: ignore[attr-defined]  # StreamReader has no public way
+    data = bytes(buffer)
+    buffer.clear()
+    reader._maybe_resume_transport()  # type: ignore[attr-defined]  # as above
+    return data

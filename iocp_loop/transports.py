@@ -52,7 +52,7 @@ from .native import hot
 from .proactor import Proactor, advance
 from .sendfile import send_file
 
-__all__ = ["FlowControl", "SocketTransport"]
+__all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
 
 #: asyncio's own logger: where its users look.
 _logger = logging.getLogger("asyncio")
@@ -91,6 +91,12 @@ class FlowControl(transports._FlowControlMixin):
         if self._protocol_paused:
             self._protocol_paused = False
             self._protocol.resume_writing()
+
+
+class TakesBytes:
+    """For a protocol that is a BufferedProtocol by descent and yet wants its data by ``data_received``."""
+
+    __slots__ = ()
 
 
 class PythonStream(FlowControl):
@@ -309,7 +315,7 @@ class SocketTransport(Stream):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Switch protocols; the next data go to the new one."""
         self._protocol = protocol
-        self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+        self._buffered = isinstance(protocol, asyncio.BufferedProtocol) and not isinstance(protocol, TakesBytes)
         if self._receive is not None:
             self._receive.get_buffer = self._get_buffer_of_protocol if self._buffered else None
             self._choose_receiver()
@@ -397,14 +403,6 @@ class SocketTransport(Stream):
         if self._receive is not None:
             self._choose_receiver()
             self._proactor.pause(self._receive)
-
-    def unread(self, data: bytes) -> None:
-        """Give back data that the protocol got and did not use; the next ``resume_reading`` delivers them first.
-
-        For a protocol that is about to be replaced: pause, unread, set the new protocol, resume.
-        """
-        self._held = ((data, None), *self._held)
-        self._choose_receiver()
 
     def resume_reading(self) -> None:
         """Go on after ``pause_reading``."""

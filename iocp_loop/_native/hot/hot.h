@@ -7,6 +7,7 @@
  *   turns.c     Turns: the ready queue, the timers and one turn of the loop      (turns.py)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
+ *   tls.c       the same through TLS                                             (tls.py)
  *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
@@ -39,10 +40,12 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *abandon, *buffer_updated, *callback, *check_callback, *check_closed, *check_thread, *context,
-        *create_future, *data_received, *delay, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking,
-        *get_buffer, *go_on, *hand_over, *keep_value, *open_ring, *queue_leftovers, *reap, *receive_ended,
-        *receiving_failed, *run, *set_result, *time, *timer_handle_cancelled, *when, *write_otherwise, *write_to_self;
+    PyObject *abandon, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
+        *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
+        *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
+        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_ended,
+        *receiving_failed, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
+        *when, *write, *write_otherwise, *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
@@ -68,6 +71,10 @@ PyObject *take_exception(void);
 
 /* 1 if the exception that is set is one that ends the loop: SystemExit or KeyboardInterrupt. */
 int ends_the_loop(void);
+
+/* self.METHOD(exception, message) with the exception that is set, which counts as being handled meanwhile, as in an
+ * except clause: the log of debug mode shows it.  -1 if that fails, or if the exception is one that ends the loop. */
+int fail(PyObject *self, PyObject *method, const char *message);
 
 /* context.run(callable, *args), by the short way for a real Context. */
 PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const *args, size_t count);
@@ -175,6 +182,7 @@ int check_sockets(void);
 int add_handles(PyObject *module);
 int add_turns(PyObject *module);
 PyObject *make_stream_type(PyObject *module, PyObject *base);
+PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef __linux__
 #include <time.h>
 

@@ -51,6 +51,23 @@ int ends_the_loop(void)
     return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
 }
 
+int fail(PyObject *self, PyObject *method, const char *message)
+{
+    if (ends_the_loop())
+        return -1;
+    PyObject *exception = take_exception(), *before = PyErr_GetHandledException();
+    PyObject *text = PyUnicode_FromString(message);
+    PyErr_SetHandledException(exception);
+    PyObject *done =
+        text == NULL ? NULL : PyObject_CallMethodObjArgs(self, method, exception, text, NULL);
+    PyErr_SetHandledException(before);
+    Py_XDECREF(before);
+    Py_XDECREF(text);
+    Py_DECREF(exception);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
 {
     PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
@@ -263,14 +280,18 @@ int intern_names(void)
     } table[] = {
         {&names.abandon, "abandon"},
         {&names.buffer_updated, "buffer_updated"},
+        {&names.call_eof_received, "_call_eof_received"},
         {&names.callback, "callback"},
         {&names.check_callback, "_check_callback"},
         {&names.check_closed, "_check_closed"},
         {&names.check_thread, "_check_thread"},
         {&names.context, "context"},
+        {&names.control_app_writing, "_control_app_writing"},
+        {&names.control_ssl_reading, "_control_ssl_reading"},
         {&names.create_future, "create_future"},
         {&names.data_received, "data_received"},
         {&names.delay, "delay"},
+        {&names.do_write, "_do_write"},
         {&names.done, "done"},
         {&names.drain_ready, "_drain_ready"},
         {&names.end, "_end"},
@@ -282,15 +303,20 @@ int intern_names(void)
         {&names.hand_over, "_hand_over"},
         {&names.keep_value, "keep_value"},
         {&names.open_ring, "_open_ring"},
+        {&names.pending, "pending"},
         {&names.queue_leftovers, "_queue_leftovers"},
+        {&names.read, "read"},
         {&names.reap, "_reap"},
         {&names.receive_ended, "_receive_ended"},
         {&names.receiving_failed, "_receiving_failed"},
         {&names.run, "run"},
         {&names.set_result, "set_result"},
+        {&names.ssl_protocol, "_ssl_protocol"},
+        {&names.start_shutdown, "_start_shutdown"},
         {&names.time, "time"},
         {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
         {&names.when, "when"},
+        {&names.write, "write"},
         {&names.write_otherwise, "_write_otherwise"},
         {&names.write_to_self, "_write_to_self"},
     };

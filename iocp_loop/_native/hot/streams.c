@@ -54,25 +54,6 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
 #endif
 }
 
-/* self.METHOD(exception, message) with the exception that is set, which counts as being handled meanwhile, as
- * in an except clause: the log of debug mode shows it. */
-static int fail(PyObject *self, PyObject *method, const char *message)
-{
-    if (ends_the_loop())
-        return -1;
-    PyObject *exception = take_exception(), *before = PyErr_GetHandledException();
-    PyObject *text = PyUnicode_FromString(message);
-    PyErr_SetHandledException(exception);
-    PyObject *done =
-        text == NULL ? NULL : PyObject_CallMethodObjArgs(self, method, exception, text, NULL);
-    PyErr_SetHandledException(before);
-    Py_XDECREF(before);
-    Py_XDECREF(text);
-    Py_DECREF(exception);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
-}
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * The methods
  * ------------------------------------------------------------------------------------------------------------------ */
