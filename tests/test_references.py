@@ -7,6 +7,7 @@ the third adds beyond the second must be next to nothing for each of its rounds.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import socket
@@ -18,6 +19,7 @@ import pytest
 
 import iocp_loop
 
+from .certificates import client_context, server_context
 from .support import WINDOWS
 
 Loop = iocp_loop.IocpEventLoop
@@ -39,6 +41,32 @@ class Quiet(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost.set()
+
+
+class Speaking(asyncio.BufferedProtocol):
+    """Says a few things above TLS, hears them, and goes."""
+
+    def __init__(self, polite: bool) -> None:
+        self.buffer = bytearray(100)
+        self.heard = 0
+        self.lost = asyncio.Event()
+        self.polite = polite
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # stream transports only
+        for _ in range(5):
+            self.transport.write(b"hello" * 100)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.heard += nbytes
+        if self.heard == 2500:
+            self.transport.close() if self.polite else self.transport.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.lost.set()
@@ -76,6 +104,21 @@ async def clients_of_a_server(loop: Loop, count: int) -> None:
     server.close()
     await server.wait_closed()
     await asyncio.sleep(0.01)
+
+
+async def tls_connections(loop: Loop, count: int) -> None:
+    """Handshakes, data both ways, and the ends of both: half of them in good order, half by an abort."""
+    server, client = server_context(), client_context()
+    for number in range(count // 4):
+        one, two = socket.socketpair()
+        ends = [Speaking(polite=number % 2 == 0) for _ in range(2)]
+        made: list[Callable[[], Speaking]] = [functools.partial(ends.__getitem__, side) for side in range(2)]
+        await asyncio.gather(
+            loop.connect_accepted_socket(made[0], one, ssl=server),
+            loop.create_connection(made[1], sock=two, ssl=client, server_hostname="localhost"),
+        )
+        for end in ends:
+            await end.lost.wait()
 
 
 async def callbacks(loop: Loop, count: int) -> None:
@@ -148,6 +191,7 @@ async def datagrams(loop: Loop, count: int) -> None:
 WORKS: list[tuple[Work, int]] = [
     (pairs, 2000),
     (clients_of_a_server, 2000),
+    (tls_connections, 2000),
     (callbacks, 20_000),
     (timers, 20_000),
     (failures, 2000),

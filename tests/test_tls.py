@@ -1,0 +1,488 @@
+"""The way of data through TLS: what a protocol gets, what it writes, and what happens when either goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import iocp_loop
+
+from .certificates import client_context, server_context
+from .support import LIMIT, Recorder, tcp_pair, turns, until
+
+Loop = iocp_loop.IocpEventLoop
+
+#: The plain text of a TLS record, in bytes, at most.
+RECORD = 16 * 1024
+
+
+class Peer:
+    """A client without a loop: a blocking socket, and TLS of which every record can be had before it is sent."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = client_context().wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+
+    def handshake(self) -> None:
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self.sock.sendall(self._outgoing.read())
+                self._incoming.write(self.sock.recv(1 << 16))
+            else:
+                self.sock.sendall(self._outgoing.read())
+                return
+
+    def records(self, data: bytes) -> bytes:
+        """`data`, encrypted."""
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def goodbye(self) -> bytes:
+        """The record that ends the connection."""
+        with pytest.raises(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        return self._outgoing.read()
+
+    def read(self, count: int) -> bytes:
+        """So many bytes, decrypted; fewer at the end."""
+        got = bytearray()
+        while len(got) < count:
+            try:
+                more = self._tls.read(count - len(got))
+            except ssl.SSLWantReadError:
+                data = self.sock.recv(1 << 16)
+                if not data:
+                    break
+                self._incoming.write(data)
+            else:
+                if not more:
+                    break
+                got += more
+        return bytes(got)
+
+
+Connect = Callable[..., Any]
+
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
+    """Makes connected sockets; the peers' are closed at the end."""
+    peers: list[socket.socket] = []
+
+    def make() -> tuple[socket.socket, socket.socket]:
+        ours, peer = tcp_pair()
+        peers.append(peer)
+        return ours, peer
+
+    yield make
+    for peer in peers:
+        peer.close()
+
+
+@pytest.fixture
+def connect(loop: Loop, pairs: Callable[[], tuple[socket.socket, socket.socket]]) -> Connect:
+    """connect(protocol): a TLS server's end of a connection for it, and the Peer at the other end."""
+
+    async def connect(protocol: asyncio.BaseProtocol, context: ssl.SSLContext | None = None) -> Peer:
+        ours, sock = pairs()
+        peer = Peer(sock)
+        shaking = loop.run_in_executor(None, peer.handshake)
+        await loop.connect_accepted_socket(lambda: protocol, ours, ssl=context or server_context())
+        await shaking
+        return peer
+
+    return connect
+
+
+class Pieces(Recorder):
+    """Keeps the pieces apart in which data came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[bytes] = []
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        assert type(data) is bytes
+        self.pieces.append(data)
+
+
+class Buffered(asyncio.BufferedProtocol):
+    """A BufferedProtocol whose buffer takes `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.buffer = bytearray(size)
+        self.data = bytearray()
+        self.hints: list[int] = []
+        self.finished = False
+        self.lost: Exception | None = None
+        self.ended = False
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        self.hints.append(sizehint)
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data += self.buffer[:nbytes]
+
+    def eof_received(self) -> None:
+        self.ended = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.finished = True
+        self.lost = exc
+
+
+async def finish(protocol: Any, peer: Peer) -> None:
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+    peer.sock.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# What a protocol gets
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_records_that_come_together_are_one_piece(loop: Loop, connect: Connect) -> None:
+    protocol = Pieces()
+    peer = await connect(protocol)
+    data = bytes(range(256)) * 100
+    peer.sock.sendall(peer.records(data[:10]) + peer.records(data[10:20_000]) + peer.records(data[20_000:]))
+    await until(lambda: protocol.data == data)
+    assert protocol.pieces == [data]
+    await finish(protocol, peer)
+
+
+@pytest.mark.parametrize("before", [1, 4, 5, 6, RECORD - 100, RECORD + 10])
+async def test_a_record_in_two_parts(loop: Loop, connect: Connect, before: int) -> None:
+    """OpenSSL has the most of the record already when the end of it comes: the data are more than what came last."""
+    protocol = Pieces()
+    peer = await connect(protocol)
+    data = b"record" * (RECORD // 6) + b"end."
+    record = peer.records(data)
+    peer.sock.sendall(record[:before])
+    await asyncio.sleep(0.01)
+    assert not protocol.pieces
+    peer.sock.sendall(record[before:])
+    await until(lambda: protocol.pieces)
+    assert protocol.pieces == [data]
+    await finish(protocol, peer)
+
+
+async def test_a_record_byte_by_byte(loop: Loop, connect: Connect) -> None:
+    protocol = Pieces()
+    peer = await connect(protocol)
+    peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for byte in peer.records(b"hello"):
+        peer.sock.sendall(bytes([byte]))
+        await asyncio.sleep(0)
+    await until(lambda: protocol.pieces)
+    assert protocol.pieces == [b"hello"]
+    await finish(protocol, peer)
+
+
+async def test_no_read_is_tried_for_nothing(loop: Loop, connect: Connect) -> None:
+    """Each would raise SSLWantReadError, which costs more than decrypting what has come."""
+    reads = 0
+
+    class Counting(ssl.SSLObject):
+        def read(self, *args: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().read(*args)
+
+    context = server_context()
+    context.sslobject_class = Counting
+    protocol = Pieces()
+    peer = await connect(protocol, context)
+    await asyncio.sleep(0.01)
+    reads = 0
+    for number in range(1, 6):
+        peer.sock.sendall(peer.records(b"x" * number))
+        await until(lambda number=number: len(protocol.pieces) == number)  # type: ignore[misc]  # a default binds it
+    assert reads == 5
+    await finish(protocol, peer)
+
+
+async def test_no_buffer_is_kept_for_a_connection(loop: Loop, connect: Connect) -> None:
+    protocol = Pieces()
+    peer = await connect(protocol)
+    peer.sock.sendall(peer.records(b"hello"))
+    await until(lambda: protocol.pieces)
+    assert len(protocol.transport._ssl_protocol._ssl_buffer) == 0  # type: ignore[attr-defined]  # SSLProtocol's
+    await finish(protocol, peer)
+
+
+@pytest.mark.parametrize("size", [1, 100, RECORD, RECORD + 1, 100_000])
+async def test_a_buffered_protocol(loop: Loop, connect: Connect, size: int) -> None:
+    protocol = Buffered(size)
+    peer = await connect(protocol)
+    data = b"0123456789abcdef" * 64
+    peer.sock.sendall(peer.records(data))
+    await until(lambda: protocol.data == data)
+    data += bytes(50_000)
+    sending = loop.run_in_executor(None, peer.sock.sendall, peer.records(data[1024:]))
+    await until(lambda: protocol.data == data)
+    await sending
+    await finish(protocol, peer)
+
+
+async def test_the_hint_of_get_buffer(loop: Loop, connect: Connect) -> None:
+    """It is the size of what has come and is not decrypted yet, as in asyncio."""
+    protocol = Buffered(1000)
+    peer = await connect(protocol)
+    protocol.hints.clear()
+    record = peer.records(b"hello")
+    peer.sock.sendall(record)
+    await until(lambda: protocol.data)
+    assert protocol.hints == [len(record)]
+    await finish(protocol, peer)
+
+
+async def test_a_buffered_protocol_that_pauses(loop: Loop, connect: Connect) -> None:
+    """Even in the middle of a record: it gets no more until it resumes."""
+
+    class Pausing(Buffered):
+        def buffer_updated(self, nbytes: int) -> None:
+            super().buffer_updated(nbytes)
+            if len(self.data) == 10:
+                self.transport.pause_reading()
+
+    protocol = Pausing(5)
+    peer = await connect(protocol)
+    peer.sock.sendall(peer.records(b"0123456789") + peer.records(b"abcdefghij"))
+    await until(lambda: len(protocol.data) == 10)
+    await asyncio.sleep(0.01)
+    assert protocol.data == b"0123456789"
+    protocol.transport.resume_reading()
+    await until(lambda: len(protocol.data) == 20)
+    assert protocol.data == b"0123456789abcdefghij"
+    await finish(protocol, peer)
+
+
+async def test_an_empty_buffer_is_a_mistake(loop: Loop, connect: Connect, reports: list[dict[str, Any]]) -> None:
+    protocol = Buffered(0)
+    await connect(protocol)
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, RuntimeError)
+    assert not protocol.ended  # it is not the end of the stream
+    assert "get_buffer() returned an empty buffer" in str(reports.pop()["exception"])
+
+
+async def test_a_protocol_may_become_a_buffered_one(loop: Loop, connect: Connect) -> None:
+    """set_protocol by data_received: what has come behind it goes to the new one."""
+    second = Buffered(1000)
+
+    class First(Pieces):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            second.connection_made(self.transport)
+            self.transport.set_protocol(second)
+
+    first = First()
+    peer = await connect(first)
+    peer.sock.sendall(peer.records(b"one"))
+    await until(lambda: first.pieces)
+    peer.sock.sendall(peer.records(b"two"))
+    await until(lambda: second.data)
+    assert (first.pieces, bytes(second.data)) == ([b"one"], b"two")
+    await finish(second, peer)
+
+
+@pytest.mark.parametrize("make", [Pieces, lambda: Buffered(1000)])
+async def test_the_end(loop: Loop, connect: Connect, make: Callable[[], Any]) -> None:
+    """Data and the peer's goodbye in one piece: the data first."""
+    protocol = make()
+    peer = await connect(protocol)
+    peer.sock.sendall(peer.records(b"last words") + peer.goodbye())
+    await until(lambda: protocol.data == b"last words")
+    peer.sock.shutdown(socket.SHUT_WR)
+    await until(lambda: protocol.finished)
+    assert protocol.lost is None
+    assert protocol.ended if isinstance(protocol, Buffered) else "eof_received" in protocol.calls
+
+
+@pytest.mark.parametrize("make", [Pieces, lambda: Buffered(1000)])
+async def test_what_comes_before_an_invalid_record_is_delivered(
+    loop: Loop, connect: Connect, make: Callable[[], Any]
+) -> None:
+    protocol = make()
+    peer = await connect(protocol)
+    good, broken = peer.records(b"authentic"), bytearray(peer.records(b"forged"))
+    broken[-1] ^= 1
+    peer.sock.sendall(good + broken)
+    await until(lambda: protocol.finished)
+    assert protocol.data == b"authentic"
+    assert isinstance(protocol.lost, ssl.SSLError)
+
+
+async def test_an_exception_of_the_protocol(loop: Loop, connect: Connect, reports: list[dict[str, Any]]) -> None:
+    class Failing(Pieces):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            raise ZeroDivisionError("oops")
+
+    protocol = Failing()
+    peer = await connect(protocol)
+    peer.sock.sendall(peer.records(b"hello"))
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, ZeroDivisionError)
+    report = reports.pop()
+    assert report["message"] == "Fatal error on SSL protocol"
+    assert isinstance(report["exception"], ZeroDivisionError)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_loop(loop: Loop, connect: Connect, error: type[BaseException]) -> None:
+    class Ending(Pieces):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            raise error
+
+    protocol = Ending()
+    peer = loop.run_until_complete(connect(protocol))
+    peer.sock.sendall(peer.records(b"hello"))
+    with pytest.raises(error):
+        loop.run_until_complete(asyncio.sleep(LIMIT))
+    protocol.transport.abort()
+    loop.run_until_complete(until(lambda: protocol.finished))
+
+
+# --------------------------------------------------------------------------------------------------
+# What it writes
+# --------------------------------------------------------------------------------------------------
+
+
+async def test_everything_that_can_be_written(loop: Loop, connect: Connect) -> None:
+    protocol = Pieces()
+    peer = await connect(protocol)
+    write = protocol.transport.write
+    write(b"bytes,")
+    write(bytearray(b"bytearray,"))
+    write(memoryview(b"--memoryview,--")[2:-2])
+    write(b"")
+    protocol.transport.writelines([b"a,", b"list,"])
+    write(b"end")
+    expected = b"bytes,bytearray,memoryview,a,list,end"
+    assert await loop.run_in_executor(None, peer.read, len(expected)) == expected
+    wrong: Any
+    for wrong in ("text", 7, None):
+        with pytest.raises(TypeError, match="bytes-like"):
+            write(wrong)
+    await finish(protocol, peer)
+
+
+async def test_flow_control(loop: Loop, connect: Connect) -> None:
+    """A peer that does not read: the protocol is paused, and what it has written arrives later, in order."""
+    protocol = Pieces()
+    peer = await connect(protocol)
+    chunk = bytes(range(256)) * 256
+    written = bytearray()
+    while "pause_writing" not in protocol.calls:
+        protocol.transport.write(chunk)
+        written += chunk
+    more = b"more" * 5000
+    protocol.transport.write(more)
+    written += more
+    low, high = protocol.transport.get_write_buffer_limits()
+    assert protocol.transport.get_write_buffer_size() >= high > low
+    assert await loop.run_in_executor(None, peer.read, len(written)) == written
+    await until(lambda: "resume_writing" in protocol.calls)
+    assert protocol.transport.get_write_buffer_size() == 0
+    protocol.transport.write(b"again")
+    assert await loop.run_in_executor(None, peer.read, 5) == b"again"
+    await finish(protocol, peer)
+
+
+async def test_writing_before_the_handshake_is_done(loop: Loop) -> None:
+    """Only those get at the transport that early who ask the one beneath; what they write goes out afterwards."""
+    server, client = Recorder(), Recorder()
+    ours, theirs = tcp_pair()
+    await loop.create_connection(lambda: server, sock=ours)
+    await loop.create_connection(lambda: client, sock=theirs)
+    upgrades = [
+        loop.start_tls(server.transport, server, server_context(), server_side=True),
+        loop.start_tls(client.transport, client, client_context(), server_hostname="localhost"),
+    ]
+    tasks = [asyncio.ensure_future(upgrade) for upgrade in upgrades]
+    await turns(2)  # the tasks, and connection_made; the handshake needs more
+    server.transport.get_protocol()._app_transport.write(b"early")  # type: ignore[attr-defined]  # SSLProtocol's
+    for protocol, secure in zip((server, client), await asyncio.gather(*tasks), strict=True):
+        assert secure is not None
+        protocol.transport = secure
+    await until(lambda: client.data == b"early")
+    server.transport.write(b", late")
+    await until(lambda: client.data == b"early, late")
+    for protocol in (server, client):
+        protocol.transport.abort()
+        await until(lambda protocol=protocol: protocol.finished)  # type: ignore[misc]  # a default binds it
+
+
+async def test_closed_twice(loop: Loop, connect: Connect) -> None:
+    """Nothing that a transport can be asked fails then."""
+    protocol = Pieces()
+    peer = await connect(protocol)
+    transport = protocol.transport
+    transport.close()
+    transport.close()
+    transport.write(b"too late")
+    assert transport.is_closing()
+    assert transport.get_write_buffer_size() == 0
+    assert transport.get_extra_info("cipher")
+    await finish(protocol, peer)
+
+
+async def test_writing_to_a_lost_connection_is_logged(
+    loop: Loop, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    protocol = Pieces()
+    peer = await connect(protocol)
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+    for _ in range(10):
+        protocol.transport.write(b"anybody there?")
+    assert "SSL connection is closed" in caplog.text
+    peer.sock.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# TLS in TLS
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_tls_in_tls(loop: Loop, size: int) -> None:
+    """The inner protocol's transport is one of asyncio's kind, which takes it for a BufferedProtocol."""
+    server, client = Recorder(), Recorder()
+    ours, theirs = tcp_pair()
+    await loop.create_connection(lambda: server, sock=ours)
+    await loop.create_connection(lambda: client, sock=theirs)
+    for _ in range(2):
+        upgraded = await asyncio.gather(
+            loop.start_tls(server.transport, server, server_context(), server_side=True),
+            loop.start_tls(client.transport, client, client_context(), server_hostname="localhost"),
+        )
+        for protocol, secure in zip((server, client), upgraded, strict=True):
+            assert secure is not None
+            protocol.transport = secure
+    client.transport.write(b"x" * size)
+    await until(lambda: len(server.data) == size)
+    server.transport.write(b"y" * size)
+    await until(lambda: len(client.data) == size)
+    assert set(server.data) == set(b"x")
+    assert set(client.data) == set(b"y")
+    for protocol in (server, client):
+        protocol.transport.abort()
+        await until(lambda protocol=protocol: protocol.finished)  # type: ignore[misc]  # a default binds it
