@@ -130,10 +130,15 @@ def _many(options: argparse.Namespace) -> Plan[many.Growth]:
 
 
 def _idle(options: argparse.Namespace) -> Plan[idle.Crowd]:
+    transports, notes = _available(options.transport)
     crowds = [
-        idle.Crowd(mode, count, size) for mode in options.mode for count in options.connections for size in options.size
+        idle.Crowd(mode, transport, count, size)
+        for transport in transports
+        for mode in options.mode
+        for count in options.connections
+        for size in options.size
     ]
-    return Plan(idle.IDLE, _rounds(options, ", each with a fresh server"), crowds, idle.run)
+    return Plan(idle.IDLE, _rounds(options, ", each with a fresh server"), crowds, idle.run, notes)
 
 
 def _syscalls(options: argparse.Namespace) -> Plan[syscalls.Traced]:
@@ -282,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add(_idle, "idle", "memory per idle connection")
     cells(sub, ["protocol"], [1024], [1000])
+    sub.add_argument("--transport", nargs="+", choices=idle.TRANSPORTS, default=list(idle.TRANSPORTS))
 
     sub = add(_syscalls, "syscalls", "system calls per message")
     cells(sub, ["protocol", "streams", "sock"], [1024], [1, 100])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from .limits import raise_descriptor_limit
 from .peers import Peer
 from .processes import RunFailed
 
-__all__ = ["IDLE", "Crowd", "run"]
+__all__ = ["IDLE", "TRANSPORTS", "Crowd", "run"]
+
+TRANSPORTS = ("tcp", "tls")
 
 IDLE = Benchmark(
     "idle",
@@ -50,17 +53,18 @@ class Crowd:
     """One case: so many connections in a mode of the echo server, and the bytes that each sends once."""
 
     mode: str
+    transport: str
     connections: int
     size: int
 
     @property
     def label(self) -> str:
-        """Such as ``protocol, 1000 idle after 1 KiB``."""
-        return f"{self.mode}, {self.connections} idle after {size_text(self.size)}"
+        """Such as ``protocol tcp, 1000 idle after 1 KiB``."""
+        return f"{self.mode} {self.transport}, {self.connections} idle after {size_text(self.size)}"
 
     def takes(self, peer: Peer) -> bool:
         """The server in C is written one way only."""
-        return peer.module is not None or self.mode == "protocol"
+        return peer.module is not None or (self.mode, self.transport) == ("protocol", "tcp")
 
 
 def run(crowd: Crowd, peer: Peer) -> dict[str, float]:
@@ -70,11 +74,13 @@ def run(crowd: Crowd, peer: Peer) -> dict[str, float]:
     """
     raise_descriptor_limit()
     try:
-        with echo_server(peer, crowd.mode, "tcp") as (server, _), contextlib.ExitStack() as crowded:
+        with echo_server(peer, crowd.mode, crowd.transport) as (server, _), contextlib.ExitStack() as crowded:
             port = int(server.address)
+            tls = _trusting() if crowd.transport == "tls" else None
 
             def connect(stack: contextlib.ExitStack) -> socket.socket:
-                return stack.enter_context(socket.create_connection((_HOST, port), _TIMEOUT_S))
+                sock = socket.create_connection((_HOST, port), _TIMEOUT_S)
+                return stack.enter_context(sock if tls is None else tls.wrap_socket(sock))
 
             with contextlib.ExitStack() as warm:
                 for _ in range(_WARM_CONNECTIONS):
@@ -94,6 +100,14 @@ def run(crowd: Crowd, peer: Peer) -> dict[str, float]:
         for when, after in (("opened", opened), ("echoed", echoed))
         for kind in ("rss", "pss")
     }
+
+
+def _trusting() -> ssl.SSLContext:
+    """For a client that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _echo(client: socket.socket, size: int) -> None:

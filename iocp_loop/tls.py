@@ -157,11 +157,6 @@ class _SSLTransport(TlsTransport, sslproto._SSLProtocolTransport):
 
     _write_otherwise = sslproto._SSLProtocolTransport.write
 
-    def close(self) -> None:
-        """Close it, once: asyncio's own forgets its SSLProtocol at the second call, and fails at what comes then."""
-        if not self._closed:
-            super().close()
-
 
 class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]  # it redefines _do_read
     """asyncio's SSLProtocol with the way of a message as above."""
