@@ -1,6 +1,7 @@
 """Pipes on the loop: ``connect_read_pipe`` and ``connect_write_pipe``, and named pipes on Windows.
 
-What a pipe is differs between the systems, so the transports stand in a file for each: unix_pipes.py, windows_pipes.py.
+What a pipe is differs between the systems, so the transports stand in a file for each: unix_pipes.py, windows_pipes.py;
+what they share stands in pipe_transports.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .proactor import Proactor
 
 if sys.platform == "win32":
     from . import named_pipes
-    from .windows_channels import PATIENCE, BlockingChannel
+    from .windows_channels import PATIENCE, BlockingChannel, Channel, open_channel
     from .windows_pipes import DuplexPipeTransport, ReadPipeTransport, WritePipeTransport
 else:
     from .unix_pipes import ReadPipeTransport, WritePipeTransport
@@ -29,25 +30,28 @@ class PipeMethods(asyncio.BaseEventLoop):
 
     _proactor: Proactor
 
+    def _make_read_pipe_transport(
+        self,
+        pipe: Any,
+        protocol: asyncio.BaseProtocol,
+        waiter: asyncio.Future[None] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> ReadPipeTransport:
+        return ReadPipeTransport(self, self._what_serves(pipe), pipe, protocol, waiter, extra)
+
+    def _make_write_pipe_transport(
+        self,
+        pipe: Any,
+        protocol: asyncio.BaseProtocol,
+        waiter: asyncio.Future[None] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> WritePipeTransport:
+        return WritePipeTransport(self, self._what_serves(pipe), pipe, protocol, waiter, extra)
+
     if sys.platform != "win32":
 
-        def _make_read_pipe_transport(
-            self,
-            pipe: Any,
-            protocol: asyncio.BaseProtocol,
-            waiter: asyncio.Future[None] | None = None,
-            extra: dict[str, Any] | None = None,
-        ) -> ReadPipeTransport:
-            return ReadPipeTransport(self, self._proactor, pipe, protocol, waiter, extra)
-
-        def _make_write_pipe_transport(
-            self,
-            pipe: Any,
-            protocol: asyncio.BaseProtocol,
-            waiter: asyncio.Future[None] | None = None,
-            extra: dict[str, Any] | None = None,
-        ) -> WritePipeTransport:
-            return WritePipeTransport(self, self._proactor, pipe, protocol, waiter, extra)
+        def _what_serves(self, pipe: Any) -> Proactor:
+            return self._proactor
 
         def _close_pipes(self) -> None:
             """For ``close``, before the port is closed: nothing serves a pipe but the port."""
@@ -59,32 +63,8 @@ class PipeMethods(asyncio.BaseEventLoop):
             #: channels whose thread is in a call that blocks
             self._busy_channels: set[BlockingChannel] = set()
 
-        def _make_read_pipe_transport(
-            self,
-            pipe: Any,
-            protocol: asyncio.BaseProtocol,
-            waiter: asyncio.Future[None] | None = None,
-            extra: dict[str, Any] | None = None,
-        ) -> ReadPipeTransport:
-            return ReadPipeTransport(self, self._proactor, self._busy_channels, pipe, protocol, waiter, extra)
-
-        def _make_write_pipe_transport(
-            self,
-            pipe: Any,
-            protocol: asyncio.BaseProtocol,
-            waiter: asyncio.Future[None] | None = None,
-            extra: dict[str, Any] | None = None,
-        ) -> WritePipeTransport:
-            return WritePipeTransport(self, self._proactor, self._busy_channels, pipe, protocol, waiter, extra)
-
-        def _make_duplex_pipe_transport(
-            self,
-            pipe: Any,
-            protocol: asyncio.BaseProtocol,
-            waiter: asyncio.Future[None] | None = None,
-            extra: dict[str, Any] | None = None,
-        ) -> DuplexPipeTransport:
-            return DuplexPipeTransport(self, self._proactor, self._busy_channels, pipe, protocol, waiter, extra)
+        def _what_serves(self, pipe: Any) -> Channel:
+            return open_channel(self, self._proactor, pipe, self._busy_channels)
 
         def _close_pipes(self) -> None:
             """For ``close``, before the port is closed: end the threads that serve pipes, within bounds."""
@@ -104,7 +84,7 @@ class PipeMethods(asyncio.BaseEventLoop):
             waiter = self.create_future()
             try:
                 protocol = protocol_factory()
-                transport = self._make_duplex_pipe_transport(pipe, protocol, waiter, {"addr": address})
+                transport = self._make_duplex_pipe_transport(pipe, protocol, address, waiter)
             except BaseException:
                 pipe.close()
                 raise
@@ -126,10 +106,20 @@ class PipeMethods(asyncio.BaseEventLoop):
             self._check_named_pipes()
 
             def welcome(pipe: Any) -> None:
-                self._make_duplex_pipe_transport(pipe, protocol_factory(), extra={"addr": address})
+                self._make_duplex_pipe_transport(pipe, protocol_factory(), address)
 
             return [named_pipes.PipeServer(self, self._proactor, address, welcome)]
 
         def _check_named_pipes(self) -> None:
             if self._proactor.driver.name != "iocp":
                 raise NotImplementedError(f"driver {self._proactor.driver.name} has no named pipes; iocp has")
+
+        def _make_duplex_pipe_transport(
+            self,
+            pipe: Any,
+            protocol: asyncio.BaseProtocol,
+            address: str,
+            waiter: asyncio.Future[None] | None = None,
+        ) -> DuplexPipeTransport:
+            extra = {"addr": address}
+            return DuplexPipeTransport(self, self._what_serves(pipe), pipe, protocol, waiter, extra)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import socket
 import struct
@@ -135,6 +136,37 @@ def open_handles() -> int:
     flags = ctypes.c_ulong()
     numbers = range(4, 1 << 14, 4)
     return sum(bool(kernel32.GetHandleInformation(ctypes.c_void_p(each), ctypes.byref(flags))) for each in numbers)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pipes
+# --------------------------------------------------------------------------------------------------
+
+Pipe = tuple[Any, Any]
+
+
+def runtime_pipe() -> Pipe:
+    """The two ends of ``os.pipe()`` as unbuffered files."""
+    reading, writing = os.pipe()
+    return open(reading, "rb", 0), open(writing, "wb", 0)
+
+
+def windows_pipe(ours: str) -> Pipe:
+    """The two ends of a pipe on Windows: the loop's (`ours`: "read", "write", "both") overlapped, the other a file."""
+    # By name: typeshed has them on Windows only.
+    utilities: Any = importlib.import_module("asyncio.windows_utils")
+    runtime: Any = importlib.import_module("msvcrt")
+    # Duplex as the standard input of a child process: whoever writes learns then that the other end is gone.
+    reading, writing = utilities.pipe(
+        duplex=ours == "write", overlapped=(ours != "write", ours != "read"), bufsize=65536
+    )
+    reader: Any = (
+        utilities.PipeHandle(reading)
+        if ours != "write"
+        else open(runtime.open_osfhandle(reading, os.O_RDONLY), "rb", 0)
+    )
+    writer: Any = utilities.PipeHandle(writing) if ours != "read" else open(runtime.open_osfhandle(writing, 0), "wb", 0)
+    return reader, writer
 
 
 # --------------------------------------------------------------------------------------------------

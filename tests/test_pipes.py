@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import errno
 import gc
-import importlib
 import io
 import logging
 import os
@@ -24,9 +23,7 @@ import pytest
 
 import iocp_loop
 
-from .support import WINDOWS, Recorder, turns, until
-
-Pipe = tuple[Any, Any]
+from .support import WINDOWS, Pipe, Recorder, runtime_pipe, turns, until, windows_pipe
 
 unix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has nothing like it")
 
@@ -36,30 +33,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     """What kind of pipe the loop gets: on Windows there are two, elsewhere one."""
     name: str = request.param
     return name
-
-
-def runtime_pipe() -> Pipe:
-    """The two ends of ``os.pipe()`` as unbuffered files."""
-    reading, writing = os.pipe()
-    return open(reading, "rb", 0), open(writing, "wb", 0)
-
-
-def windows_pipe(ours: str) -> Pipe:
-    """The two ends of a pipe on Windows: the loop's (`ours`: "read", "write", "both") overlapped, the other a file."""
-    # By name: typeshed has them on Windows only.
-    utilities: Any = importlib.import_module("asyncio.windows_utils")
-    runtime: Any = importlib.import_module("msvcrt")
-    # Duplex as the standard input of a child process: whoever writes learns then that the other end is gone.
-    reading, writing = utilities.pipe(
-        duplex=ours == "write", overlapped=(ours != "write", ours != "read"), bufsize=65536
-    )
-    reader: Any = (
-        utilities.PipeHandle(reading)
-        if ours != "write"
-        else open(runtime.open_osfhandle(reading, os.O_RDONLY), "rb", 0)
-    )
-    writer: Any = utilities.PipeHandle(writing) if ours != "read" else open(runtime.open_osfhandle(writing, 0), "wb", 0)
-    return reader, writer
 
 
 @pytest.fixture
