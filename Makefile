@@ -77,8 +77,8 @@ test: $(VENV)/.test ## the tests, on every driver that this machine has (ARGS=)
 
 # Without the tests of what has nothing to do with the tier: the benchmarks, the examples, the drivers' bindings, and
 # Windows.
-NOT_OF_A_TIER := benchmarks benchmarks_runs examples choice signatures native_windows iocp iocp_many \
-    windows_pipes pytest_asyncio echo_program
+NOT_OF_A_TIER := benchmarks benchmarks_runs examples choice signatures native_windows named_pipes \
+    pytest_asyncio echo_program $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
 WITHOUT := $(foreach name,$(NOT_OF_A_TIER),--ignore=tests/test_$(name).py)
 
 test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without those that do not touch it (ARGS=)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 import os
 import socket
 import time
@@ -15,13 +16,16 @@ import pytest
 from hypothesis import settings
 
 import iocp_loop
-from iocp_loop.ports import DRIVERS, availability
+from iocp_loop.ports import DRIVERS, availability, make_driver
 
+from .rig import Rig
 from .support import LIMIT, listening_socket, open_files, tcp_pair
 
 # A test that fails, fails again; and a busy machine is no failure.
 settings.register_profile("project", derandomize=True, database=None, deadline=None)
 settings.load_profile("project")
+
+_numbers = itertools.count()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -125,3 +129,18 @@ def listener(no_leak: None) -> Iterator[socket.socket]:
     """A non-blocking TCP socket that listens on the loopback interface."""
     with listening_socket() as sock:
         yield sock
+
+
+@pytest.fixture
+def rig(driver: str, no_leak: None) -> Iterator[Rig]:
+    """A driver by itself.  At the end nothing may be in flight."""
+    rig = Rig(make_driver(driver))
+    yield rig
+    rig.driver.close()
+    assert not rig.driver.in_flight
+
+
+@pytest.fixture
+def address() -> str:
+    """A name that no named pipe of Windows has."""
+    return rf"\\.\pipe\iocp_loop-test-{os.getpid()}-{next(_numbers)}"

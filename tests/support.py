@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Seconds that anything may take which ought to happen soon; long, since machines can be busy.
 LIMIT = 20.0
 
+#: Bytes: more than the kernel buffers of a connection hold.
+MUCH = 32 << 20
+
 WINDOWS = sys.platform == "win32"
 
 
@@ -294,3 +297,21 @@ class Echo(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.transport.resume_reading()
+
+
+async def connected(
+    loop: asyncio.AbstractEventLoop,
+    pair: tuple[socket.socket, socket.socket],
+    protocol: Any = None,
+) -> Any:
+    """The protocol (a Recorder if there is none) on a transport over our end of the pair."""
+    transport, protocol = await loop.create_connection(lambda: protocol or Recorder(), sock=pair[0])
+    assert transport.get_protocol() is protocol
+    return protocol
+
+
+async def closed(protocol: Recorder) -> None:
+    """Close the protocol's transport and see it through."""
+    protocol.transport.close()
+    await until(lambda: protocol.finished)
+    await turns()

@@ -14,8 +14,8 @@ from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, WRITABLE, Operation
 from iocp_loop.ports import make_driver
 
+from .rig import Rig
 from .support import tcp_pair
-from .test_drivers import Rig
 
 
 class OneSocket(RuleBasedStateMachine):

@@ -1,4 +1,4 @@
-"""The driver ``uring``: what is its own, beside the contract that tests/test_drivers.py checks on every driver."""
+"""The driver ``uring``: what is its own, beside the contract of all drivers (test_drivers.py and its siblings)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, Operation
 from iocp_loop.ports import DriverUnavailable, availability, make_driver
 
+from .rig import Pair, Rig, received
 from .support import LIMIT, fill, in_thread, listening_socket, reset, run_python, tcp_pair
-from .test_drivers import Pair, Rig, received
 
 if sys.platform != "linux":
     pytest.skip("io_uring exists on Linux only", allow_module_level=True)

@@ -13,29 +13,35 @@ import pytest
 from iocp_loop import operations as ops
 from iocp_loop.ports import make_driver, poll
 
+from .rig import Rig
 from .support import LIMIT, in_thread, tcp_pair
 from .test_drivers import (  # noqa: F401  # collected here too, with the `rig` of this file
-    Rig,
-    test_a_cancelled_receive_stream_leaves_the_data_that_come_later,
-    test_a_paused_receive_stream_rests_and_loses_nothing,
-    test_a_readiness_stream_for_both_events,
-    test_a_readiness_stream_tells_while_it_holds_and_rests_while_not,
-    test_a_receive_stream_delivers_all_in_order_and_ends_with_the_stream,
-    test_an_accept_stream_accepts_until_cancelled,
-    test_an_error_counts_as_every_event_that_was_asked_for,
-    test_cancel_ends_an_operation_with_ecanceled,
-    test_cancel_of_an_operation_whose_socket_was_closed_behind_its_back,
     test_close_ends_everything_in_flight_within_its_time,
-    test_connect,
-    test_connect_refused,
     test_dispatch_survives_an_exception_that_ends_the_loop,
     test_many_wakes_from_many_threads,
-    test_readiness_tells_what_holds,
-    test_send_all_of_more_than_the_kernel_buffers,
-    test_the_end_of_the_stream_during_a_rest_comes_after_it,
-    test_two_directions_of_one_socket_do_not_wait_for_each_other,
     test_wait_blocks_no_longer_than_its_timeout_and_no_shorter,
     test_wake_from_another_thread_ends_a_wait,
+)
+from .test_drivers_cancelling import (  # noqa: F401  # collected here too, with the `rig` of this file
+    test_cancel_ends_an_operation_with_ecanceled,
+    test_cancel_of_an_operation_whose_socket_was_closed_behind_its_back,
+)
+from .test_drivers_operations import (  # noqa: F401  # collected here too, with the `rig` of this file
+    test_a_readiness_stream_for_both_events,
+    test_a_readiness_stream_tells_while_it_holds_and_rests_while_not,
+    test_an_error_counts_as_every_event_that_was_asked_for,
+    test_connect,
+    test_connect_refused,
+    test_readiness_tells_what_holds,
+    test_send_all_of_more_than_the_kernel_buffers,
+    test_two_directions_of_one_socket_do_not_wait_for_each_other,
+)
+from .test_drivers_streams import (  # noqa: F401  # collected here too, with the `rig` of this file
+    test_a_cancelled_receive_stream_leaves_the_data_that_come_later,
+    test_a_paused_receive_stream_rests_and_loses_nothing,
+    test_a_receive_stream_delivers_all_in_order_and_ends_with_the_stream,
+    test_an_accept_stream_accepts_until_cancelled,
+    test_the_end_of_the_stream_during_a_rest_comes_after_it,
 )
 
 Pair = tuple[socket.socket, socket.socket]

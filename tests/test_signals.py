@@ -20,7 +20,7 @@ import iocp_loop
 from .support import LIMIT, child_environment, python_command, run_python, turns, until
 
 posix = pytest.mark.skipif(
-    sys.platform == "win32", reason="Windows sends no signals to processes; test_iocp.py has Ctrl-C"
+    sys.platform == "win32", reason="Windows sends no signals to processes; test_iocp_console.py has Ctrl-C"
 )
 
 Loop = iocp_loop.IocpEventLoop

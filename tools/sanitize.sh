@@ -15,9 +15,9 @@ copy=build/sanitize
 # but time.
 subjects=(
     tests/test_native_tier.py tests/test_native_uring.py tests/test_socket_waits.py
-    tests/test_bulk_receive.py tests/test_drivers.py tests/test_drivers_random.py tests/test_transports.py
-    tests/test_transports_random.py tests/test_sockets.py tests/test_datagrams.py tests/test_loop.py
-    tests/test_start_tls.py tests/test_tls.py tests/test_debug_mode.py tests/test_contexts.py tests/test_servers.py tests/test_port.py
+    tests/test_bulk_receive.py tests/test_drivers*.py tests/test_transports*.py tests/test_sockets.py
+    tests/test_datagrams.py tests/test_loop.py tests/test_start_tls.py tests/test_tls.py tests/test_debug_mode.py
+    tests/test_contexts.py tests/test_servers.py tests/test_port.py
     tests/test_proactor.py tests/test_poll.py tests/test_readiness.py tests/test_guarantees.py
     tests/test_connections.py tests/test_embedding.py tests/test_unix.py
     tests/cpython

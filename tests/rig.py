@@ -1,0 +1,111 @@
+"""A driver by itself, as the tests of the drivers use it."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from iocp_loop import operations as ops
+from iocp_loop.operations import READABLE, Operation
+from iocp_loop.ports import Driver
+
+from .support import LIMIT
+
+Pair = tuple[socket.socket, socket.socket]
+
+#: A turn that is to show that nothing comes; seconds.
+A_MOMENT = 0.02
+
+
+class Rig:
+    """A driver and what it delivered: ``(operation, value, error)`` in order."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.delivered: list[tuple[Operation, Any, OSError | None]] = []
+
+    def submit(self, op: Operation, then: Callable[[Any, OSError | None], object] | None = None) -> Any:
+        """Submit `op`; its completions are noted, and given to `then`."""
+
+        def complete(value: Any, error: OSError | None) -> None:
+            self.delivered.append((op, value, error))
+            if then is not None:
+                then(value, error)
+
+        op.complete = complete
+        if isinstance(op.handle, socket.socket):
+            self.driver.register(op.handle)
+        self.driver.submit(op)
+        return op
+
+    def turn(self, timeout: float = 0.0) -> None:
+        self.driver.wait(timeout)
+        self.driver.dispatch()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            assert time.monotonic() < deadline, f"it has not happened in time; delivered: {self.delivered}"
+            self.turn(A_MOMENT)
+
+    def nothing_comes(self) -> bool:
+        """True if nothing is delivered for a moment."""
+        before = len(self.delivered)
+        for _ in range(3):
+            self.turn(A_MOMENT)
+        return len(self.delivered) == before
+
+    def completions(self, op: Operation) -> list[tuple[Any, OSError | None]]:
+        return [(value, error) for each, value, error in self.delivered if each is op]
+
+    def values(self, op: Operation) -> list[Any]:
+        return [value for value, error in self.completions(op) if error is None]
+
+    def outcome(self, op: Operation) -> tuple[Any, OSError | None]:
+        """Wait for the one completion of an ordinary operation."""
+        self.until(lambda: not op.in_flight)
+        self.until(lambda: self.completions(op))
+        (completion,) = self.completions(op)
+        return completion
+
+    def value(self, op: Operation) -> Any:
+        value, error = self.outcome(op)
+        assert error is None
+        return value
+
+    def error(self, op: Operation) -> OSError:
+        value, error = self.outcome(op)
+        assert isinstance(error, OSError), value
+        return error
+
+    def last_error(self, op: Operation) -> OSError:
+        """Wait for the end of a stream; the error that ended it."""
+        self.until(lambda: not op.in_flight and self.completions(op) and self.completions(op)[-1][1])
+        error = self.completions(op)[-1][1]
+        assert error is not None
+        return error
+
+    def end(self, op: Operation) -> None:
+        """Cancel `op` and see its last completion."""
+        self.driver.cancel(op)
+        assert self.last_error(op).errno == errno.ECANCELED
+
+
+def received(rig: Rig, op: Operation) -> bytes:
+    """What a receive stream has delivered."""
+    return b"".join(bytes(value) for value in rig.values(op))
+
+
+def waiting_operations(sock: socket.socket) -> list[Operation]:
+    """One operation of each kind that waits for something to arrive on a socket where nothing does."""
+    return [
+        ops.Receive(sock, 10),
+        ops.ReceiveInto(sock, bytearray(10)),
+        ops.Readiness(sock, READABLE),
+        ops.ReadinessStream(sock, READABLE),
+        ops.ReceiveStream(sock),
+        ops.ReceiveStream(sock, get_buffer=lambda: bytearray(10)),
+    ]

@@ -1,0 +1,157 @@
+"""Driver iocp: Ctrl-C and the other events of a console."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+if sys.platform != "win32":
+    pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
+
+from .support import LIMIT, WINE, child_environment, python_command
+
+#: Runs in a console of its own, and presses Ctrl-C there.
+CTRL_C = """
+    import asyncio, ctypes, sys, threading, time
+    import iocp_loop
+
+    def press():
+        time.sleep(0.3)
+        assert ctypes.windll.kernel32.GenerateConsoleCtrlEvent(0, 0)
+
+    async def sleep():
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            print("cancelled")
+            raise
+
+    if sys.argv[2:] == ["again"]:
+        iocp_loop.new_event_loop("iocp").close()
+    threading.Thread(target=press).start()
+    started = time.perf_counter()
+    try:
+        if sys.argv[1] == "get":
+            iocp_loop.CompletionPort(driver="iocp").get(60)
+        elif sys.argv[1] == "run_forever":
+            loop = iocp_loop.new_event_loop("iocp")
+            loop.call_later(60, loop.stop)
+            loop.run_forever()
+        else:
+            iocp_loop.run(sleep(), driver="iocp")
+    except KeyboardInterrupt:
+        print("interrupted")
+    print("in time" if time.perf_counter() - started < 15 else "late")
+"""
+
+
+@pytest.mark.parametrize("again", [[], ["again"]], ids=["first", "after another loop was closed"])
+@pytest.mark.parametrize("what", ["get", "run_forever", "run"])
+def test_ctrl_c_ends_a_wait(what: str, again: list[str]) -> None:
+    done = subprocess.run(
+        [arg for arg in python_command(CTRL_C, what, *again) if arg not in ("-W", "error")],  # unclosed on purpose
+        env=child_environment(),
+        creationflags=subprocess.CREATE_NO_WINDOW,
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT,
+        check=False,
+    )
+    expected = ["interrupted", "in time"]
+    if what == "run":
+        expected.insert(0, "cancelled")
+    assert done.stdout.split("\n")[:-1] == expected, done.stderr
+
+
+#: Runs in a console of its own with handlers for the signals that it is told, and lets a console event come.
+CONSOLE_EVENT = """
+    import asyncio, ctypes, signal, sys, threading
+    import iocp_loop
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+
+        def called(name):
+            print(name)
+            stop.set()
+
+        for name in sys.argv[2:]:
+            loop.add_signal_handler(getattr(signal, name), called, name)
+        event = int(sys.argv[1])
+        if event == 0:
+            assert ctypes.windll.kernel32.GenerateConsoleCtrlEvent(event, 0)
+        else:  # what Windows calls in a thread of its own: it calls the handlers, then ends the process
+            routine = ctypes.WinDLL("kernelbase").CtrlRoutine
+            routine.argtypes = [ctypes.c_void_p]
+            threading.Thread(target=routine, args=[event], daemon=True).start()
+        await stop.wait()
+        await asyncio.sleep(0.3)  # cleaning up
+        print("cleaned up")
+
+    iocp_loop.run(main(), driver="iocp")
+"""
+
+CTRL_C_EVENT, CTRL_BREAK_EVENT, CTRL_CLOSE_EVENT, CTRL_LOGOFF_EVENT, CTRL_SHUTDOWN_EVENT = 0, 1, 2, 5, 6
+
+
+@pytest.mark.parametrize(
+    ("event", "handlers", "expected"),
+    [
+        (CTRL_C_EVENT, ["SIGINT"], "SIGINT"),
+        pytest.param(
+            CTRL_BREAK_EVENT,
+            ["SIGBREAK"],
+            "SIGBREAK",
+            marks=pytest.mark.skipif(WINE, reason="Wine's C runtime makes no signal of Ctrl-Break"),
+        ),
+        (CTRL_CLOSE_EVENT, ["SIGBREAK"], "SIGBREAK"),
+        (CTRL_CLOSE_EVENT, ["SIGTERM"], "SIGTERM"),
+        (CTRL_CLOSE_EVENT, ["SIGTERM", "SIGBREAK", "SIGINT"], "SIGBREAK"),
+        (CTRL_LOGOFF_EVENT, ["SIGBREAK"], "SIGBREAK"),
+        (CTRL_SHUTDOWN_EVENT, ["SIGTERM"], "SIGTERM"),
+    ],
+)
+def test_console_events_are_signals_and_leave_time_to_clean_up(event: int, handlers: list[str], expected: str) -> None:
+    done = subprocess.run(
+        python_command(CONSOLE_EVENT, str(event), *handlers),
+        env=child_environment(),
+        creationflags=subprocess.CREATE_NO_WINDOW,
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == (f"{expected}\ncleaned up\n", 0), done.stderr
+
+
+def test_a_closed_console_ends_a_program_without_handlers() -> None:
+    """One whose loop has let go of its handler, and one that has never had any."""
+    code = """
+        import asyncio, ctypes, signal, sys, threading, time
+        import iocp_loop
+
+        loop = iocp_loop.new_event_loop("iocp")
+        if sys.argv[1:]:
+            loop.add_signal_handler(signal.SIGBREAK, print, "called")
+            loop.remove_signal_handler(signal.SIGBREAK)
+        routine = ctypes.WinDLL("kernelbase").CtrlRoutine
+        routine.argtypes = [ctypes.c_void_p]
+        threading.Thread(target=routine, args=[2], daemon=True).start()
+        loop.call_later(30, loop.stop)
+        loop.run_forever()
+        print("it has gone on")
+    """
+    for arguments in ([], ["handler"]):
+        done = subprocess.run(
+            python_command(code, *arguments),
+            env=child_environment(),
+            creationflags=subprocess.CREATE_NO_WINDOW,
+            capture_output=True,
+            text=True,
+            timeout=3 * LIMIT,
+            check=False,
+        )
+        assert "it has gone on" not in done.stdout
