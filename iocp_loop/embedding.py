@@ -13,7 +13,7 @@ threads (``call_soon_threadsafe``, ``run_coroutine_threadsafe``).  Those end the
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .proactor import Proactor
 
@@ -37,8 +37,12 @@ class EmbeddingMethods(asyncio.BaseEventLoop):
     _proactor: Proactor
     _selector: Any
     _waited: bool
-    _scheduled: list[Any]
     _clock_resolution: float
+
+    if TYPE_CHECKING:  # the ready queue and the timers: Turns'
+
+        def _has_work(self) -> bool: ...
+        def _next_timer(self) -> float | None: ...
 
     def poll(self, timeout: float | None = None) -> bool:
         """Wait at most `timeout` seconds (None: without limit) for something to run; False if there is nothing.
@@ -79,13 +83,12 @@ class EmbeddingMethods(asyncio.BaseEventLoop):
 
     def _is_due(self) -> bool:
         """Whether a callback or a timer is to be run, as BaseEventLoop will see it."""
-        if self._ready:  # type: ignore[attr-defined]  # BaseEventLoop's
+        if self._has_work():
             return True
-        return bool(self._scheduled) and self._scheduled[0].when() < self.time() + self._clock_resolution
+        timer = self._next_timer()
+        return timer is not None and timer < self.time() + self._clock_resolution
 
     def _wait_until(self, deadline: float | None) -> float | None:
         """The seconds until `deadline` or the next timer, whichever is earlier."""
-        ends = [] if deadline is None else [deadline]
-        if self._scheduled:
-            ends.append(self._scheduled[0].when())
+        ends = [end for end in (deadline, self._next_timer()) if end is not None]
         return min(max(0.0, min(ends) - self.time()), LONGEST_WAIT) if ends else None

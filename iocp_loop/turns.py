@@ -9,6 +9,7 @@ BaseEventLoop brings all of this but the completions.  The native tier has it in
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ class PythonTurns(asyncio.BaseEventLoop):
     """The turn of BaseEventLoop, with completions instead of events."""
 
     _ready: Any  # BaseEventLoop's ready queue
+    _scheduled: list[Any]  # and its heap of timers, some of which are cancelled: so many
+    _timer_cancelled_count: int
 
     _waited = False  # True: the wait of this turn has been already, see embedding.py; only the native turn looks at it
 
@@ -49,6 +52,13 @@ class PythonTurns(asyncio.BaseEventLoop):
     def _has_work(self) -> bool:
         """True if a callback is ready to run."""
         return bool(self._ready)
+
+    def _next_timer(self) -> float | None:
+        """When the earliest timer is due, by the loop's clock; None if there is none."""
+        while self._scheduled and self._scheduled[0]._cancelled:  # BaseEventLoop drops them in its own turn only
+            heapq.heappop(self._scheduled)._scheduled = False
+            self._timer_cancelled_count -= 1
+        return self._scheduled[0].when() if self._scheduled else None
 
     def _process_events(self, event_list: Any) -> None:
         if self._ready:

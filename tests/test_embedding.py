@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
+from iocp_loop import native
 
 from .support import LIMIT, Echo, in_thread, read_exactly
 
@@ -50,6 +51,39 @@ def test_poll_waits_for_timers_and_dispatch_runs_them(loop: Loop) -> None:
     loop.dispatch()
     assert len(ran) == 1
     assert ran[0] >= due - 1e-5
+
+
+def test_a_cancelled_timer_is_nothing_to_run(loop: Loop) -> None:
+    loop.call_later(0.001, lambda: None).cancel()
+    loop.call_later(0.002, lambda: None).cancel()
+    assert not loop.poll(0.05)
+    loop.call_later(LIMIT, lambda: None)
+    assert not loop.poll(0)
+
+
+@pytest.mark.skipif(native.hot is None, reason="the Python tier has its timers in a list")
+def test_a_poll_does_not_list_the_timers(driver: str) -> None:
+    """The native tier makes a list of them all, each time that it is asked for one."""
+    asked = []
+
+    class Watched(Loop):
+        @property
+        def _scheduled(self) -> Any:
+            asked.append(self)
+            return super()._scheduled
+
+        @_scheduled.setter
+        def _scheduled(self, timers: list[Any]) -> None:
+            """What BaseEventLoop's constructor brings."""
+
+    loop = Watched(driver)
+    loop.call_later(LIMIT, lambda: None)
+    assert not loop.poll(0.001)
+    loop.call_soon(lambda: None)
+    assert loop.poll(LIMIT)
+    loop.dispatch()
+    assert not asked
+    loop.close()
 
 
 def test_poll_gathers_completions_and_dispatch_delivers_them(loop: Loop, pair: Pair) -> None:

@@ -621,6 +621,11 @@ static PyObject *turns_get_debug(Turns *self, PyObject *ignored) { return PyBool
 
 static PyObject *turns_has_work(Turns *self, PyObject *ignored) { return PyBool_FromLong(self->count > 0); }
 
+static PyObject *turns_next_timer(Turns *self, PyObject *ignored)
+{
+    return self->timers > 0 ? PyFloat_FromDouble(self->heap[0].when) : Py_NewRef(Py_None);
+}
+
 static PyObject *turns_forget(Turns *self, PyObject *ignored)
 {
     forget_everything(self);
@@ -816,6 +821,7 @@ static PyMethodDef turns_methods[] = {
      "get_debug($self)\n--\n\nWhether debug mode is on."},
     {"_use", (PyCFunction)turns_use, METH_O, "Wait for and deliver the completions of a driver, from now on."},
     {"_has_work", (PyCFunction)turns_has_work, METH_NOARGS, "Whether a callback is ready to run."},
+    {"_next_timer", (PyCFunction)turns_next_timer, METH_NOARGS, "When the earliest timer is due; None if there is none."},
     {"_forget_callbacks", (PyCFunction)turns_forget, METH_NOARGS, "Drop what is ready and every timer."},
     /* The signature is that of the running Python; see add_turns. */
     {"create_task", (PyCFunction)(void (*)(void))turns_create_task, METH_FASTCALL | METH_KEYWORDS, create_task_doc},
