@@ -135,14 +135,17 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         """The current protocol."""
         return cast("asyncio.BaseProtocol", self._protocol)
 
-    def _call_protocol(self, name: str, *args: Any) -> None:
-        """Call a method of the protocol.  If it fails, that is reported, and the endpoint lives on."""
+    def _tell_error(self, error: OSError) -> None:
+        """Call ``error_received``, in the context of the caller: that of receiving, or of whoever sends.
+
+        If it fails, that is reported, and the endpoint lives on.
+        """
         try:
-            self._context.run(getattr(self._protocol, name), *args)
+            self._protocol.error_received(error)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
-            self._report(exc, f"Exception in protocol.{name}()")
+            self._report(exc, "Exception in protocol.error_received()")
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -157,7 +160,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         if error is not None:
             self._receive_ended(error)
         elif not self._closing:
-            try:  # as _call_protocol, which would cost another call for each datagram
+            try:
                 self._context.run(self._protocol.datagram_received, *value)
             except (SystemExit, KeyboardInterrupt):
                 raise
@@ -173,7 +176,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         elif error.errno == errno.EINVAL and getattr(error, "winerror", None) in (None, _WSA_INVALID):
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
         elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
-            self._call_protocol("error_received", error)
+            self._context.run(self._tell_error, error)
             if not self._closing:
                 self._arm_receive()
 
@@ -225,7 +228,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as exc:
-            self._call_protocol("error_received", exc)
+            self._tell_error(exc)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:  # the address makes no sense
@@ -264,7 +267,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         elif error.errno == errno.ECANCELED:
             return  # the loop is closing under us
         else:
-            self._call_protocol("error_received", error)
+            self._tell_error(error)
         self._forget_head()
         self._send_queue()
 

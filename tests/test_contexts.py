@@ -417,6 +417,29 @@ def test_datagrams(driver: str, no_leak: None) -> None:
     compare(scene, driver)
 
 
+def test_an_answer_that_cannot_be_sent(driver: str, no_leak: None) -> None:
+    """It fails while ``datagram_received`` runs, so ``error_received`` is called within that."""
+
+    class Answering(Witness):
+        def datagram_received(self, data: bytes, addr: Any) -> None:
+            super().datagram_received(data, addr)
+            self.transport.sendto(bytes(1 << 16), addr)  # more than a datagram can hold
+
+    async def scene(seen: Seen) -> None:
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: Answering(seen), local_addr=("127.0.0.1", 0)
+        )
+        actor.set("the sender")
+        transport.sendto(b"x", transport.get_extra_info("sockname"))
+        actor.set("later")
+        await until(lambda: "error_received" in seen)
+        transport.sendto(bytes(1 << 16), transport.get_extra_info("sockname"))
+        transport.close()
+        await until(lambda: "connection_lost" in seen)
+
+    compare(scene, driver, least="error_received")
+
+
 @pytest.mark.skipif(WINDOWS, reason="Python has no UNIX sockets on Windows")
 def test_queued_datagrams(driver: str, tmp_path: Path, no_leak: None) -> None:
     async def scene(seen: Seen) -> None:
