@@ -17,6 +17,7 @@ Until the cancelled operation has ended, that next call stands in line behind it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import socket
@@ -325,30 +326,42 @@ class Proactor:
         self._unclaimed.setdefault(op.handle, deque()).append(value)
 
     def _claim(self, op: Operation) -> Any:
-        """The value for `op` out of what an earlier, cancelled one of its kind had got."""
+        """The value for `op` out of what an earlier, cancelled one had got."""
         left = self._unclaimed[op.handle]
         value = left.popleft()
-        if isinstance(op, (ops.Receive, ops.ReceiveInto)):
-            size = op.size if isinstance(op, ops.Receive) else op.buffer.nbytes
-            value, rest = value[:size], value[size:]
+        if isinstance(op, (ops.Receive, ops.ReceiveInto, ops.ReceiveFrom, ops.ReceiveFromInto)):
+            value, rest = _as_asked_for(op, value)
             if rest:
                 left.appendleft(rest)
         if not left:
             del self._unclaimed[op.handle]
-        if isinstance(op, ops.ReceiveInto):
-            op.buffer[: len(value)] = value
-            return len(value)
-        if isinstance(op, ops.ReceiveFrom):
-            return value[0][: op.size], value[1]
-        if isinstance(op, ops.ReceiveFromInto):
-            data = value[0][: op.buffer.nbytes]
-            op.buffer[: len(data)] = data
-            return len(data), value[1]
         return value
 
     def claims(self, sock: socket.socket) -> bool:
         """True if something is kept for `sock`, or may be soon, that goes before a new call into the kernel."""
         return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)
+
+
+def _as_asked_for(
+    op: ops.Receive | ops.ReceiveInto | ops.ReceiveFrom | ops.ReceiveFromInto, value: Any
+) -> tuple[Any, bytes]:
+    """`value`, bytes or bytes with an address, in the form that `op` has asked for; and what is left of it."""
+    sock: Any = op.handle
+    is_stream = sock.type == socket.SOCK_STREAM
+    if isinstance(value, tuple):
+        data, address = value
+    else:
+        # Who received it did not ask where it came from.  A socket that is connected has heard its peer.
+        data, address = value, None
+        if not is_stream:
+            with contextlib.suppress(OSError):
+                address = sock.getpeername()
+    size = op.size if isinstance(op, (ops.Receive, ops.ReceiveFrom)) else op.buffer.nbytes
+    data, rest = data[:size], data[size:] if is_stream else b""  # of a datagram, what does not fit is lost, as ever
+    if isinstance(op, (ops.ReceiveInto, ops.ReceiveFromInto)):
+        op.buffer[: len(data)] = data
+        data = len(data)
+    return (data, address) if isinstance(op, (ops.ReceiveFrom, ops.ReceiveFromInto)) else data, rest
 
 
 def advance(buffers: Sequence[Any], count: int) -> list[memoryview]:

@@ -325,6 +325,24 @@ async def test_a_datagram_that_came_before_the_cancel_is_for_the_next_call(loop:
         )
 
 
+async def test_what_a_cancelled_call_had_got_comes_in_the_form_that_the_next_one_asks_for(
+    loop: Loop, proactor: Proactor
+) -> None:
+    with udp_socket() as one, udp_socket() as two:
+        one.connect(two.getsockname())
+        for message in (b"first", b"second", b"third"):
+            two.sendto(message, one.getsockname())
+        proactor.recvfrom(one, 100).cancel()
+        assert await proactor.recv(one, 100) == b"first"
+        proactor.recv(one, 100).cancel()
+        assert await proactor.recvfrom(one, 100) == (b"second", two.getsockname())
+        proactor.recv(one, 100).cancel()
+        await turns()
+        if proactor.claims(one):  # else it was left in the socket
+            assert await proactor.recv(one, 2) == b"th"
+            assert not proactor.claims(one)  # what does not fit of a datagram is lost, as ever
+
+
 async def test_bytes_left_by_a_cancelled_recv_go_to_a_stream_first(loop: Loop, proactor: Proactor, pair: Pair) -> None:
     pair[1].send(b"first ")
     proactor.recv(pair[0], 100).cancel()
