@@ -73,8 +73,14 @@ class Listener:
             self._sock.close()
 
     def _arm(self) -> None:
-        self._retry = None
         self._stream = self._proactor.accept_stream(self._sock, self._accepted)
+
+    def _arm_again(self) -> None:
+        self._retry = None
+        try:
+            self._arm()
+        except OSError as exc:  # refused outright
+            self._ended(exc)
 
     def _accepted(self, value: Any, error: OSError | None) -> None:
         if error is not None:
@@ -115,7 +121,7 @@ class Listener:
                 self._report("socket.accept() out of system resource", error)
         else:
             self._report("Accept failed on a socket", error)
-        self._retry = self._loop.call_later(RETRY_DELAY, self._arm)
+        self._retry = self._loop.call_later(RETRY_DELAY, self._arm_again)
 
     def _report(self, message: str, error: OSError) -> None:
         self._loop.call_exception_handler(

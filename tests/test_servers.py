@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
+import os
 import socket
 import ssl
 import sys
@@ -304,6 +306,34 @@ def test_closed_while_descriptors_are_short(driver: str) -> None:
         driver,
     ).stdout.splitlines()
     assert printed == ["['socket.accept() out of system resource'] 0", "True"]
+
+
+async def test_a_shortage_that_goes_on_when_accepting_is_tried_again(
+    loop: Loop, reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may refuse to accept outright, and not only by a completion."""
+    server, address = await echo_server(loop)
+    (listener,) = loop._listeners.values()
+    assert listener._stream is not None
+    loop._proactor.cancel(listener._stream)
+    await until(lambda: listener._stream is not None and not listener._stream.in_flight)
+    tries = 0
+    accept_stream = loop._proactor.accept_stream
+
+    def refuse(sock: socket.socket, deliver: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return accept_stream(sock, deliver)
+
+    monkeypatch.setattr(loop._proactor, "accept_stream", refuse)
+    listener._ended(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+    assert await echoes(address)
+    assert tries == 3
+    assert [report["message"] for report in reports] == ["socket.accept() out of system resource"]
+    reports.clear()
+    await finish(server)
 
 
 async def test_a_connection_that_comes_after_the_end_is_closed(loop: Loop, pair: Pair) -> None:
