@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from asyncio import SendfileNotAvailableError
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from .operations import SendFile
@@ -26,7 +26,7 @@ _NOT_AVAILABLE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.
 
 
 async def send_file(
-    submit: Callable[[SendFile], Awaitable[int]], sock: socket.socket, file: Any, offset: int, count: int | None
+    submit: Callable[[SendFile], asyncio.Future[int]], sock: socket.socket, file: Any, offset: int, count: int | None
 ) -> int:
     """Send `count` bytes of `file` (None: all) from `offset`, in bytes; the number of bytes sent.
 
@@ -40,10 +40,11 @@ async def send_file(
         while count is None or sent < count:
             chunk = _CHUNK if count is None else min(_CHUNK, count - sent)
             op = SendFile(sock, number, offset + sent, chunk)
+            future = submit(op)
             try:
-                taken = await submit(op)
+                taken = await future
             except asyncio.CancelledError:
-                sent += await _sent_in_spite(op)
+                sent += await _sent_in_spite(op, future)
                 raise
             if not taken:
                 break
@@ -62,10 +63,11 @@ async def send_file(
     return sent
 
 
-async def _sent_in_spite(op: SendFile) -> int:
-    """How many bytes a cancelled operation had sent, which is known when the kernel has given it back."""
+async def _sent_in_spite(op: SendFile, future: asyncio.Future[int]) -> int:
+    """How many bytes an operation had sent whose sender was cancelled; known when the kernel has given it back."""
     if not op.in_flight:
-        return 0
+        # The sender was cancelled in the turn in which it would have learned it.
+        return future.result() if future.done() and not future.cancelled() and future.exception() is None else 0
     count: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     complete = op.complete
 

@@ -198,4 +198,4 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     async def _sock_sendfile_native(self, sock: socket.socket, file: Any, offset: int, count: int | None) -> int:
         # What BaseEventLoop.sock_sendfile tries first; it copies through memory if this is not available.
-        return await send_file(lambda op: self._proactor.submit(op), sock, file, offset, count)
+        return await send_file(self._proactor.submit, sock, file, offset, count)

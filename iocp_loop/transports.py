@@ -573,18 +573,15 @@ class SocketTransport(Stream):
             if self._sending is None and not self._lost:
                 self._go_on_sending()
 
-    async def _send_part(self, op: ops.SendFile) -> int:
+    def _send_part(self, op: ops.SendFile) -> asyncio.Future[int]:
         if self._closing:
             raise _closed_while_sending_file()
         future: asyncio.Future[int] = self._loop.create_future()
         self._file = future
         self._proactor.start(op, functools.partial(self._context_of_writing().run, self._part_sent))
         self._sending = op
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._proactor.cancel(op)
-            raise
+        future.add_done_callback(lambda future: self._proactor.cancel(op) if future.cancelled() else None)
+        return future
 
     def _part_sent(self, value: Any, error: OSError | None) -> None:
         """The completion of a part of a file.  An error is for the sender; the connection may be in order."""

@@ -17,7 +17,7 @@ import pytest
 import iocp_loop
 
 from .certificates import client_context, server_context
-from .support import Recorder, in_thread, read_exactly, reset, tcp_pair, turns, until
+from .support import Recorder, in_thread, read_all, read_exactly, reset, tcp_pair, turns, until
 
 Loop = iocp_loop.IocpEventLoop
 
@@ -332,6 +332,44 @@ async def test_cancelling_leaves_the_transport_in_order(loop: Loop, file: Binary
         transport.write(b"end")
         assert await received(peer, len(before) + sent + 3) == before + DATA[:sent] + b"end"
         assert bool(sent) != queued
+
+
+@pytest.mark.parametrize("over", ["socket", "transport"])
+async def test_what_was_sent_counts_when_the_sender_is_cancelled_in_that_turn(
+    loop: Loop, file: BinaryIO, over: str
+) -> None:
+    ours, peer = small_pair()
+    with ours, peer:
+        reading = asyncio.create_task(asyncio.to_thread(read_all, peer))
+        if over == "socket":
+            await cancelled_when_sent(loop, asyncio.create_task(loop.sock_sendfile(ours, file)))
+            ours.close()
+        else:
+            transport, protocol = await loop.create_connection(Recorder, sock=ours)
+            await cancelled_when_sent(loop, asyncio.create_task(loop.sendfile(transport, file)))
+            transport.close()
+            await until(lambda: protocol.finished)
+        assert file.tell() > 0
+        assert await reading == DATA[: file.tell()]
+
+
+async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int]) -> None:
+    """Cancel `sending` when an operation of it has ended, and before it learns that."""
+
+    def in_flight() -> list[Any]:
+        return [op for op in loop._proactor.in_flight.values() if op.kind == "SendFile"]
+
+    await until(in_flight)
+    (op,) = in_flight()
+    complete = op.complete
+
+    def completed(value: Any, error: OSError | None) -> None:
+        complete(value, error)
+        sending.cancel()
+
+    op.complete = completed
+    with pytest.raises(asyncio.CancelledError):
+        await sending
 
 
 async def test_tls_copies(loop: Loop, file: BinaryIO) -> None:
