@@ -97,6 +97,7 @@ class OverlappedChannel(Channel):
         self._handle: Any = handle
         self._proactor = proactor
         self._in_flight: set[ops.Operation] = set()
+        self._stopped = False
 
     def read(self, deliver: Deliver) -> None:
         self._start(ops.Read(self._handle, READ_SIZE), deliver)
@@ -109,7 +110,7 @@ class OverlappedChannel(Channel):
             return  # it has input of its own, which somebody else may want to read
 
         def look(data: bytes, error: OSError | None) -> None:
-            if data:
+            if data and not self._stopped:
                 self.watch(deliver)  # the words of the other end are not for us
             elif not isinstance(error, PermissionError):  # else this end can't be read; a failing write will tell
                 deliver(data, error)
@@ -125,6 +126,7 @@ class OverlappedChannel(Channel):
         self._in_flight.add(op)
 
     def stop(self) -> None:
+        self._stopped = True
         for op in list(self._in_flight):
             self._proactor.cancel(op)
 
@@ -143,10 +145,9 @@ class SocketChannel(OverlappedChannel):
 
     def watch(self, deliver: Deliver) -> None:
         def look(events: Any, error: OSError | None) -> None:
-            if error is not None:
+            if error is not None or self._stopped or not self._peer_talks():
                 deliver(b"", error)
-            elif not self._peer_talks():  # else a failing write will tell; what it says is not for us
-                deliver(b"", None)
+            # Else a failing write will tell; what the peer says is not for us.
 
         self._start(ops.Readiness(self._handle, READABLE), look)
 

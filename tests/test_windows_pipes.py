@@ -94,6 +94,33 @@ async def test_a_socket_is_read_by_one_and_written_by_another(loop: Loop) -> Non
         await turns()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_writer_that_ends_when_its_peer_has_just_spoken(driver: str, kind: str, address: str) -> None:
+    """Nobody goes on watching for the peer to leave: the handle is closed."""
+    loop = iocp_loop.new_event_loop(driver)
+    ours: Any
+    theirs: Any
+    if kind == "socket":
+        ours, theirs = socket.socketpair()
+    else:
+        ours = PipeHandle(windows_handles.serve_pipe(address, first=True, buffer_size=4096))
+        theirs = raw_client(address)
+    with theirs:
+        transport, protocol = loop.run_until_complete(loop.connect_write_pipe(Recorder, ours))
+        while loop.poll(0):
+            loop.dispatch()
+        if kind == "socket":
+            theirs.sendall(b"hello")
+        else:
+            _winapi.WriteFile(theirs.fileno(), b"hello", overlapped=True)[0].GetOverlappedResult(True)
+        assert loop.poll(LIMIT)  # the completion of the watch is there, and nobody knows of it
+        transport.close()
+        loop.run_until_complete(until(lambda: protocol.finished))
+        loop.run_until_complete(turns())
+        assert (ours.fileno() if kind == "socket" else ours.handle or -1) == -1
+    loop.close()
+
+
 # --------------------------------------------------------------------------------------------------
 # Threads
 # --------------------------------------------------------------------------------------------------
