@@ -241,7 +241,12 @@ class WritePipeTransport(WritingSide, _Watching):
     def _wait_until_writable(self) -> None:
         if self._writing is None:
             self._writing = ops.Readiness(self._pipe, WRITABLE)
-            if not self._watch(self._writing, self._in_this_context(self._write_on)):
+            try:
+                watched = self._watch(self._writing, self._in_this_context(self._write_on))
+            except OSError as exc:
+                self._write_failed(exc)
+                return
+            if not watched:
                 self._loop.call_soon(self._write_on)
 
     def _write_on(self) -> None:

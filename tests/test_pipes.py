@@ -408,6 +408,27 @@ async def test_write_buffer_limits(loop: iocp_loop.IocpEventLoop, outgoing: Pipe
         await until(drained)
 
 
+@unix_only
+async def test_a_write_that_cannot_be_waited_for_ends_the_transport(
+    loop: iocp_loop.IocpEventLoop, outgoing: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poller has no room left: better an end with a reason than a close() that never comes."""
+    _, writer = outgoing
+    async with write_end(writer) as protocol:
+
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(loop._proactor, "start", refuse)
+        protocol.transport.write(bytes(1 << 20))
+        monkeypatch.undo()
+        assert protocol.transport.get_write_buffer_size() == 0
+        await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, OSError)
+    assert protocol.lost.errno == errno.ENOSPC
+    assert closed(writer)
+
+
 async def test_abort_ends_a_write_that_waits(loop: iocp_loop.IocpEventLoop, outgoing: Pipe) -> None:
     reader, writer = outgoing
     data = os.urandom(1_000_000)
