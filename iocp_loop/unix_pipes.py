@@ -130,7 +130,10 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
         """Go on after ``pause_reading``."""
         if self._paused and not self._closing:
             self._paused = False
-            self._arm()
+            try:
+                self._arm()
+            except OSError as exc:
+                self._fatal_error(exc, "Fatal read error on pipe transport")
 
     def close(self) -> None:
         """Close the pipe; ``connection_lost(None)`` follows."""

@@ -205,6 +205,30 @@ async def test_paused_in_connection_made(loop: iocp_loop.IocpEventLoop, incoming
         await until(lambda: protocol.data == b"early")
 
 
+@unix_only
+async def test_a_resume_that_cannot_wait_for_data_ends_the_transport(
+    loop: iocp_loop.IocpEventLoop, incoming: Pipe, reports: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The poller has no room left: a transport that says it reads, and does not, would be worse."""
+    reader, _ = incoming
+    async with read_end(reader) as protocol:
+        protocol.transport.pause_reading()
+        await turns()
+
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(loop._proactor, "start", refuse)
+        protocol.transport.resume_reading()
+        monkeypatch.undo()
+        await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, OSError)
+    assert protocol.lost.errno == errno.ENOSPC
+    assert [report["exception"] for report in reports] == [protocol.lost]
+    reports.clear()
+    assert closed(reader)
+
+
 async def test_data_come_after_the_caller_has_the_transport(loop: iocp_loop.IocpEventLoop, incoming: Pipe) -> None:
     reader, writer = incoming
     writer.write(b"early")
