@@ -1,0 +1,128 @@
+"""Files, pipes and waits for handles on driver ``iocp``."""
+
+from __future__ import annotations
+
+from .. import operations as ops
+from ..operations import CANCELLING
+from .driver import cancelled_error
+from .iocp_binding import (
+    ABORTED,
+    BROKEN_PIPE,
+    END_OF_FILE,
+    MORE_DATA,
+    PENDING,
+    PIPE_NOT_CONNECTED,
+    Submission,
+    error_of,
+    ffi,
+    lib,
+)
+from .iocp_requests import LARGEST_REQUEST, Association, IocpRequests
+
+__all__ = ["FileRequests"]
+
+_END_OF_STREAM = frozenset({END_OF_FILE, BROKEN_PIPE, PIPE_NOT_CONNECTED})
+
+
+class FileRequests(IocpRequests):
+    """The operations Read, ReadInto, Write, AcceptPipe and WaitForHandle."""
+
+    # -- files and pipes ---------------------------------------------------------------------------
+
+    def _start_read(self, op: ops.Read | ops.ReadInto, association: Association) -> None:
+        into = op.buffer if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
+        self._arm_read(self._take(op, self._was_read, into), association)
+
+    def _arm_read(self, sub: Submission, association: Association) -> None:
+        op = sub.op
+        memory = ffi.from_buffer(sub.keep, require_writable=True)
+        self._ready_to_emulate(sub, association)
+        offset = association.position if op.offset is None else op.offset
+        code = lib.iocp_read(op.fd, sub.native, memory, min(len(memory), LARGEST_REQUEST), offset)
+        self._submitted(sub, code, association)
+
+    def _was_read(self, sub: Submission, count: int, code: int) -> None:
+        op = sub.op
+        if code == ABORTED and self._left_undone(op, code):
+            self._arm_read(sub, self._associations[op.fd])
+            return
+        if code in _END_OF_STREAM:
+            count = code = 0
+        elif code == MORE_DATA:  # the rest of a message comes with the next read
+            code = 0
+        elif not code and not count and len(sub.keep):
+            # Somebody has written nothing to the other end of a pipe: no data, and not the end either.
+            if op.state is CANCELLING:
+                self._end(sub, None, ABORTED)
+            else:
+                self._arm_read(sub, self._associations[op.fd])
+            return
+        if code:
+            self._end(sub, None, code)
+            return
+        if op.offset is None:
+            self._associations[op.fd].position += count
+        self._end(sub, count if isinstance(op, ops.ReadInto) else bytes(sub.keep[:count]))
+
+    def _start_write(self, op: ops.Write, association: Association) -> None:
+        data = ffi.from_buffer(op.data)
+        sub = self._take(op, self._was_written, op.data)
+        self._ready_to_emulate(sub, association)
+        offset = association.position if op.offset is None else op.offset
+        code = lib.iocp_write(op.fd, sub.native, data, min(op.data.nbytes, LARGEST_REQUEST), offset)
+        self._submitted(sub, code, association)
+
+    def _was_written(self, sub: Submission, count: int, code: int) -> None:
+        if not code and sub.op.offset is None:
+            self._associations[sub.op.fd].position += count
+        self._end(sub, count, code)
+
+    def _start_accept_pipe(self, op: ops.AcceptPipe, association: Association) -> None:
+        self._arm_accept_pipe(self._take(op, self._pipe_accepted), association)
+
+    def _arm_accept_pipe(self, sub: Submission, association: Association) -> None:
+        self._ready_to_emulate(sub, association)
+        code = lib.iocp_pipe_accept(sub.op.fd, sub.native)
+        if code == 0 and sub.native.bytes:
+            self._next_dispatch(sub)  # the client was there first: no entry tells of it
+        else:
+            self._submitted(sub, code, association)
+
+    def _pipe_accepted(self, sub: Submission, count: int, code: int) -> None:
+        op = sub.op
+        if code and self._left_undone(op, code):
+            self._arm_accept_pipe(sub, self._associations[op.fd])
+        else:
+            self._end(sub, None, code)
+
+    # -- waiting for handles -----------------------------------------------------------------------
+
+    def _start_watch(self, op: ops.WaitForHandle) -> None:
+        self._launch(op)
+        sub = self._take(op, self._signalled)
+        code = lib.iocp_watch_handle(self._port, sub.native, op.fd)
+        if code != PENDING:
+            self._give_back(sub)
+            self._retract(op)
+            raise error_of(code)
+        sub.armed = True
+        self._outstanding[sub.address] = sub
+
+    def _signalled(self, sub: Submission, count: int, code: int) -> None:
+        self._end(sub, True, code)
+
+    def _end_watch(self, op: ops.WaitForHandle) -> None:
+        """Take a wait back.  If the handle was signalled before that, its entry comes, and is the completion."""
+        sub = op.driver_data
+        if lib.iocp_unwatch_handle(sub.native) == 0:
+            del self._outstanding[sub.address]
+            sub.armed = False
+            self._give_back(sub)
+            self._finish(op, None, cancelled_error())
+
+    def _end_watches(self) -> None:
+        """Take every wait for a handle back; what was signalled before that is still reaped."""
+        for sub in list(self._outstanding.values()):
+            if sub.finish == self._signalled and lib.iocp_unwatch_handle(sub.native) == 0:
+                del self._outstanding[sub.address]
+                self._give_back(sub)

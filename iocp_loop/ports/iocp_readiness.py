@@ -1,0 +1,89 @@
+"""Readiness on driver ``iocp``: polls of the AFD device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE
+from .iocp_binding import ABORTED, INVALID_HANDLE, PENDING, Submission, check, ffi, lib
+from .iocp_requests import IocpRequests
+
+__all__ = ["POLLS_PER_DEVICE", "ReadinessRequests"]
+
+#: How many readiness polls share a handle of the AFD device.
+POLLS_PER_DEVICE = 500
+
+
+class ReadinessRequests(IocpRequests):
+    """The operations Readiness and ReadinessStream."""
+
+    def __init__(self, concurrency: int = 1) -> None:
+        super().__init__(concurrency)
+        self._devices: list[_PollDevice] = []
+        self._number = ffi.new("uintptr_t *")
+
+    def _start_readiness(self, op: Any) -> None:
+        if not op.events or op.events & ~(READABLE | WRITABLE):
+            raise ValueError(f"events must be READABLE, WRITABLE or both, not {op.events!r}")
+        check(lib.iocp_base_socket(op.fd, self._number))
+        base = self._number[0]
+        device = self._device_with_room()
+        self._launch(op)
+        sub = self._take(op, self._polled, (device, base))
+        device.polls += 1
+        self._arm_poll(sub)
+
+    def _device_with_room(self) -> _PollDevice:
+        for device in reversed(self._devices):
+            if device.polls < POLLS_PER_DEVICE:
+                return device
+        check(lib.iocp_poll_open(self._port, self._number))
+        self._devices.append(_PollDevice(self._number[0]))
+        return self._devices[-1]
+
+    def _arm_poll(self, sub: Submission) -> None:
+        device, base = sub.keep
+        sub.armed = True
+        code = lib.iocp_poll(device.handle, sub.native, base, sub.op.events)
+        if code == PENDING:
+            self._outstanding[sub.address] = sub
+        else:
+            self._at_once.append((sub, 0, code))
+
+    def _polled(self, sub: Submission, count: int, code: int) -> None:
+        op = sub.op
+        events = lib.iocp_polled(sub.native)
+        if code and self._left_undone(op, code):
+            self._arm_poll(sub)
+            return
+        if code == 0 and events & lib.IOCP_CLOSED:
+            code = ABORTED if op.state is CANCELLING else INVALID_HANDLE
+        if code or op.state is CANCELLING or not op.stream:
+            sub.keep[0].polls -= 1
+            self._end(sub, self._events_for(op, events), ABORTED if op.state is CANCELLING else code)
+            return
+        device = sub.keep[0]
+        try:
+            if value := self._events_for(op, events):
+                self.completions += 1
+                op.complete(value, None)
+        finally:
+            if op.state is IN_FLIGHT:
+                self._arm_poll(sub)
+            else:
+                device.polls -= 1
+
+    @staticmethod
+    def _events_for(op: Any, events: int) -> int:
+        wanted: int = op.events
+        return wanted if events & lib.IOCP_FAILED else wanted & events
+
+
+class _PollDevice:
+    """A handle of the AFD device, and how many polls it carries."""
+
+    __slots__ = ("handle", "polls")
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.polls = 0

@@ -1,0 +1,80 @@
+"""One turn of the driver ``iocp``: the wait, and the dispatch of what it has gathered.
+
+ports/iocp.py tells how it all works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .iocp_binding import check, ffi, lib
+
+__all__ = ["IocpTurns", "PythonIocpTurns"]
+
+if TYPE_CHECKING:
+    from .iocp_requests import IocpRequests as _Base
+else:
+    _Base = object
+
+
+class PythonIocpTurns(_Base):
+    """What a driver inherits its turn from."""
+
+    _reaped: Iterator[tuple[int, int, int]] = iter(())
+
+    def wait(self, timeout: float | None) -> None:
+        self.waits += 1
+        self._sleeping = True
+        try:
+            if self.ready or self._at_once or (self.before_sleep is not None and self.before_sleep()):
+                nanoseconds = 0
+            elif timeout is None:
+                nanoseconds = -1
+            else:
+                nanoseconds = min(int(timeout * 1e9), 1 << 62)
+            code = lib.iocp_wait(self._port, nanoseconds)
+        finally:
+            self._sleeping = False
+        check(code)
+
+    def dispatch(self) -> None:
+        if self.ready:
+            self._drain_ready()
+        at_once = self._at_once
+        for _ in range(len(at_once)):
+            sub, count, code = at_once.popleft()
+            sub.armed = False
+            sub.finish(sub, count, code)
+        self._deliver_reaped()  # what a dispatch that an exception ended has left
+        port = self._port
+        if port.count:
+            # From the batch to the iterator without a step between at which a signal's exception could come in.
+            numbers = iter(ffi.unpack(port.batch, port.count * 3))
+            reaped = zip(numbers, numbers, numbers, strict=True)
+            self._reaped = reaped
+            port.count = 0
+            self._deliver_reaped()
+        if self.ready:
+            self._drain_ready()
+
+    def _deliver_reaped(self) -> None:
+        outstanding = self._outstanding
+        for address, count, code in self._reaped:
+            sub = outstanding.pop(address)
+            sub.armed = False
+            sub.finish(sub, count, code)
+
+    @property
+    def gathered(self) -> bool:
+        return bool(self.ready or self._at_once or self._port.count)
+
+    def _take_reaped(self) -> list[int]:
+        """Take what was reaped and not dispatched away: the addresses of the submissions."""
+        numbers = iter(ffi.unpack(self._port.batch, self._port.count * 3) if self._port.count else ())
+        left = [address for address, _, _ in [*self._reaped, *zip(numbers, numbers, numbers, strict=True)]]
+        self._port.count = 0
+        return left
+
+
+IocpTurns = PythonIocpTurns
