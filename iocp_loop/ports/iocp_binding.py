@@ -24,7 +24,7 @@ else:
     ffi = _iocp.ffi  # type: ignore[attr-defined]  # a compiled module, which mypy does not see
     _lib: Any = _iocp.lib  # type: ignore[attr-defined]  # as above
     # The same functions and constants, in a plain object: looking one up in cffi's own takes as long as a call.
-    lib = SimpleNamespace(**{name: getattr(_lib, name) for name in dir(_lib)})
+    lib = SimpleNamespace(library=_lib, **{name: getattr(_lib, name) for name in dir(_lib)})
 
 __all__ = ["SlotPool", "Submission", "error_of", "ffi", "lib", "probe"]
 
@@ -67,34 +67,42 @@ def check(code: int) -> None:
         raise error_of(code)
 
 
-#: A piece of memory to receive into: its address, the block that it is part of, and where in the block it begins.
-Slot = tuple[Any, Any, int]
+#: A piece of memory to receive into: its address as cffi has it, the block that it is part of, where in the block it
+#: begins, and its address as a number.
+Slot = tuple[Any, Any, int, int]
 
 
 class SlotPool:
-    """Lends memory to receives: slots of `size` bytes, at most `limit` of them, made in blocks as they are needed."""
+    """Lends memory to receives: slots of `size` bytes, at most `limit` of them, made in blocks as they are needed.
+
+    The native tier takes from `free`, and gives back to it, by itself.
+    """
 
     PER_BLOCK = 32
+
+    __slots__ = ("_unmade", "free", "size")
 
     def __init__(self, size: int, limit: int) -> None:
         self.size = size
         self._unmade = limit
-        self._free: list[Slot] = []
+        self.free: list[Slot] = []
 
     def take(self) -> Slot | None:
         """A slot, or None if all are lent."""
-        if not self._free:
+        if not self.free:
             if self._unmade < self.PER_BLOCK:
                 return None
             self._unmade -= self.PER_BLOCK
             memory = ffi.new("char[]", self.PER_BLOCK * self.size)  # the block's view keeps it
             block = ffi.buffer(memory)
-            self._free = [(memory + start, block, start) for start in range(0, len(block), self.size)]
-        return self._free.pop()
+            address = int(ffi.cast("uintptr_t", memory))
+            starts = range(0, len(block), self.size)
+            self.free.extend((memory + start, block, start, address + start) for start in starts)
+        return self.free.pop()
 
     def give_back(self, slot: Slot) -> None:
         """The slot may be lent again: no request has it any more."""
-        self._free.append(slot)
+        self.free.append(slot)
 
 
 class Submission:

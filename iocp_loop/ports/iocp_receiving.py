@@ -145,8 +145,8 @@ class ReceiveRequests(DatagramRequests):
                 self.completions += 1
                 op.complete(data, None)
         finally:
-            if sub.armed:
-                pass  # `complete` paused and resumed
+            if sub.armed or sub.op is not op:
+                pass  # `complete` paused and resumed, or cancelled
             elif op.state is CANCELLING:
                 self._end(sub, None, ABORTED)
             elif code and not self._left_undone(op, code):

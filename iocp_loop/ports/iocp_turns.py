@@ -1,6 +1,8 @@
 """One turn of the driver ``iocp``: the wait, and the dispatch of what it has gathered.
 
-ports/iocp.py tells how it all works.
+ports/iocp.py tells how it all works.  This is its hot path, which the native tier has in C (``_native/hot/iocp.c``),
+and with it the receive of a stream that goes on and the end of a SendAll, as iocp_receiving.py and iocp_sockets.py do
+them; whatever else completes is left to the `finish` of its submission.
 """
 
 from __future__ import annotations
@@ -8,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .iocp_binding import check, ffi, lib
+from .. import operations as ops
+from ..native import hot
+from .iocp_binding import SlotPool, Submission, check, ffi, lib, nobody
+from .iocp_receiving import SLOT_SIZE
+from .iocp_requests import Association
 
 __all__ = ["IocpTurns", "PythonIocpTurns"]
 
@@ -77,4 +83,18 @@ class PythonIocpTurns(_Base):
         return left
 
 
-IocpTurns = PythonIocpTurns
+if TYPE_CHECKING or hot is None or lib is None:
+    IocpTurns = PythonIocpTurns
+else:
+    hot.use_operations(ops)
+    hot.IocpTurns._use_requests(Submission, Association, SlotPool, nobody, SLOT_SIZE)
+    _FUNCTIONS = [
+        int(ffi.cast("uintptr_t", ffi.addressof(lib.library, name))) for name in ("iocp_wait", "iocp_receive")
+    ]
+
+    class IocpTurns(hot.IocpTurns):
+        """The native turn, which has to be told where the port is, and the functions of the binding that it calls."""
+
+        @staticmethod
+        def _addresses(port):
+            return int(ffi.cast("uintptr_t", port)), *_FUNCTIONS

@@ -11,6 +11,7 @@
  *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
+ *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp.py)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it
  *
@@ -40,6 +41,7 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
+    PyObject *append, *arm, *end_with, *popleft, *take; /* of iocp.c */
     PyObject *abandon, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
         *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
@@ -63,6 +65,8 @@ extern struct operation_slots {
     Py_ssize_t size;
     PyObject *receive_from_stream; /* the type ReceiveFromStream, and its slot */
     Py_ssize_t from_paused;
+    PyObject *send_all; /* the type SendAll, and its slots */
+    Py_ssize_t all_buffers, all_sent, all_size;
     PyObject *new, *in_flight, *done; /* values of `state` */
 } operation_slots;
 
@@ -129,7 +133,7 @@ struct native_driver {
     int (*wait)(PyObject *driver, double seconds); /* negative: for ever */
     int (*dispatch)(PyObject *driver);
     /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
-     * asked; -1: error. */
+     * asked; -1: error.  NULL where sockets.c is not. */
     int (*submit_receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
 };
 
@@ -183,6 +187,9 @@ int add_handles(PyObject *module);
 int add_turns(PyObject *module);
 PyObject *make_stream_type(PyObject *module, PyObject *base);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
+#ifdef _WIN32
+int add_iocp(PyObject *module);
+#endif
 #ifdef __linux__
 #include <time.h>
 

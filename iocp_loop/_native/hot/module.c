@@ -44,6 +44,9 @@ PyMODINIT_FUNC PyInit__hot(void)
 #ifdef __linux__
         || add_uring(module) < 0 || add_epoll(module) < 0
 #endif
+#ifdef _WIN32
+        || add_iocp(module) < 0
+#endif
     ) {
         Py_DECREF(module);
         return NULL;

@@ -250,6 +250,9 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
         {"Receive", "size", offsetof(struct operation_slots, size)},
         {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
+        {"SendAll", "buffers", offsetof(struct operation_slots, all_buffers)},
+        {"SendAll", "sent", offsetof(struct operation_slots, all_sent)},
+        {"SendAll", "size", offsetof(struct operation_slots, all_size)},
     };
     if (operation_slots.receive != NULL)
         Py_RETURN_NONE;
@@ -267,6 +270,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
     operation_slots.receive_stream = PyObject_GetAttrString(operations, "ReceiveStream");
     operation_slots.receive_from_stream = PyObject_GetAttrString(operations, "ReceiveFromStream");
     operation_slots.receive = PyObject_GetAttrString(operations, "Receive");
+    operation_slots.send_all = PyObject_GetAttrString(operations, "SendAll");
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;
@@ -279,6 +283,8 @@ int intern_names(void)
         const char *text;
     } table[] = {
         {&names.abandon, "abandon"},
+        {&names.append, "append"},
+        {&names.arm, "_arm"},
         {&names.buffer_updated, "buffer_updated"},
         {&names.call_eof_received, "_call_eof_received"},
         {&names.callback, "callback"},
@@ -296,6 +302,7 @@ int intern_names(void)
         {&names.drain_ready, "_drain_ready"},
         {&names.end, "_end"},
         {&names.end_stream, "_end_stream"},
+        {&names.end_with, "_end_with"},
         {&names.fatal_error, "_fatal_error"},
         {&names.future_blocking, "_asyncio_future_blocking"},
         {&names.get_buffer, "get_buffer"},
@@ -304,6 +311,7 @@ int intern_names(void)
         {&names.keep_value, "keep_value"},
         {&names.open_ring, "_open_ring"},
         {&names.pending, "pending"},
+        {&names.popleft, "popleft"},
         {&names.queue_leftovers, "_queue_leftovers"},
         {&names.read, "read"},
         {&names.reap, "_reap"},
@@ -313,6 +321,7 @@ int intern_names(void)
         {&names.set_result, "set_result"},
         {&names.ssl_protocol, "_ssl_protocol"},
         {&names.start_shutdown, "_start_shutdown"},
+        {&names.take, "take"},
         {&names.time, "time"},
         {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
         {&names.when, "when"},
