@@ -8,6 +8,10 @@ There is one wakeup descriptor for the whole process, and several loops may want
 whose place it took, and gives the place back when it is done.  One that is done earlier than its successor takes
 itself out of the middle, so no loop's signals are lost because another loop was closed.
 
+On Windows a signal that another thread of the program raises ends no wait, as no thread is interrupted by it.  There a
+loop that runs in the main thread holds the place for as long as it runs, if nobody else does: what comes ends its wait,
+and the signal's handler in Python (KeyboardInterrupt) runs at once, as in asyncio's own loop there.
+
 Windows has three signals that a program can expect: SIGINT (Ctrl-C), SIGBREAK (Ctrl-Break) and SIGTERM, which only the
 program itself can send, by :func:`signal.raise_signal`.  A closed console, a log-off and a shutdown are SIGBREAK, as in
 the C runtime; or SIGTERM, where a loop has a handler for that and none for SIGBREAK.  They leave the program some
@@ -17,13 +21,16 @@ seconds (5 when the console is closed) to end by itself, see ``_native/windows/i
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import errno
+import functools
 import inspect
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVarTuple
 
@@ -61,6 +68,15 @@ class _Wakeup:
             self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             self.chain.append(self)
 
+    def hold_if_free(self) -> bool:
+        """Become the wakeup descriptor unless there is one already.  ValueError outside the main thread."""
+        if self.chain:
+            return False
+        self.hold()
+        if self._previous != -1:
+            self.release()
+        return self.held
+
     def release(self) -> None:
         """Give the place back to whoever had it before, or leave the chain.  ValueError outside the main thread."""
         if not self.held:
@@ -86,6 +102,22 @@ class _Wakeup:
             with contextlib.suppress(ValueError):  # forked from another thread, which is the main one of the child
                 signal.set_wakeup_fd(-1)
             cls.chain.clear()
+
+
+@functools.cache
+def _waker() -> _Wakeup:
+    """The one that a loop holds while it runs, on Windows.  One for all loops: they run one after another."""
+    wakeup = _Wakeup()
+    atexit.register(wakeup.close)
+    return wakeup
+
+
+def _hold_while_running() -> _Wakeup | None:
+    """The waker, as the wakeup descriptor; None where that is somebody else, and where no signal is dealt with."""
+    if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # a subinterpreter, whose main thread is none for signals
+            return _waker() if _waker().hold_if_free() else None
+    return None
 
 
 def _place(fd: int) -> int:
@@ -165,6 +197,21 @@ class SignalMethods(asyncio.BaseEventLoop):
             _name_closing_signal()
             self._release_wakeup_if_unused()
         return True
+
+    if sys.platform == "win32":
+        _waited: bool
+
+        def run_forever(self) -> None:
+            """Run until ``stop`` is called."""
+            waker = None if self._waited or self.is_closed() else _hold_while_running()
+            if waker is None:
+                super().run_forever()
+                return
+            try:
+                self._proactor.driver.hear(waker.reader)
+                super().run_forever()
+            finally:
+                waker.release()
 
     def _listen_for_signals(self) -> None:
         if self._wakeup is not None:

@@ -152,13 +152,13 @@ def test_five_thousand_readers_at_once(no_handle_left: None) -> None:
         driver = loop._proactor.driver
         assert isinstance(driver, IocpDriver)
         assert len(driver._devices) == sockets / POLLS_PER_DEVICE
-        assert thread_count() == threads
+        assert thread_count() <= threads  # fewer if the system's pool lets go of what earlier tests have needed
         for _ in range(2):
             waiting.update(range(sockets))
             for number, sock in enumerate(socks):
                 sock.sendto(b"%d" % number, sock.getsockname())
             loop.run_forever()
-        assert thread_count() == threads
+        assert thread_count() <= threads
         for sock in socks:
             assert loop.remove_reader(sock)
         loop.run_until_complete(asyncio.sleep(0))

@@ -132,6 +132,9 @@ class Driver(ABC):
     def register(self, handle: HandleLike) -> None:  # noqa: B027 - a driver that needs no association inherits this
         """Associate `handle` with the port, where the system wants that (Windows)."""
 
+    def hear(self, sock: socket.socket) -> None:  # noqa: B027 - a driver whose wait a signal ends inherits this
+        """End a ``wait`` when something comes to `sock`, and throw that away, where a signal ends none (Windows)."""
+
     def after_fork_in_child(self) -> None:
         """Let go of what the parent still uses, without a call that it could notice."""
         self.closed = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from typing import Any
 
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE
 from .iocp_binding import ABORTED, INVALID_HANDLE, PENDING, Submission, check, ffi, lib
-from .iocp_requests import IocpRequests
+from .iocp_requests import UNDONE, IocpRequests
 
 __all__ = ["POLLS_PER_DEVICE", "ReadinessRequests"]
 
@@ -21,17 +23,22 @@ class ReadinessRequests(IocpRequests):
         super().__init__(concurrency)
         self._devices: list[_PollDevice] = []
         self._number = ffi.new("uintptr_t *")
+        self._ear: Submission | None = None
 
     def _start_readiness(self, op: Any) -> None:
         if not op.events or op.events & ~(READABLE | WRITABLE):
             raise ValueError(f"events must be READABLE, WRITABLE or both, not {op.events!r}")
-        check(lib.iocp_base_socket(op.fd, self._number))
-        base = self._number[0]
+        base = self._base_socket(op.fd)
         device = self._device_with_room()
         self._launch(op)
         sub = self._take(op, self._polled, (device, base))
         device.polls += 1
         self._arm_poll(sub)
+
+    def _base_socket(self, fd: int) -> int:
+        check(lib.iocp_base_socket(fd, self._number))
+        base: int = self._number[0]
+        return base
 
     def _device_with_room(self) -> _PollDevice:
         for device in reversed(self._devices):
@@ -77,6 +84,41 @@ class ReadinessRequests(IocpRequests):
     def _events_for(op: Any, events: int) -> int:
         wanted: int = op.events
         return wanted if events & lib.IOCP_FAILED else wanted & events
+
+    # -- a poll of the driver's own, that no operation stands for ----------------------------------
+
+    def hear(self, sock: socket.socket) -> None:
+        if self._ear is None:
+            keep = self._device_with_room(), self._base_socket(sock.fileno()), sock
+            self._ear = self._spare.pop() if self._spare else Submission()
+            self._ear.finish = self._heard
+            self._ear.keep = keep
+            keep[0].polls += 1
+        if not self._ear.armed:  # it is new, or a signal's exception has come up just when this one was heard
+            self._listen(self._ear)
+
+    def _listen(self, sub: Submission) -> None:
+        device, base, _ = sub.keep
+        if lib.iocp_poll(device.handle, sub.native, base, READABLE) == PENDING:
+            sub.armed = True
+            self._outstanding[sub.address] = sub
+        else:
+            self._stop_listening(sub)
+
+    def _heard(self, sub: Submission, count: int, code: int) -> None:
+        sock = sub.keep[2]
+        with contextlib.suppress(BlockingIOError):
+            while code == 0 and sock.fileno() >= 0 and sock.recv(4096):
+                pass  # the wait is over, that was all
+        if code not in (0, *UNDONE) or sock.fileno() < 0:
+            self._stop_listening(sub)
+        else:
+            self._listen(sub)
+
+    def _stop_listening(self, sub: Submission) -> None:
+        sub.keep[0].polls -= 1
+        self._ear = None
+        self._give_back(sub)
 
 
 class _PollDevice:

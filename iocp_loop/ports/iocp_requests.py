@@ -30,13 +30,13 @@ from .iocp_binding import (
     nobody,
 )
 
-__all__ = ["LARGEST_REQUEST", "Association", "IocpRequests"]
+__all__ = ["LARGEST_REQUEST", "UNDONE", "Association", "IocpRequests"]
 
 #: The largest request, bytes: a DWORD holds 4 GiB, but locking so much memory at once helps nobody.
 LARGEST_REQUEST = 1 << 30
 
 #: What a request ends with that nobody cancelled, when its thread has ended.
-_UNDONE = frozenset({ABORTED, RETRY})
+UNDONE = frozenset({ABORTED, RETRY})
 
 
 class Association:
@@ -162,7 +162,7 @@ class IocpRequests(Driver):
     @staticmethod
     def _left_undone(op: Any, code: int) -> bool:
         """The request was ended by the end of the thread that made it, and by nothing else: it is to be made again."""
-        if code not in _UNDONE or op.state is not IN_FLIGHT:
+        if code not in UNDONE or op.state is not IN_FLIGHT:
             return False
         try:
             return bool(fileno(op.handle) == op.fd)

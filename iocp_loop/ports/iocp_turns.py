@@ -38,7 +38,7 @@ class PythonIocpTurns(_Base):
             elif timeout is None:
                 nanoseconds = -1
             else:
-                nanoseconds = min(int(timeout * 1e9), 1 << 62)
+                nanoseconds = min(max(int(timeout * 1e9), 0), 1 << 62)
             code = lib.iocp_wait(self._port, nanoseconds)
         finally:
             self._sleeping = False
