@@ -41,13 +41,14 @@ def make_ffi(target: str) -> Any:
     native = Path(__file__).resolve().parent / "_native"
     stem = native / binding.stem
     # setuptools wants source paths relative to setup.py, which is where it runs.
-    source = os.path.relpath(stem.with_suffix(".c"), Path(__file__).resolve().parent.parent)
+    root = Path(__file__).resolve().parent.parent
+    sources = [path.relative_to(root).as_posix() for path in sorted(stem.parent.glob("*.c"))]
     ffi = cffi.FFI()
     ffi.cdef(stem.with_suffix(".cdef.h").read_text(encoding="utf-8"))
     ffi.set_source(
         binding.module,
         f'#include "{stem.name}.h"',
-        sources=[source.replace(os.sep, "/")],
+        sources=sources,
         include_dirs=[str(stem.parent)],
         libraries=list(binding.libraries),
     )

@@ -1,4 +1,4 @@
-"""The Windows binding by itself: each function of _native/windows/iocp.c does what the driver relies on."""
+"""The Windows binding by itself: each function of _native/windows does what the driver relies on."""
 
 from __future__ import annotations
 

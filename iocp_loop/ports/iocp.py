@@ -44,7 +44,7 @@ A thread that ends leaves its requests to the port.  But one may come back undon
 cancelled by nobody), when its thread ended at the wrong moment.  A wait to receive, a poll, an accept is made again
 then; of a send nobody knows how far it got, nor of a read of a pipe that Wine gives back, so that fails.
 
-Ctrl-C ends a wait: a console handler in C posts to every port (see ``_native/windows/iocp.c``).
+Ctrl-C ends a wait: a console handler in C posts to every port (see ``_native/windows/console.c``).
 
 Manuals, below https://learn.microsoft.com/windows/win32/: ``fileio/i-o-completion-ports``,
 ``fileio/getqueuedcompletionstatusex-func``, ``fileio/cancelioex-func``, ``api/mswsock/nf-mswsock-acceptex``.

@@ -1,6 +1,6 @@
 """The native half of the driver ``iocp`` as Python sees it: is it there, its errors, its submissions.
 
-``_native/windows/iocp.c`` tells what its functions do.
+``_native/windows/iocp.c`` tells how it works; each function stands in the file of its subject beside that.
 """
 
 from __future__ import annotations

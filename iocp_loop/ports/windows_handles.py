@@ -1,6 +1,6 @@
 """Windows' handles by themselves: what they are, named pipes, and the calls that block.
 
-What needs no port: each function is one call of ``_native/windows/iocp.c``, with its error code made an OSError.  Those
+What needs no port: each function is one call of ``_native/windows``, with its error code made an OSError.  Those
 that block let other threads run meanwhile; they are for a thread of their own.
 """
 

@@ -1,5 +1,12 @@
 /* The Windows binding of iocp_loop; iocp.c tells how it works.
  *
+ *   iocp.c       the port: waiting, associating handles; what errors are called
+ *   console.c    Ctrl-C and the other events of a console
+ *   sockets.c    receiving, sending, accepting, connecting; addresses
+ *   files.c      files and pipes
+ *   readiness.c  polls
+ *   waits.c      waits for handles, and sockets of other ports
+ *
  * No Windows header is included here: Python.h may bring in windows.h in an order that winsock2.h does not bear, and
  * the file that cffi writes includes both.  Handles and sockets are uintptr_t therefore, DWORDs unsigned long, and
  * the OVERLAPPED is four words, whose size iocp.c checks.

@@ -1,0 +1,185 @@
+/* The requests of sockets, and their addresses. */
+
+#include "shared.h"
+
+typedef char accept_fits[2 * (sizeof(SOCKADDR_STORAGE) + 16) <= IOCP_AREA_SIZE ? 1 : -1];
+typedef char host_fits[INET6_ADDRSTRLEN <= IOCP_HOST_SIZE ? 1 : -1];
+
+/* winsock2/nf-winsock2-wsarecv.  With size 0 it waits until something can be received, and receives nothing. */
+long iocp_receive(uintptr_t socket, iocp_submission *sub, void *buffer, unsigned long size)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    WSABUF piece = {size, buffer};
+    sub->flags = 0;
+    return socket_result(WSARecv(socket, &piece, 1, &sub->bytes, &sub->flags, overlapped, NULL));
+}
+
+/* winsock2/nf-winsock2-wsasend */
+long iocp_send(uintptr_t socket, iocp_submission *sub, const void *buffer, unsigned long size)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    WSABUF piece = {size, (char *)buffer};
+    return socket_result(WSASend(socket, &piece, 1, &sub->bytes, 0, overlapped, NULL));
+}
+
+long iocp_send_gathered(uintptr_t socket, iocp_submission *sub, int count, void **buffers, unsigned long *sizes)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    WSABUF pieces[IOCP_GATHER_LIMIT];
+    if (count > IOCP_GATHER_LIMIT)
+        return WSAEINVAL;
+    for (int n = 0; n < count; n++) {
+        pieces[n].buf = buffers[n];
+        pieces[n].len = sizes[n];
+    }
+    return socket_result(WSASend(socket, pieces, count, &sub->bytes, 0, overlapped, NULL));
+}
+
+/* winsock2/nf-winsock2-wsarecvfrom.  The sender's address is in the submission then. */
+long iocp_receive_from(uintptr_t socket, iocp_submission *sub, void *buffer, unsigned long size)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    WSABUF piece = {size, buffer};
+    sub->flags = 0;
+    sub->address_length = IOCP_AREA_SIZE;
+    return socket_result(WSARecvFrom(socket, &piece, 1, &sub->bytes, &sub->flags, area_of(sub),
+                                     &sub->address_length, overlapped, NULL));
+}
+
+/* winsock2/nf-winsock2-wsasendto, to the address in the submission (iocp_set_address). */
+long iocp_send_to(uintptr_t socket, iocp_submission *sub, const void *buffer, unsigned long size)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    WSABUF piece = {size, (char *)buffer};
+    return socket_result(WSASendTo(socket, &piece, 1, &sub->bytes, 0, area_of(sub), sub->address_length,
+                                   overlapped, NULL));
+}
+
+enum { ADDRESS_ROOM = sizeof(SOCKADDR_STORAGE) + 16 };
+
+/* mswsock/nf-mswsock-acceptex.  The socket for the connection is made here, not inherited by child processes; it is
+ * in sub->accepted, and the caller's to close unless the connection is taken over. */
+long iocp_accept(uintptr_t listener, iocp_submission *sub, int family, int type, int protocol)
+{
+    OVERLAPPED *overlapped = prepare(sub, listener);
+    SOCKET s = WSASocketW(family, type, protocol, NULL, 0, WSA_FLAG_OVERLAPPED | WSA_FLAG_NO_HANDLE_INHERIT);
+    long error;
+    sub->accepted = 0;
+    if (s == INVALID_SOCKET)
+        return WSAGetLastError();
+    ZeroMemory(sub->area, sizeof sub->area); /* no address, should the entry come without one */
+    error = socket_result(!found.accept_ex(listener, s, sub->area, 0, ADDRESS_ROOM, ADDRESS_ROOM, &sub->bytes,
+                                           overlapped));
+    if (error && error != ERROR_IO_PENDING)
+        closesocket(s);
+    else
+        sub->accepted = s;
+    return error;
+}
+
+/* Make the accepted socket one that knows its listener (SO_UPDATE_ACCEPT_CONTEXT: getpeername, shutdown and the rest
+ * fail without it), and leave the peer's address in the submission. */
+long iocp_accept_finish(uintptr_t listener, iocp_submission *sub)
+{
+    SOCKADDR *local = NULL, *remote = NULL;
+    int local_length = 0, remote_length = 0;
+    SOCKET parent = listener;
+    if (setsockopt(sub->accepted, SOL_SOCKET, SO_UPDATE_ACCEPT_CONTEXT, (char *)&parent, sizeof parent))
+        return WSAGetLastError();
+    found.accept_addresses(sub->area, 0, ADDRESS_ROOM, ADDRESS_ROOM, &local, &local_length, &remote, &remote_length);
+    MoveMemory(sub->area, remote, remote_length);
+    sub->address_length = remote_length;
+    return 0;
+}
+
+/* mswsock/nc-mswsock-lpfn_connectex, to the address in the submission.  ConnectEx wants a bound socket; one that is
+ * not yet gets any address and port. */
+long iocp_connect(uintptr_t socket, iocp_submission *sub)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    const SOCKADDR *address = area_of(sub);
+    SOCKADDR_STORAGE own;
+    int length = sizeof own;
+    if (getsockname(socket, (SOCKADDR *)&own, &length) != 0) {
+        if (WSAGetLastError() != WSAEINVAL)
+            return WSAGetLastError();
+        ZeroMemory(&own, sizeof own);
+        own.ss_family = address->sa_family;
+        if (bind(socket, (SOCKADDR *)&own, sub->address_length) != 0)
+            return WSAGetLastError();
+    }
+    return socket_result(
+        !found.connect_ex(socket, address, sub->address_length, NULL, 0, &sub->bytes, overlapped));
+}
+
+/* SO_UPDATE_CONNECT_CONTEXT: without it the connected socket knows neither its peer nor shutdown. */
+long iocp_connect_finish(uintptr_t socket)
+{
+    return socket_result(setsockopt(socket, SOL_SOCKET, SO_UPDATE_CONNECT_CONTEXT, NULL, 0));
+}
+
+/* mswsock/nc-mswsock-lpfn_disconnectex */
+long iocp_disconnect(uintptr_t socket, iocp_submission *sub)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    return socket_result(!found.disconnect_ex(socket, overlapped, 0, 0));
+}
+
+/* mswsock/nf-mswsock-transmitfile: `count` bytes (at most 2 GiB - 1) of `file` from `offset` on. */
+long iocp_transmit_file(uintptr_t socket, iocp_submission *sub, uintptr_t file, unsigned long long offset,
+                        unsigned long count)
+{
+    OVERLAPPED *overlapped = prepare(sub, socket);
+    overlapped->Offset = (DWORD)offset;
+    overlapped->OffsetHigh = (DWORD)(offset >> 32);
+    return socket_result(!found.transmit_file(socket, (HANDLE)file, count, 0, overlapped, NULL, 0));
+}
+
+/* Put a numeric address (an IPv6 one perhaps with %scope) into the submission. */
+long iocp_set_address(iocp_submission *sub, int family, const char *host, int port, unsigned long flow,
+                      unsigned long scope)
+{
+    ADDRINFOA hints, *info = NULL;
+    int error;
+    ZeroMemory(&hints, sizeof hints);
+    hints.ai_family = family;
+    hints.ai_flags = AI_NUMERICHOST;
+    error = getaddrinfo(host, NULL, &hints, &info);
+    if (error)
+        return error;
+    CopyMemory(sub->area, info->ai_addr, info->ai_addrlen);
+    sub->address_length = (int)info->ai_addrlen;
+    freeaddrinfo(info);
+    if (family == AF_INET6) {
+        SOCKADDR_IN6 *six = area_of(sub);
+        six->sin6_port = htons((u_short)port);
+        six->sin6_flowinfo = htonl(flow);
+        if (scope)
+            six->sin6_scope_id = scope;
+    } else {
+        SOCKADDR_IN *four = area_of(sub);
+        four->sin_port = htons((u_short)port);
+    }
+    return 0;
+}
+
+/* Read the address in the submission: its text, and port, flow label and scope.  WSAEAFNOSUPPORT for a family that
+ * has other addresses. */
+long iocp_get_address(iocp_submission *sub, char *host, unsigned long *numbers)
+{
+    const SOCKADDR *address = area_of(sub);
+    numbers[0] = numbers[1] = numbers[2] = 0;
+    if (sub->address_length >= (int)sizeof(SOCKADDR_IN) && address->sa_family == AF_INET) {
+        SOCKADDR_IN *four = (SOCKADDR_IN *)address;
+        numbers[0] = ntohs(four->sin_port);
+        return inet_ntop(AF_INET, &four->sin_addr, host, IOCP_HOST_SIZE) ? 0 : WSAGetLastError();
+    }
+    if (sub->address_length >= (int)sizeof(SOCKADDR_IN6) && address->sa_family == AF_INET6) {
+        SOCKADDR_IN6 *six = (SOCKADDR_IN6 *)address;
+        numbers[0] = ntohs(six->sin6_port);
+        numbers[1] = ntohl(six->sin6_flowinfo);
+        numbers[2] = six->sin6_scope_id;
+        return inet_ntop(AF_INET6, &six->sin6_addr, host, IOCP_HOST_SIZE) ? 0 : WSAGetLastError();
+    }
+    return WSAEAFNOSUPPORT;
+}
