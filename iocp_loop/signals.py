@@ -15,7 +15,7 @@ and the signal's handler in Python (KeyboardInterrupt) runs at once, as in async
 Windows has three signals that a program can expect: SIGINT (Ctrl-C), SIGBREAK (Ctrl-Break) and SIGTERM, which only the
 program itself can send, by :func:`signal.raise_signal`.  A closed console, a log-off and a shutdown are SIGBREAK, as in
 the C runtime; or SIGTERM, where a loop has a handler for that and none for SIGBREAK.  They leave the program some
-seconds (5 when the console is closed) to end by itself, see ``_native/windows/iocp.c``.
+seconds (5 when the console is closed) to end by itself, see ``_native/windows/console.c``.
 """
 
 from __future__ import annotations
@@ -105,19 +105,28 @@ class _Wakeup:
 
 
 @functools.cache
-def _waker() -> _Wakeup:
-    """The one that a loop holds while it runs, on Windows.  One for all loops: they run one after another."""
-    wakeup = _Wakeup()
+def _waker() -> _Wakeup | None:
+    """What a loop holds while it runs, on Windows.  One for all loops: they run one after another.
+
+    None where no socket pair can be had, as a firewall may forbid it: then such a signal waits until the loop wakes.
+    """
+    try:
+        wakeup = _Wakeup()
+    except OSError:
+        return None
     atexit.register(wakeup.close)
     return wakeup
 
 
 def _hold_while_running() -> _Wakeup | None:
     """The waker, as the wakeup descriptor; None where that is somebody else, and where no signal is dealt with."""
-    if threading.current_thread() is threading.main_thread():
-        with contextlib.suppress(ValueError):  # a subinterpreter, whose main thread is none for signals
-            return _waker() if _waker().hold_if_free() else None
-    return None
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    waker = _waker()
+    try:
+        return waker if waker is not None and waker.hold_if_free() else None
+    except ValueError:  # a subinterpreter, whose main thread is none for signals
+        return None
 
 
 def _place(fd: int) -> int:
@@ -208,7 +217,8 @@ class SignalMethods(asyncio.BaseEventLoop):
                 super().run_forever()
                 return
             try:
-                self._proactor.driver.hear(waker.reader)
+                with contextlib.suppress(OSError):  # it works without, too
+                    self._proactor.driver.hear(waker.reader)
                 super().run_forever()
             finally:
                 waker.release()

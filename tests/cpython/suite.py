@@ -81,6 +81,7 @@ CLASSES = (
     Source("Fork", "test_unix_events", ("TestFork",), since=(3, 12), system="unix"),
     Source("Server", "test_server", ("TestServer2",), since=(3, 12)),
     Source("UnixServerCleanup", "test_server", ("UnixServerCleanupTests",), since=(3, 13), system="unix"),
+    Source("CtrlC", "test_windows_events", ("ProactorLoopCtrlC",), system="windows"),
     Source("OtherThread", "test_windows_events", ("ProactorMultithreading",), system="windows"),
     Source(
         "Proactor",
