@@ -18,6 +18,9 @@ from .iocp_requests import Association
 
 __all__ = ["IocpTurns", "PythonIocpTurns"]
 
+#: The longest timeout that is handed to iocp_wait, ns.
+LONGEST_NS = 4e18
+
 if TYPE_CHECKING:
     from .iocp_requests import IocpRequests as _Base
 else:
@@ -28,9 +31,12 @@ class PythonIocpTurns(_Base):
     """What a driver inherits its turn from."""
 
     _reaped: Iterator[tuple[int, int, int]] = iter(())
+    _undispatched = False  # something of `_reaped` may be left
 
     def wait(self, timeout: float | None) -> None:
         self.waits += 1
+        if self._undispatched:
+            return
         self._sleeping = True
         try:
             if self.ready or self._at_once or (self.before_sleep is not None and self.before_sleep()):
@@ -38,7 +44,7 @@ class PythonIocpTurns(_Base):
             elif timeout is None:
                 nanoseconds = -1
             else:
-                nanoseconds = min(max(int(timeout * 1e9), 0), 1 << 62)
+                nanoseconds = int(min(max(timeout, 0) * 1e9, LONGEST_NS))
             code = lib.iocp_wait(self._port, nanoseconds)
         finally:
             self._sleeping = False
@@ -52,13 +58,15 @@ class PythonIocpTurns(_Base):
             sub, count, code = at_once.popleft()
             sub.armed = False
             sub.finish(sub, count, code)
-        self._deliver_reaped()  # what a dispatch that an exception ended has left
+        if self._undispatched:  # what a dispatch that an exception ended has left
+            self._deliver_reaped()
         port = self._port
         if port.count:
             # From the batch to the iterator without a step between at which a signal's exception could come in.
             numbers = iter(ffi.unpack(port.batch, port.count * 3))
             reaped = zip(numbers, numbers, numbers, strict=True)
             self._reaped = reaped
+            self._undispatched = True
             port.count = 0
             self._deliver_reaped()
         if self.ready:
@@ -70,16 +78,18 @@ class PythonIocpTurns(_Base):
             sub = outstanding.pop(address)
             sub.armed = False
             sub.finish(sub, count, code)
+        self._undispatched = False
 
     @property
     def gathered(self) -> bool:
-        return bool(self.ready or self._at_once or self._port.count)
+        return bool(self.ready or self._at_once or self._undispatched or self._port.count)
 
     def _take_reaped(self) -> list[int]:
         """Take what was reaped and not dispatched away: the addresses of the submissions."""
         numbers = iter(ffi.unpack(self._port.batch, self._port.count * 3) if self._port.count else ())
         left = [address for address, _, _ in [*self._reaped, *zip(numbers, numbers, numbers, strict=True)]]
         self._port.count = 0
+        self._undispatched = False
         return left
 
 

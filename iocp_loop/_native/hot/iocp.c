@@ -47,7 +47,7 @@ typedef struct {
 static PyTypeObject *IocpTurns_type;
 
 /* The longest timeout that is handed to iocp_wait, ns. */
-static const double LONGEST_NS = 4.6e18;
+static const double LONGEST_NS = 4e18;
 
 /* What all streams receive into that have no slot; copied out before anything else can happen. */
 enum { SCRATCH_SIZE = 256 * 1024 };
