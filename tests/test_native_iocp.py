@@ -216,6 +216,23 @@ def test_a_submission_may_serve_another_before_its_completion_is_over(rig: Rig, 
     rig.end(successors[0])
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["slot", "no slot"])
+def test_closing_inside_a_completion(no_leak: None, pair: Pair, small: bool) -> None:
+    rig = Rig(IocpDriver())
+    if small:
+        op = small_stream(rig, pair, lambda value, error: rig.driver.close())
+    else:
+        op = rig.submit(ops.ReceiveStream(pair[0]), lambda value, error: rig.driver.close())
+    pair[1].sendall(b"data")
+    rig.driver.wait(LIMIT)
+    rig.driver.dispatch()
+    assert [value for value, error in rig.completions(op) if error is None] == [b"data"]
+    assert [error.errno for _, error in rig.completions(op) if error is not None] == [errno.ECANCELED]
+    assert not rig.driver.in_flight
+    assert not driver_of(rig)._outstanding
+    rig.driver.dispatch()
+
+
 def test_a_stream_pauses_without_a_slot_and_loses_nothing(rig: Rig, pair: Pair) -> None:
     op = rig.submit(ops.ReceiveStream(pair[0]))
     pair[1].sendall(b"data")
