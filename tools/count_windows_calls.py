@@ -11,9 +11,6 @@ client has got back in full; the connections are served at once, one message und
 ::
 
     python3 tools/count_windows_calls.py [--version X.Y] [--loops iocp_loop asyncio winloop] [--connections 1 100] ...
-
-``--tiers`` measures something else: the CPU time of a server on iocp_loop's native tier beside the Python tier, in turn
-and without a trace.  Wine's share in both is large and not Windows'; only the ratio says something, and not much.
 """
 
 from __future__ import annotations
@@ -197,45 +194,6 @@ def count(python: WindowsPython, folder: Path, case: Case, rounds: int) -> tuple
             process.kill()
 
 
-def processor_time(pid: int) -> float:
-    """CPU time of a process so far, user and system, in seconds (proc_pid_stat(5))."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def time_of_tier(python: WindowsPython, folder: Path, case: Case, native: str, rounds: int) -> float:
-    """CPU time of the server for each message, in microseconds."""
-    environment = {**python.wine.environment, "IOCP_LOOP_NATIVE": native}
-    command = [find_wine() or "wine64", str(python.exe), "-c", SERVER, case.loop, case.mode]
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            clients = Clients(int(process.stdout.readline().split()[1]), case.connections, case.size)
-            clients.echo(max(5, rounds // 10))
-            before = processor_time(process.pid)
-            messages = clients.echo(rounds)
-            spent = processor_time(process.pid) - before
-            clients.close()
-            return spent / messages * 1e6
-        finally:
-            process.kill()
-
-
-def show_tiers(python: WindowsPython, folder: Path, case: Case, options: argparse.Namespace) -> None:
-    """Print the row of one case: both tiers, measured in turn."""
-    rounds = max(1, options.messages // case.connections)
-    pairs = [[time_of_tier(python, folder, case, native, rounds) for native in "10"] for _ in range(options.repeat)]
-    native, plain = map(statistics.median, zip(*pairs, strict=True))
-    ratios = sorted(plain / native for native, plain in pairs)
-    print(
-        f"| {case.mode} | {case.size} | {case.connections} | {native:.1f} | {plain:.1f} | "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) |",
-        flush=True,
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count the calls into Windows for each echoed message, under Wine.")
     parser.add_argument("--version", default="auto", help="of Windows Python: X.Y, or auto")
@@ -246,22 +204,15 @@ def main() -> int:
     parser.add_argument("--messages", type=int, default=1000, help="how many are counted, about")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each case, of which the median is shown")
     parser.add_argument("--details", action="store_true", help="each function by itself")
-    parser.add_argument("--tiers", action="store_true", help="instead, CPU time of iocp_loop on either tier")
     options = parser.parse_args()
-    if options.tiers:
-        options.loops = ["iocp_loop"]
     end_cleanly()
     try:
         python = WindowsPython(options.version)
         python.build([*requirements(), *(["winloop"] if "winloop" in options.loops else [])])
         with python.wine.session(), stage(python) as folder:
             compile_binding(python, folder)
-            if options.tiers:
-                print("| mode | bytes | connections | native tier, us | Python tier, us | ratio |")
-                print("|---|--:|--:|--:|--:|--:|")
-            else:
-                print("| mode | bytes | connections | loop | calls into Windows | of these for I/O | system calls |")
-                print("|---|--:|--:|---|--:|--:|--:|")
+            print("| mode | bytes | connections | loop | calls into Windows | of these for I/O | system calls |")
+            print("|---|--:|--:|---|--:|--:|--:|")
             cases = [
                 Case(loop, mode, connections, size)
                 for mode in options.mode
@@ -270,7 +221,7 @@ def main() -> int:
                 for loop in options.loops
             ]
             for case in cases:
-                (show_tiers if options.tiers else show)(python, folder, case, options)
+                show(python, folder, case, options)
     except SetupError as exc:
         say(str(exc))
         return 2
