@@ -40,7 +40,8 @@ def put_nothing_in_the_place_of_windows() -> None:
     lib.iocp_wait = ffi.cast("long (*)(iocp_port *, long long)", nothing)
     lib.iocp_receive = ffi.cast("long (*)(uintptr_t, iocp_submission *, void *, unsigned long)", nothing)
     if native.hot is not None:
-        iocp_turns._FUNCTIONS[:] = [int(ffi.cast("uintptr_t", nothing))] * 2
+        functions: Any = iocp_turns
+        functions._FUNCTIONS[:] = [int(ffi.cast("uintptr_t", nothing))] * 2
 
 
 def time_of_a_message() -> float:

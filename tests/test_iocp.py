@@ -25,7 +25,7 @@ import msvcrt
 import iocp_loop
 from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
-from iocp_loop.ports import iocp
+from iocp_loop.ports import iocp_readiness
 from iocp_loop.ports.iocp import IocpDriver
 from iocp_loop.ports.iocp_binding import ffi, lib
 
@@ -256,7 +256,7 @@ def test_submissions_are_used_again(pair: Pair) -> None:
 
 
 def test_a_device_carries_a_limited_number_of_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iocp, "POLLS_PER_DEVICE", 2)
+    monkeypatch.setattr(iocp_readiness, "POLLS_PER_DEVICE", 2)
     driver = IocpDriver()
     pairs = [socket.socketpair() for _ in range(5)]
     polls = [ops.Readiness(one, ops.READABLE) for one, _ in pairs]

@@ -1,16 +1,23 @@
-"""Driver iocp: Ctrl-C and the other events of a console."""
+"""Driver iocp: Ctrl-C and the other events of a console, and signals that the program raises itself."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
 
-from .support import LIMIT, WINE, child_environment, python_command
+import iocp_loop
+
+from .support import LIMIT, WINE, child_environment, in_thread, python_command
 
 #: Runs in a console of its own, and presses Ctrl-C there.
 CTRL_C = """
@@ -63,6 +70,103 @@ def test_ctrl_c_ends_a_wait(what: str, again: list[str]) -> None:
     if what == "run":
         expected.insert(0, "cancelled")
     assert done.stdout.split("\n")[:-1] == expected, done.stderr
+
+
+def raised_in_a_thread(loop: iocp_loop.IocpEventLoop, number: signal.Signals) -> threading.Thread:
+    """A thread that raises a signal once `loop` waits, and ends its run much later."""
+
+    def work() -> None:
+        time.sleep(0.1)
+        signal.raise_signal(number)
+
+    thread = threading.Thread(target=work)
+    loop.call_soon(thread.start)
+    loop.call_later(LIMIT, loop.stop)
+    return thread
+
+
+def test_a_signal_that_another_thread_raises_ends_the_run(no_leak: None) -> None:
+    """As in asyncio's Proactor loop; there and here no handler was added."""
+    loop = iocp_loop.new_event_loop("iocp")
+    started = time.monotonic()
+    for _ in range(3):
+        thread = raised_in_a_thread(loop, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_forever()
+        thread.join()
+        assert signal.set_wakeup_fd(-1) == -1
+        assert not loop._proactor.in_flight
+    assert time.monotonic() - started < LIMIT / 2
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+
+
+def test_a_signal_that_another_thread_raises_is_dealt_with_at_once() -> None:
+    loop = iocp_loop.new_event_loop("iocp")
+    thread = raised_in_a_thread(loop, signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(loop.stop))
+    try:
+        started = time.monotonic()
+        loop.run_forever()
+        assert time.monotonic() - started < LIMIT / 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        thread.join()
+        loop.close()
+
+
+def test_a_loop_that_runs_leaves_the_wakeup_descriptor_of_others_alone() -> None:
+    one, other = socket.socketpair()
+    loop = iocp_loop.new_event_loop("iocp")
+    with one, other:
+        one.setblocking(False)
+        signal.set_wakeup_fd(one.fileno())
+        try:
+            loop.run_until_complete(asyncio.sleep(0.01))
+        finally:
+            assert signal.set_wakeup_fd(-1) == one.fileno()
+    loop.close()
+
+
+def test_handlers_come_and_go_while_the_loop_holds_the_wakeup_descriptor() -> None:
+    loop = iocp_loop.new_event_loop("iocp")
+    calls: list[str] = []
+
+    async def main() -> None:
+        loop.add_signal_handler(signal.SIGTERM, calls.append, "first")
+        signal.raise_signal(signal.SIGTERM)
+        while not calls:
+            await asyncio.sleep(0)
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.call_soon(thread.start)
+        await asyncio.sleep(LIMIT)
+
+    thread = threading.Thread(target=lambda: (time.sleep(0.1), signal.raise_signal(signal.SIGINT)))
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(main())
+    assert time.monotonic() - started < LIMIT / 2
+    thread.join()
+    assert calls == ["first"]
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.add_signal_handler(signal.SIGTERM, calls.append, "second")  # kept beyond the run
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.remove_signal_handler(signal.SIGTERM)
+    assert signal.set_wakeup_fd(-1) == -1
+    loop.close()
+
+
+def test_a_loop_in_another_thread_has_nothing_to_do_with_signals() -> None:
+    def work() -> None:
+        loop = iocp_loop.new_event_loop("iocp")
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert loop._proactor.driver._ear is None
+        loop.close()
+
+    with in_thread(work):
+        pass
 
 
 #: Runs in a console of its own with handlers for the signals that it is told, and lets a console event come.

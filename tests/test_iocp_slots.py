@@ -16,9 +16,10 @@ if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
 
 from iocp_loop import operations as ops
-from iocp_loop.ports import iocp
+from iocp_loop.ports import iocp_receiving
 from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import ffi
+from iocp_loop.ports.iocp_binding import SlotPool, ffi
+from iocp_loop.ports.iocp_receiving import SLOT_SIZE
 
 from .support import LIMIT, reset
 from .test_iocp_undone import UNDONE, leave_undone
@@ -74,7 +75,7 @@ def test_small_pieces_come_by_slots(small: Receiving, pair: Pair) -> None:
 
 
 def test_a_piece_that_fills_its_slot_is_followed_by_the_rest(small: Receiving, pair: Pair) -> None:
-    data = os.urandom(5 * iocp.SLOT_SIZE)
+    data = os.urandom(5 * SLOT_SIZE)
     pair[1].sendall(data)
     while sum(map(len, small.got)) < len(data):
         small.turn()
@@ -155,7 +156,7 @@ def test_who_stands_in_line_may_be_paused_and_cancelled(small: Receiving, pair: 
     assert small.take() == [b"hello"]
 
 
-@pytest.mark.parametrize("size", [5, 3 * iocp.SLOT_SIZE])
+@pytest.mark.parametrize("size", [5, 3 * SLOT_SIZE])
 @pytest.mark.parametrize("action", ["cancel", "pause and resume", "pause, resume and cancel", "raise"])
 def test_a_stream_may_be_stopped_while_it_delivers_from_a_slot(
     small: Receiving, pair: Pair, size: int, action: str
@@ -180,7 +181,7 @@ def test_a_stream_may_be_stopped_while_it_delivers_from_a_slot(
             small.turn()
     else:
         small.turn()
-    assert small.got[0] == b"x" * min(size, iocp.SLOT_SIZE)
+    assert small.got[0] == b"x" * min(size, SLOT_SIZE)
     if action.endswith("cancel"):
         while small.driver.in_flight:
             small.turn()
@@ -194,7 +195,7 @@ def test_a_stream_may_be_stopped_while_it_delivers_from_a_slot(
 
 
 def test_streams_go_on_when_all_slots_are_lent(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iocp, "SLOT_LIMIT", 0)
+    monkeypatch.setattr(iocp_receiving, "SLOT_LIMIT", 0)
     receiving = Receiving(pair[0], b"first", pair[1])
     for message in (b"one", b"two"):
         assert receiving.op.driver_data.slot is None
@@ -205,7 +206,7 @@ def test_streams_go_on_when_all_slots_are_lent(pair: Pair, monkeypatch: pytest.M
 
 
 def test_the_pool_lends_each_slot_once_and_no_more_than_its_limit() -> None:
-    pool = iocp.SlotPool(10, 128)
+    pool = SlotPool(10, 128)
     slots = [pool.take() for _ in range(129)]
     assert slots.pop() is None
     addresses = {int(ffi.cast("uintptr_t", slot[0])) for slot in slots if slot is not None}

@@ -12,9 +12,8 @@ if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
 
 from iocp_loop import operations as ops
-from iocp_loop.ports import iocp
 from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import lib
+from iocp_loop.ports.iocp_binding import ABORTED, RETRY, lib
 
 from .support import LIMIT, udp_socket
 
@@ -32,7 +31,7 @@ def leave_undone(driver: IocpDriver, code: int) -> None:
     driver.dispatch()
 
 
-UNDONE = {"unfinished": iocp.RETRY, "cancelled": iocp.ABORTED}
+UNDONE = {"unfinished": RETRY, "cancelled": ABORTED}
 
 
 @pytest.mark.parametrize("code", UNDONE.values(), ids=UNDONE)
@@ -97,7 +96,7 @@ def test_a_connection_that_an_unfinished_accept_has_brought_is_kept(listener: so
     driver.submit(op)
     with socket.create_connection(listener.getsockname(), LIMIT) as peer:
         driver.wait(LIMIT)
-        driver._port.batch[2] = iocp.RETRY
+        driver._port.batch[2] = RETRY
         driver.dispatch()
         [(conn, address)] = got
         assert address == peer.getsockname()
@@ -117,10 +116,10 @@ def test_an_unfinished_connect_succeeds_if_the_socket_is_connected(connected: bo
         op.complete = lambda value, error: got.append(error)
         driver.submit(op)
         driver.wait(LIMIT)
-        driver._port.batch[2] = iocp.RETRY
+        driver._port.batch[2] = RETRY
         driver.dispatch()
         if connected:
             assert got == [None]
         else:
-            assert got[0].winerror == iocp.RETRY
+            assert got[0].winerror == RETRY
     driver.close()

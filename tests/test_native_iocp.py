@@ -1,6 +1,6 @@
 """The turn of driver ``iocp``, which the native tier has in C: what may happen between a completion and the next.
 
-tests/test_iocp.py has the rest of the driver, and both run on either tier.
+The files tests/test_iocp*.py have the rest of the driver, and all run on either tier.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from iocp_loop.ports.iocp import IocpDriver
 from iocp_loop.ports.iocp_receiving import SLOT_SIZE
 from iocp_loop.ports.iocp_turns import IocpTurns, PythonIocpTurns
 
+from .rig import Pair, Rig, received
 from .support import LIMIT, in_thread, read_all, reset, tcp_pair
-from .test_drivers import Pair, Rig, received
 
 if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
