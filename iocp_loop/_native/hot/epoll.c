@@ -35,7 +35,7 @@ typedef struct {
     int sockets_room;
     unsigned long long waits, completions, tokens;
     Py_ssize_t stream_slot; /* of a watch */
-    int next, count;
+    int next, count, looked_at; /* of the events: the next, how many, and how far ahead we have looked */
     char sleeping;
     int contended;
     size_t expected; /* bytes in a piece, see receive_bytes */
@@ -80,7 +80,7 @@ static int wait(PyObject *driver, double seconds)
         double ms = ceil(seconds * 1000); /* rounded up: never early */
         limit = ms <= INT_MAX ? (int)ms : INT_MAX;
     }
-    self->next = self->count = 0;
+    self->next = self->count = self->looked_at = 0;
     self->sleeping = 1;
     work = limit == 0 || has_items(self->ready);
     if (work == 0 && self->before_sleep != NULL && self->before_sleep != Py_None) {
@@ -308,7 +308,7 @@ static void forget_sockets(EpollTurns *self)
 static PyObject *forget_poller(EpollTurns *self, PyObject *ignored)
 {
     self->fd = -1;
-    self->next = self->count = 0;
+    self->next = self->count = self->looked_at = 0;
     forget_sockets(self);
     Py_RETURN_NONE;
 }
@@ -362,14 +362,43 @@ static int drain_ready(EpollTurns *self)
     return done == NULL ? -1 : 0;
 }
 
+/* Fetch what the next events will touch.  What is found here is not kept: they may change what stands on a descriptor. */
+static void look(EpollTurns *self)
+{
+    PyObject *ops[AHEAD], *watches[AHEAD]; /* borrowed */
+    int events = self->count - self->next < AHEAD ? self->count - self->next : AHEAD, found = 0, count = 0;
+    for (int n = 0; n < events; n++) {
+        PyObject *number = PyLong_FromLong(self->events[self->next + n].data.fd), *watch = NULL;
+        if (number != NULL)
+            watch = PyDict_GetItemWithError(self->watches, number);
+        if (watch == NULL)
+            PyErr_Clear();
+        else {
+            watches[found++] = watch;
+            fetch(&SLOT(watch, self->stream_slot), sizeof(PyObject *));
+        }
+        Py_XDECREF(number);
+    }
+    for (int n = 0; n < found; n++) {
+        PyObject *stream = SLOT(watches[n], self->stream_slot);
+        if (stream != NULL && stream != Py_None)
+            ops[count++] = stream;
+    }
+    look_ahead(ops, count);
+    self->looked_at = self->next + events;
+}
+
 static int dispatch(PyObject *driver)
 {
     EpollTurns *self = (EpollTurns *)driver;
     if (drain_ready(self) < 0)
         return -1;
-    while (self->next < self->count)
+    while (self->next < self->count) {
+        if (self->next >= self->looked_at && self->stream_slot > 0)
+            look(self);
         if (deliver(self, self->events[self->next++]) < 0)
             return -1;
+    }
     return drain_ready(self);
 }
 

@@ -12,6 +12,7 @@
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp.py)
+ *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it
  *
@@ -192,6 +193,15 @@ int add_iocp(PyObject *module);
 #endif
 #ifdef __linux__
 #include <time.h>
+
+/* ahead.c.  `ops` (borrowed, AHEAD at most) will be completed next: fetch what that will touch. */
+enum { AHEAD = 16 };
+void look_ahead(PyObject *const *ops, int count);
+void fetch(const void *where, size_t size); /* so many bytes, about to be used; any address will do */
+/* streams.c: whether `self` is a stream transport; fetch one, or what would be one; then, from one, what it refers to. */
+int is_stream(PyObject *self);
+void fetch_stream(PyObject *self);
+void fetch_stream_parts(PyObject *self);
 
 /* Getting the GIL back took longer than this: another thread runs Python code all the time. */
 enum { CONTENDED_NS = 500000 };

@@ -267,6 +267,33 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+ * Looking ahead, see ahead.c
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+#ifdef __linux__
+int is_stream(PyObject *self) { return Stream_type != NULL && PyObject_TypeCheck(self, Stream_type); }
+
+void fetch_stream(PyObject *self)
+{
+    fetch(self, sizeof(PyObject));
+    fetch(stream_of(self), sizeof(struct stream));
+}
+
+/* Sizes are guesses: what is used of a socket is its descriptor, of a context what PyContext_Enter uses, and of a protocol
+ * the way to its attributes, which CPython up to 3.12 keeps before the object. */
+void fetch_stream_parts(PyObject *self)
+{
+    const struct stream *stream = stream_of(self);
+    if (stream->protocol != NULL)
+        fetch((const char *)stream->protocol - 32, 32 + sizeof(PyObject));
+    if (stream->context != NULL)
+        fetch(stream->context, 64);
+    if (stream->sock != NULL)
+        fetch(stream->sock, 32);
+}
+#endif
+
+/* ---------------------------------------------------------------------------------------------------------------------
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
 

@@ -32,6 +32,8 @@ typedef struct {
     PyObject *in_flight, *submissions, *ready, *unarmed, *uncancelled, *before_sleep;
     unsigned long long waits, completions, taken, tokens;
     int next, count; /* of the batch: what is dispatched next, and how many there are */
+    PyObject *ops[AHEAD]; /* of the completions from `next` on: from `taken_up` to `looked_up`, see look_up */
+    int taken_up, looked_up;
     size_t expected; /* bytes in a piece, see receive_bytes */
     char sleeping, shared;
     int contended; /* turns in which other threads are to be reckoned with, see block */
@@ -389,20 +391,9 @@ static int receive_bulk(UringTurns *self, PyObject *op)
 }
 
 /* One completion: to the receiver of a stream at once, or else to _reap. */
-static int deliver(UringTurns *self, uint64_t token, int64_t result, uint32_t flags, int64_t start)
+static int deliver(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
 {
-    PyObject *number = PyLong_FromUnsignedLongLong(token), *op, *done;
-    if (number == NULL)
-        return -1;
-    op = PyDict_GetItemWithError(self->in_flight, number);
-    if (op == NULL) {
-        if (!PyErr_Occurred())
-            PyErr_SetObject(PyExc_KeyError, number);
-        Py_DECREF(number);
-        return -1;
-    }
-    Py_DECREF(number);
-    Py_INCREF(op);
+    PyObject *done;
     if (flags == (URING_MORE | URING_DATA)) {
         PyObject *data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
         PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete));
@@ -411,20 +402,47 @@ static int deliver(UringTurns *self, uint64_t token, int64_t result, uint32_t fl
         Py_XDECREF(complete);
         Py_XDECREF(data);
     } else if (result >= 0 && !(flags & URING_DATA) && receives_bulk(op)) {
-        int failed = receive_bulk(self, op);
-        Py_DECREF(op);
-        return failed;
+        return receive_bulk(self, op);
     } else if ((result >= 0 && !(flags & URING_DATA) && by_poll(op))
                || (flags & URING_DATA && SLOT(op, operation_slots.complete) != NULL
                    && Py_IS_TYPE(SLOT(op, operation_slots.complete), SocketWait_type))) {
-        int failed = end_socket_wait(self, op, result, flags, start);
-        Py_DECREF(op);
-        return failed;
+        return end_socket_wait(self, op, result, flags, start);
     } else
         done = reap(self, op, result, flags, start);
-    Py_DECREF(op);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
+}
+
+/* Look up the operations of the next completions, and fetch what those will touch.  They may be looked up so early, as
+ * none can leave the in-flight table before the last of its completions. */
+static int look_up(UringTurns *self, const uring *ring)
+{
+    int count = self->count - self->next < AHEAD ? self->count - self->next : AHEAD;
+    self->looked_up = self->taken_up = 0;
+    while (self->looked_up < count) {
+        PyObject *number = PyLong_FromUnsignedLongLong(ring->token[self->next + self->looked_up]);
+        PyObject *op = number == NULL ? NULL : PyDict_GetItemWithError(self->in_flight, number); /* borrowed */
+        if (op == NULL && !PyErr_Occurred())
+            PyErr_SetObject(PyExc_KeyError, number);
+        Py_XDECREF(number);
+        if (op == NULL)
+            break;
+        self->ops[self->looked_up++] = Py_NewRef(op);
+    }
+    if (self->looked_up == 0) {
+        self->next++;
+        return -1;
+    }
+    PyErr_Clear(); /* it is time to complain when those before have been delivered */
+    look_ahead(self->ops, self->looked_up);
+    return 0;
+}
+
+/* What was looked up will not be delivered from here. */
+static void forget_looked_up(UringTurns *self)
+{
+    while (self->taken_up < self->looked_up)
+        Py_DECREF(self->ops[--self->looked_up]);
 }
 
 static int dispatch(PyObject *driver)
@@ -435,10 +453,14 @@ static int dispatch(PyObject *driver)
     while (self->next < self->count) {
         /* Looked up each time: what is called may close the port. */
         uring *ring = self->ring;
-        int n = self->next++;
         if (ring == NULL)
             break;
-        if (deliver(self, ring->token[n], ring->result[n], ring->flags[n], ring->start[n]) < 0)
+        if (self->taken_up == self->looked_up && look_up(self, ring) < 0)
+            return -1;
+        PyObject *op = self->ops[self->taken_up++];
+        int n = self->next++, failed = deliver(self, op, ring->result[n], ring->flags[n], ring->start[n]);
+        Py_DECREF(op);
+        if (failed)
             return -1;
     }
     if ((has_items(self->unarmed) || has_items(self->uncancelled)) && call(self, names.queue_leftovers) < 0)
@@ -472,6 +494,7 @@ static int set_ring(UringTurns *self, PyObject *value, void *ignored)
     if (value == NULL || value == Py_None) {
         self->ring = NULL;
         self->next = self->count = 0;
+        forget_looked_up(self);
         Py_CLEAR(self->ring_object);
         return 0;
     }
@@ -488,6 +511,7 @@ static int set_ring(UringTurns *self, PyObject *value, void *ignored)
     self->prepare_receive = (receive_function)(uintptr_t)receive;
     self->prepare_poll = (poll_function)(uintptr_t)poll;
     self->next = self->count = 0;
+    forget_looked_up(self);
     Py_XSETREF(self->ring_object, Py_NewRef(value));
     return 0;
 }
@@ -509,6 +533,7 @@ static PyObject *get_batch(UringTurns *self, void *ignored)
 
 static int set_batch(UringTurns *self, PyObject *value, void *ignored)
 {
+    forget_looked_up(self);
     self->next = self->count; /* an empty one is what the constructor brings */
     return 0;
 }
@@ -528,6 +553,8 @@ static int uring_turns_traverse(UringTurns *self, visitproc visit, void *arg)
     Py_VISIT(self->unarmed);
     Py_VISIT(self->uncancelled);
     Py_VISIT(self->before_sleep);
+    for (int n = self->taken_up; n < self->looked_up; n++)
+        Py_VISIT(self->ops[n]);
     return 0;
 }
 
@@ -540,6 +567,7 @@ static int uring_turns_clear(UringTurns *self)
     Py_CLEAR(self->unarmed);
     Py_CLEAR(self->uncancelled);
     Py_CLEAR(self->before_sleep);
+    forget_looked_up(self);
     return 0;
 }
 
