@@ -68,14 +68,14 @@ static int block(EpollTurns *self, int limit)
     return count;
 }
 
-/* Wait at most so many seconds; negative: for ever. */
+/* Wait at most so many seconds; negative: for ever.  Whether there is something to dispatch. */
 static int wait(PyObject *driver, double seconds)
 {
     EpollTurns *self = (EpollTurns *)driver;
     int limit = -1, count, work, code;
     self->waits++;
     if (self->next < self->count) /* an exception has ended the dispatch: it goes on first */
-        return 0;
+        return 1;
     if (!(seconds < 0)) {
         double ms = ceil(seconds * 1000); /* rounded up: never early */
         limit = ms <= INT_MAX ? (int)ms : INT_MAX;
@@ -103,7 +103,9 @@ static int wait(PyObject *driver, double seconds)
         return -1;
     }
     self->count = count;
-    return self->fresh == NULL ? 0 : PySet_Clear(self->fresh);
+    if (self->fresh != NULL && PySet_Clear(self->fresh) < 0)
+        return -1;
+    return count > 0 || has_items(self->ready);
 }
 
 static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout)
@@ -518,7 +520,7 @@ int add_epoll(PyObject *module)
     EpollTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &epoll_turns_spec, NULL);
     if (EpollTurns_type == NULL)
         return -1;
-    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, wait, dispatch, submit_receive};
+    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, wait, dispatch, submit_receive, 1};
     add_native_driver(&driver);
     return PyModule_AddObjectRef(module, "EpollTurns", (PyObject *)EpollTurns_type);
 }

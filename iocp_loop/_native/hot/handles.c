@@ -26,7 +26,7 @@ static struct {
     Py_ssize_t callback, args, cancelled, loop, source_traceback, repr, context, scheduled, when;
 } at;
 
-static Py_ssize_t place_offset; /* of our own field in a TimerHandle, behind asyncio's slots */
+Py_ssize_t timer_place_offset; /* of our own field in a TimerHandle, behind asyncio's slots */
 
 enum { SPARE_LIMIT = 1024 };
 
@@ -36,8 +36,6 @@ struct spares {
 };
 
 static struct spares spare_handles, spare_timers;
-
-size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + place_offset); }
 
 void timer_set_scheduled(PyObject *timer, int scheduled)
 {
@@ -339,7 +337,7 @@ int add_handles(PyObject *module)
         at.context = slot_offset(handle, "_context");
         at.scheduled = slot_offset(timer, "_scheduled");
         at.when = slot_offset(timer, "_when");
-        place_offset = ((PyTypeObject *)timer)->tp_basicsize;
+        timer_place_offset = ((PyTypeObject *)timer)->tp_basicsize;
     }
     if (!PyErr_Occurred()) {
         Handle_type = make_type(module, handle, "iocp_loop._hot.Handle", 0, NULL);

@@ -112,7 +112,9 @@ void handle_release(PyObject *handle);
 void handle_track(PyObject *handle);
 int handle_is_cancelled(PyObject *handle);
 int handle_run(PyObject *handle);
-size_t *timer_place(PyObject *timer); /* where it stands in the heap of its loop */
+extern Py_ssize_t timer_place_offset;
+/* Where it stands in the heap of its loop. */
+static inline size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + timer_place_offset); }
 void timer_set_scheduled(PyObject *timer, int scheduled);
 #define NOWHERE SIZE_MAX
 
@@ -131,11 +133,13 @@ int turns_in_debug(PyObject *loop);
 struct native_driver {
     PyTypeObject **type;
     PyCFunction wait_method; /* its method `wait`; an object that has another in its place is not for the short way */
-    int (*wait)(PyObject *driver, double seconds); /* negative: for ever */
+    /* Negative: for ever.  0, or 1 if something is known to have been gathered, or -1. */
+    int (*wait)(PyObject *driver, double seconds);
     int (*dispatch)(PyObject *driver);
     /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
      * asked; -1: error.  NULL where sockets.c is not. */
     int (*submit_receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
+    int look_costs; /* a wait of 0 s is a system call even if there is nothing; then the loop asks less often */
 };
 
 void add_native_driver(const struct native_driver *driver);
