@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from iocp_loop import native
 from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, WRITABLE, Operation
 from iocp_loop.ports import make_driver
@@ -204,6 +205,34 @@ def test_many_wakes_from_many_threads(rig: Rig) -> None:
             taken += 1
     for thread in threads:
         thread.join()
+
+
+# -- how much at once ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(native.hot is None or WINDOWS, reason="what the native tier does on Linux, to be quicker")
+def test_a_dispatch_delivers_so_many_bytes_and_leaves_the_rest_for_the_next(rig: Rig) -> None:
+    pairs = [tcp_pair() for _ in range(40)]
+    streams = [rig.submit(ops.ReceiveStream(ours)) for ours, _ in pairs]
+    rig.turn()
+    data = os.urandom(64 * 1024)
+    for _, peer in pairs:
+        peer.sendall(data)
+    most = turns = 0
+    deadline = time.monotonic() + LIMIT
+    while any(len(received(rig, op)) < len(data) for op in streams):
+        assert time.monotonic() < deadline
+        before = len(rig.delivered)
+        rig.turn(A_MOMENT)
+        most = max(most, sum(len(value) for _, value, _ in rig.delivered[before:]))
+        turns += 1
+    assert all(received(rig, op) == data for op in streams)
+    assert most < 512 * 1024
+    assert turns >= 40 * 64 // 512
+    for op in streams:
+        rig.end(op)
+    for sock in (sock for pair in pairs for sock in pair):
+        sock.close()
 
 
 # -- an exception that ends the loop ---------------------------------------------------------------

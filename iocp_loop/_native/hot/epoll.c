@@ -39,6 +39,7 @@ typedef struct {
     char sleeping;
     int contended;
     size_t expected; /* bytes in a piece, see receive_bytes */
+    size_t delivered; /* bytes in this dispatch */
     struct epoll_event events[BATCH];
 } EpollTurns;
 
@@ -159,6 +160,7 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
         done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_stream, op, data, Py_None, NULL);
     else {
         PyObject *args[] = {data, Py_None};
+        self->delivered += (size_t)count;
         complete = Py_XNewRef(SLOT(op, operation_slots.complete));
         done = complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
         Py_XDECREF(complete);
@@ -274,6 +276,8 @@ static int receive_for_wait(EpollTurns *self, int fd)
         return 0;
     }
     self->completions++;
+    if (data != NULL)
+        self->delivered += (size_t)PyBytes_GET_SIZE(data);
     int failed = deliver_received(op, self->in_flight, data);
     Py_XDECREF(data);
     Py_DECREF(op);
@@ -395,7 +399,8 @@ static int dispatch(PyObject *driver)
     EpollTurns *self = (EpollTurns *)driver;
     if (drain_ready(self) < 0)
         return -1;
-    while (self->next < self->count) {
+    self->delivered = 0;
+    while (self->next < self->count && self->delivered < DELIVER_MOST) {
         if (self->next >= self->looked_at && self->stream_slot > 0)
             look(self);
         if (deliver(self, self->events[self->next++]) < 0)

@@ -198,6 +198,10 @@ int add_iocp(PyObject *module);
 #ifdef __linux__
 #include <time.h>
 
+/* Once so many bytes have been delivered, the rest of a batch waits for the next turn: what callbacks and tasks make of
+ * them comes first, while they are still in the cache.  A wait in between returns at once. */
+enum { DELIVER_MOST = 256 * 1024 };
+
 /* ahead.c.  `ops` (borrowed, AHEAD at most) will be completed next: fetch what that will touch. */
 enum { AHEAD = 16 };
 void look_ahead(PyObject *const *ops, int count);

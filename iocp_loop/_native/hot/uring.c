@@ -35,6 +35,7 @@ typedef struct {
     PyObject *ops[AHEAD]; /* of the completions from `next` on: from `taken_up` to `looked_up`, see look_up */
     int taken_up, looked_up;
     size_t expected; /* bytes in a piece, see receive_bytes */
+    size_t delivered; /* bytes in this dispatch */
     char sleeping, shared;
     int contended; /* turns in which other threads are to be reckoned with, see block */
 } UringTurns;
@@ -190,9 +191,11 @@ static PyObject *reap(UringTurns *self, PyObject *op, int64_t result, uint32_t f
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* Large pieces are not received by the kernel into its pool, where they would be cut, but by recv, once a poll tells that
- * they have come. */
-/* The kernel cuts what it receives into its pool to this (SINGLE_SIZE in ../linux/uring.c). */
-enum { POOL_PIECE = 32 * 1024 };
+ * they have come.  Neither are pieces that could come to more sockets at once than the pool has buffers: a request that
+ * finds none left comes back with nothing, and is made again.
+ *
+ * The pool's buffers, and how many there are (SINGLE_SIZE and SINGLE_COUNT in ../linux/uring.c). */
+enum { POOL_PIECE = 32 * 1024, POOL_COUNT = 128 };
 
 /* Whether `op` waits that way: nobody but submit_receive puts True there. */
 static int by_poll(PyObject *op)
@@ -208,7 +211,7 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
     if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
         return -1;
     int code;
-    if (pieces_are_large()) {
+    if (pieces_are_large() || PyDict_GET_SIZE(self->in_flight) > POOL_COUNT) {
         Py_XSETREF(SLOT(op, operation_slots.driver_data), Py_NewRef(Py_True));
         code = self->prepare_poll(self->ring, fd, self->tokens, POLLIN);
     } else
@@ -241,6 +244,8 @@ static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint3
             return done == NULL ? -1 : 0;
         }
     }
+    if (data != NULL && !(flags & URING_DATA))
+        self->delivered += (size_t)PyBytes_GET_SIZE(data);
     int failed = deliver_received(op, self->in_flight, data);
     Py_XDECREF(data);
     return failed;
@@ -351,6 +356,7 @@ static int receive_bulk_once(UringTurns *self, PyObject *op, int *again)
         else if (count == 0)
             failed = end_bulk(self, op, value);
         else {
+            self->delivered += (size_t)count;
             long streak = count < BULK_SIZE ? PyLong_AsLong(SLOT(stream, at.streak)) + 1 : 0;
             if (streak >= BULK_UNTIL) {
                 Py_XSETREF(SLOT(stream, at.bulk), Py_NewRef(Py_False));
@@ -394,6 +400,8 @@ static int receive_bulk(UringTurns *self, PyObject *op)
 static int deliver(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
 {
     PyObject *done;
+    if (flags & URING_DATA)
+        self->delivered += (size_t)(result - start);
     if (flags == (URING_MORE | URING_DATA)) {
         PyObject *data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
         PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete));
@@ -450,7 +458,8 @@ static int dispatch(PyObject *driver)
     UringTurns *self = (UringTurns *)driver;
     if (drain_ready(self) < 0)
         return -1;
-    while (self->next < self->count) {
+    self->delivered = 0;
+    while (self->next < self->count && self->delivered < DELIVER_MOST) {
         /* Looked up each time: what is called may close the port. */
         uring *ring = self->ring;
         if (ring == NULL)
