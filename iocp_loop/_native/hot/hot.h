@@ -4,7 +4,8 @@
  * is used wherever this module was not built (see iocp_loop/native.py).
  *
  *   handles.c   Handle and TimerHandle: asyncio's own classes, made and run without a frame of Python
- *   turns.c     Turns: the ready queue, the timers and one turn of the loop      (turns.py)
+ *   turns.c     Turns: the ready queue and one turn of the loop                  (turns.py)
+ *   timers.c    the heap of its timers                                           (asyncio's heapq)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
  *   tls.c       the same through TLS                                             (tls.py)
@@ -123,6 +124,23 @@ static inline int is_own_handle(PyObject *object)
 {
     return Py_IS_TYPE(object, Handle_type) || Py_IS_TYPE(object, TimerHandle_type);
 }
+
+/* timers.c: the heap of a loop, which owns the references in it.  Zeroed, it is empty. */
+struct timer {
+    double when;
+    uint64_t serial; /* of their making */
+    PyObject *handle;
+};
+struct timers {
+    struct timer *heap; /* the earliest first */
+    size_t count, room;
+    uint64_t serial;
+};
+int timers_add(struct timers *self, PyObject *handle, double when);
+/* Take out the one at `place`; its reference goes to the caller. */
+PyObject *timers_take(struct timers *self, size_t place);
+/* Whether at least two beside the first are due before `end`; it may be missed. */
+int timers_crowded(const struct timers *self, double end);
 
 /* turns.c */
 extern PyTypeObject *Turns_type;

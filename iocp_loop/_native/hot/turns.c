@@ -7,28 +7,17 @@
  *
  * The ready queue is a ring of handles.  None in it stands for the completions that the wait of this turn has gathered:
  * what was ready before them is to run before them.
- *
- * The timers are a heap by time, and by the order of their making where times are equal.  A timer knows its place
- * in the heap, so that a cancelled one leaves at once: a busy server sets many timeouts, and hardly any of them strikes.
  */
 
 #include "hot.h"
 
 #include <math.h>
 
-struct timer {
-    double when;
-    uint64_t serial;
-    PyObject *handle;
-};
-
 typedef struct {
     PyObject_HEAD
     PyObject **ring;
     size_t first, count, room; /* room is a power of two, or 0 */
-    struct timer *heap;
-    size_t timers, heap_room;
-    uint64_t serial;
+    struct timers timers;
     double resolution; /* of the clock, seconds: a timer that is due within it is due */
     PyObject *driver, *wait, *dispatch;
     const struct native_driver *native; /* NULL: call the methods of the driver */
@@ -97,94 +86,13 @@ static PyObject *pop(Turns *self)
     return handle;
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
- * The timers
- * ------------------------------------------------------------------------------------------------------------------ */
-
-/* Of each timer in the heap: half as many steps as with two, each of which writes to a timer that may be out of the cache. */
-enum { CHILDREN = 4 };
-
-static int earlier(const struct timer *one, const struct timer *other)
-{
-    return one->when < other->when || (one->when == other->when && one->serial < other->serial);
-}
-
-static void put(Turns *self, size_t place, struct timer timer)
-{
-    self->heap[place] = timer;
-    *timer_place(timer.handle) = place;
-}
-
-static void move_up(Turns *self, size_t place, struct timer timer)
-{
-    while (place > 0) {
-        size_t parent = (place - 1) / CHILDREN;
-        if (!earlier(&timer, &self->heap[parent]))
-            break;
-        put(self, place, self->heap[parent]);
-        place = parent;
-    }
-    put(self, place, timer);
-}
-
-static void move_down(Turns *self, size_t place, struct timer timer)
-{
-    for (;;) {
-        size_t child = CHILDREN * place + 1, end = child + CHILDREN < self->timers ? child + CHILDREN : self->timers;
-        if (child >= self->timers)
-            break;
-        for (size_t other = child + 1; other < end; other++)
-            if (earlier(&self->heap[other], &self->heap[child]))
-                child = other;
-        if (!earlier(&self->heap[child], &timer))
-            break;
-        put(self, place, self->heap[child]);
-        place = child;
-    }
-    put(self, place, timer);
-}
-
-/* Take the timer at `place` out of the heap; its reference goes to the caller. */
-static PyObject *take_timer(Turns *self, size_t place)
-{
-    PyObject *handle = self->heap[place].handle;
-    struct timer last = self->heap[--self->timers];
-    *timer_place(handle) = NOWHERE;
-    if (place < self->timers) {
-        if (place > 0 && earlier(&last, &self->heap[(place - 1) / CHILDREN]))
-            move_up(self, place, last);
-        else
-            move_down(self, place, last);
-    }
-    return handle;
-}
-
-static int schedule(Turns *self, PyObject *handle, double when)
-{
-    if (self->timers == self->heap_room) {
-        size_t room = self->heap_room ? 2 * self->heap_room : 64;
-        struct timer *heap = self->heap;
-        PyMem_Resize(heap, struct timer, room);
-        if (heap == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        self->heap = heap;
-        self->heap_room = room;
-    }
-    struct timer timer = {when, self->serial++, Py_NewRef(handle)};
-    timer_set_scheduled(handle, 1);
-    move_up(self, self->timers++, timer);
-    return 0;
-}
-
 /* A timer is being cancelled: let it leave the heap, if it is there. */
 void turns_forget_timer(PyObject *loop, PyObject *timer)
 {
     Turns *self = (Turns *)loop;
     size_t place = *timer_place(timer);
-    if (place < self->timers && self->heap[place].handle == timer) {
-        take_timer(self, place);
+    if (place < self->timers.count && self->timers.heap[place].handle == timer) {
+        timers_take(&self->timers, place);
         timer_set_scheduled(timer, 0);
         handle_release(timer); /* the heap's; whoever cancels has another */
     }
@@ -194,8 +102,8 @@ static void forget_everything(Turns *self)
 {
     while (self->count > 0)
         handle_release(pop(self));
-    while (self->timers > 0) {
-        PyObject *handle = take_timer(self, self->timers - 1);
+    while (self->timers.count > 0) {
+        PyObject *handle = timers_take(&self->timers, self->timers.count - 1);
         timer_set_scheduled(handle, 0);
         handle_release(handle);
     }
@@ -375,7 +283,7 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
                                  call->context);
     else
         handle = timer_new((PyObject *)self, when, callback, call->args, call->count, call->context);
-    if (handle != NULL && schedule(self, handle, seconds) < 0)
+    if (handle != NULL && timers_add(&self->timers, handle, seconds) < 0)
         Py_CLEAR(handle);
     return handle;
 }
@@ -457,15 +365,6 @@ static PyObject *turns_timer_handle_cancelled(Turns *self, PyObject *handle) { P
  * what costs most of a short timer.  It is what epoll counts in, so that no other loop is more exact. */
 static const double TOGETHER = 1e-3;
 
-/* Whether at least two timers beside the first are due before `end`: two of those right beneath it, which suffices. */
-static int crowded(Turns *self, double end)
-{
-    int due = 0;
-    for (size_t n = 1; n <= CHILDREN && n < self->timers; n++)
-        due += self->heap[n].when < end;
-    return due >= 2;
-}
-
 /* A busy loop, which has callbacks to run in turn after turn, need not ask the system in each of them where that takes a
  * system call.  Once it has asked in vain so often, it asks every 50 us: what has come waits by so much longer at most. */
 enum { PATIENCE = 16, LOOK_EVERY_NS = 50000 };
@@ -501,14 +400,14 @@ static int wait(Turns *self)
             return look(self);
         seconds = 0;
     }
-    else if (self->timers > 0) {
+    else if (self->timers.count > 0) {
         double time = now(self);
         if (time == -1.0 && PyErr_Occurred())
             return -1;
-        if (self->timers > 0) { /* still: who overrides time() may do anything in it */
-            seconds = self->heap[0].when - time;
+        if (self->timers.count > 0) { /* still: who overrides time() may do anything in it */
+            seconds = self->timers.heap[0].when - time;
             seconds = seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds;
-            if (seconds > 0 && seconds < TOGETHER && crowded(self, time + TOGETHER))
+            if (seconds > 0 && seconds < TOGETHER && timers_crowded(&self->timers, time + TOGETHER))
                 seconds = TOGETHER;
         }
     }
@@ -540,8 +439,8 @@ static int ripen(Turns *self)
     if (end == -1.0 && PyErr_Occurred())
         return -1;
     end += self->resolution;
-    while (self->timers > 0 && self->heap[0].when < end) {
-        PyObject *handle = take_timer(self, 0);
+    while (self->timers.count > 0 && self->timers.heap[0].when < end) {
+        PyObject *handle = timers_take(&self->timers, 0);
         timer_set_scheduled(handle, 0);
         if (push(self, handle) < 0)
             return -1;
@@ -588,7 +487,7 @@ static PyObject *turns_run_once(Turns *self, PyObject *ignored)
             return NULL;
     } else if (dispatch(self) < 0)
         return NULL;
-    if (self->timers > 0 && ripen(self) < 0)
+    if (self->timers.count > 0 && ripen(self) < 0)
         return NULL;
     /* What they schedule runs in the next turn, after another look at the port. */
     for (size_t left = self->count; left > 0 && self->count > 0; left--)
@@ -672,7 +571,7 @@ static PyObject *turns_has_work(Turns *self, PyObject *ignored) { return PyBool_
 
 static PyObject *turns_next_timer(Turns *self, PyObject *ignored)
 {
-    return self->timers > 0 ? PyFloat_FromDouble(self->heap[0].when) : Py_NewRef(Py_None);
+    return self->timers.count > 0 ? PyFloat_FromDouble(self->timers.heap[0].when) : Py_NewRef(Py_None);
 }
 
 static PyObject *turns_forget(Turns *self, PyObject *ignored)
@@ -784,8 +683,8 @@ static PyObject *get_ready(Turns *self, void *ignored)
 static PyObject *get_scheduled(Turns *self, void *ignored)
 {
     PyObject *list = PyList_New(0); /* not made at once with its size: what the collector runs may change that */
-    for (size_t n = 0; list != NULL && n < self->timers; n++)
-        if (PyList_Append(list, self->heap[n].handle) < 0)
+    for (size_t n = 0; list != NULL && n < self->timers.count; n++)
+        if (PyList_Append(list, self->timers.heap[n].handle) < 0)
             Py_CLEAR(list);
     return list;
 }
@@ -831,8 +730,8 @@ static int turns_traverse(Turns *self, visitproc visit, void *arg)
     int stop = 0;
     for (size_t n = 0; !stop && n < self->count; n++)
         stop = handle_visit(self->ring[(self->first + n) & (self->room - 1)], visit, arg);
-    for (size_t n = 0; !stop && n < self->timers; n++)
-        stop = handle_visit(self->heap[n].handle, visit, arg);
+    for (size_t n = 0; !stop && n < self->timers.count; n++)
+        stop = handle_visit(self->timers.heap[n].handle, visit, arg);
     return stop;
 }
 
@@ -853,7 +752,7 @@ static void turns_dealloc(Turns *self)
     PyObject_GC_UnTrack(self);
     turns_clear(self);
     PyMem_Free(self->ring);
-    PyMem_Free(self->heap);
+    PyMem_Free(self->timers.heap);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
