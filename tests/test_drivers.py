@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import socket
 import threading
 import time
@@ -16,8 +17,8 @@ from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, WRITABLE, Operation
 from iocp_loop.ports import make_driver
 
-from .rig import A_MOMENT, Pair, Rig, waiting_operations
-from .support import LIMIT, in_thread, open_files, tcp_pair, udp_socket
+from .rig import A_MOMENT, Pair, Rig, received, waiting_operations
+from .support import LIMIT, WINDOWS, in_thread, open_files, tcp_pair, udp_socket
 
 # -- submitting ------------------------------------------------------------------------------------
 
@@ -238,8 +239,9 @@ def test_a_dispatch_delivers_so_many_bytes_and_leaves_the_rest_for_the_next(rig:
 # -- an exception that ends the loop ---------------------------------------------------------------
 
 
-def test_dispatch_survives_an_exception_that_ends_the_loop(rig: Rig) -> None:
-    pairs = [tcp_pair() for _ in range(5)]
+@pytest.mark.parametrize("count", [5, 50])
+def test_dispatch_survives_an_exception_that_ends_the_loop(rig: Rig, count: int) -> None:
+    pairs = [tcp_pair() for _ in range(count)]
     streams = []
 
     def interrupt(value: Any, error: OSError | None) -> None:
@@ -255,7 +257,7 @@ def test_dispatch_survives_an_exception_that_ends_the_loop(rig: Rig) -> None:
     with pytest.raises(KeyboardInterrupt):
         rig.until(lambda: False)
     assert len(rig.delivered) == 2
-    rig.until(lambda: len(rig.delivered) == 5)
+    rig.until(lambda: len(rig.delivered) == count)
     for op in streams:
         assert rig.values(op) == [b"x"]
     for ours, peer in pairs:
@@ -278,6 +280,24 @@ def test_an_exception_leaves_what_is_ready_for_the_next_dispatch(rig: Rig, pair:
 
 
 # -- closing ---------------------------------------------------------------------------------------
+
+
+def test_closing_in_the_midst_of_many_completions_keeps_none_of_their_operations(driver: str, no_leak: None) -> None:
+    rig = Rig(make_driver(driver))
+    pairs = [tcp_pair() for _ in range(50)]
+    for ours, _ in pairs:
+        rig.submit(ops.ReceiveStream(ours), lambda value, error: rig.driver.close())
+    rig.turn()
+    for _, peer in pairs:
+        peer.send(b"x")
+    time.sleep(A_MOMENT)
+    rig.until(lambda: rig.driver.closed)
+    assert len({op for op, _, _ in rig.delivered}) == len(pairs)
+    rig.delivered.clear()
+    for sock in (sock for pair in pairs for sock in pair):
+        sock.close()
+    gc.collect()
+    assert not any(isinstance(object_, ops.ReceiveStream) for object_ in gc.get_objects())
 
 
 def test_close_ends_everything_in_flight_within_its_time(rig: Rig, pair: Pair, listener: socket.socket) -> None:

@@ -75,11 +75,17 @@ def test_cancel_of_one_operation_leaves_the_others_of_its_socket(rig: Rig, pair:
     assert rig.value(two) == b"x"
 
 
-def test_operations_may_cancel_each_other_while_they_are_delivered(rig: Rig) -> None:
-    pairs = [tcp_pair() for _ in range(2)]
+@pytest.mark.parametrize("count", [2, 50])
+def test_operations_may_cancel_each_other_while_they_are_delivered(rig: Rig, count: int) -> None:
+    pairs = [tcp_pair() for _ in range(count)]
     streams = [ops.ReceiveStream(ours) for ours, _ in pairs]
-    rig.submit(streams[0], lambda value, error: rig.driver.cancel(streams[1]))
-    rig.submit(streams[1], lambda value, error: rig.driver.cancel(streams[0]))
+
+    def cancel_all(value: Any, error: OSError | None) -> None:
+        for op in streams:
+            rig.driver.cancel(op)
+
+    for op in streams:
+        rig.submit(op, cancel_all)
     rig.turn()
     for _, peer in pairs:
         peer.send(b"x")
