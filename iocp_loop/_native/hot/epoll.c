@@ -381,7 +381,7 @@ static void look(EpollTurns *self)
             PyErr_Clear();
         else {
             watches[found++] = watch;
-            fetch(&SLOT(watch, self->stream_slot), sizeof(PyObject *));
+            fetch(watch, (size_t)self->stream_slot + sizeof(PyObject *));
         }
         Py_XDECREF(number);
     }
