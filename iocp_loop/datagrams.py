@@ -49,7 +49,7 @@ _send_natively: Any = getattr(hot, "send_datagram", None)
 #: The socket is gone, or never was one: arming the receive again would fail for ever.
 _HOPELESS = frozenset({errno.EBADF, errno.ENOTSOCK})
 
-#: WSAEINVAL, the `winerror` of one cause of EINVAL among several (winsock/windows-sockets-error-codes-2).
+#: WSAEINVAL, the `winerror` of a socket without an address (winsock/windows-sockets-error-codes-2).
 _WSA_INVALID = 10022
 
 
@@ -173,7 +173,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._release_socket()
         elif error.errno in _HOPELESS:
             self._context.run(self._fatal_error, error, "Fatal read error on datagram transport")
-        elif error.errno == errno.EINVAL and getattr(error, "winerror", None) in (None, _WSA_INVALID):
+        elif getattr(error, "winerror", None) == _WSA_INVALID:
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
         elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
             self._context.run(self._tell_error, error)

@@ -236,11 +236,12 @@ class SignalMethods(asyncio.BaseEventLoop):
 
         try:
             wakeup.hold()
+            self._signal_stream = self._proactor.receive_stream(wakeup.reader, received)
         except BaseException:
+            wakeup.release()
             wakeup.close()
             raise
         self._wakeup = wakeup
-        self._signal_stream = self._proactor.receive_stream(wakeup.reader, received)
 
     def _release_wakeup_if_unused(self) -> None:
         wakeup, stream = self._wakeup, self._signal_stream

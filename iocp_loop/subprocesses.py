@@ -2,9 +2,11 @@
 
 asyncio's own base class brings the protocol of the pipes and of the exit.  This module starts the process and watches
 it.  On Linux a process has a descriptor (pidfd_open(2)) that becomes readable when it exits: one more readiness
-operation, without a signal handler, without a child watcher, and in any thread.  Where there is no such descriptor, a
-thread waits for the process.  On Windows a process has a handle, and waiting for it is an operation too; the pipes are
-asyncio's own there, whose end on our side has overlapped I/O.
+operation, without a signal handler, without a child watcher, and in any thread.  On Windows a process has a handle, and
+waiting for it is an operation too; the pipes are asyncio's own there, whose end on our side has overlapped I/O.
+
+Every process that was started is watched until it exits.  Where the operation is refused or fails, a thread waits for
+the process; where no thread can be had either, a timer looks now and then.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import errno
 import logging
 import os
 import subprocess
 import sys
 import threading
 from asyncio import base_subprocess
-from typing import Any
+from typing import Any, overload
 
 from .operations import READABLE, Readiness, WaitForHandle
 from .proactor import Proactor
@@ -34,6 +37,9 @@ _logger = logging.getLogger("asyncio")
 
 #: The exit status of a process whose real one somebody else has taken; as in asyncio's child watchers.
 UNKNOWN_STATUS = 255
+
+#: Seconds between two looks at a process that neither the system nor a thread watches.
+_LOOK_INTERVAL = 0.05
 
 
 class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
@@ -68,9 +74,14 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
         def exited(value: Any, error: OSError | None) -> None:
             if error is None:
                 context.run(self._process_exited, process.poll())
+            else:
+                self._wait_failed(error, process, context)
 
-        # The operation refers to the handle, so that it stays open until the wait is over.
-        proactor.start(WaitForHandle(process._handle), exited)
+        try:
+            # The operation refers to the handle, so that it stays open until the wait is over.
+            proactor.start(WaitForHandle(process._handle), exited)
+        except (OSError, ValueError):
+            self._watch_by_thread(process, context)
 
     def _watch_descriptor(self, proactor: Proactor, process: Any, context: contextvars.Context) -> None:
         pidfd = open_pidfd(process.pid)
@@ -82,11 +93,17 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             os.close(pidfd)
             if error is None:
                 context.run(self._process_exited, take_exit_status(process))
+            else:
+                self._wait_failed(error, process, context)
 
         try:
             proactor.start(Readiness(pidfd, READABLE), exited)
-        except OSError:
+        except (OSError, ValueError):
             os.close(pidfd)
+            self._watch_by_thread(process, context)
+
+    def _wait_failed(self, error: OSError, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:
+        if error.errno != errno.ECANCELED:  # that one is the loop closing under us
             self._watch_by_thread(process, context)
 
     def _watch_by_thread(self, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:
@@ -97,7 +114,20 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
                 loop.call_soon_threadsafe(self._process_exited, status, context=context)
 
-        threading.Thread(target=wait, name=f"wait for process {process.pid}", daemon=True).start()
+        try:
+            threading.Thread(target=wait, name=f"wait for process {process.pid}", daemon=True).start()
+        except RuntimeError:  # the process has as many threads as it may
+            self._watch_by_timer(process, context)
+
+    def _watch_by_timer(self, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:
+        def look() -> None:
+            status = take_exit_status(process, block=False)
+            if status is None:
+                self._watch_by_timer(process, context)
+            else:
+                self._process_exited(status)
+
+        self._loop.call_later(_LOOK_INTERVAL, look, context=context)
 
 
 def open_pidfd(pid: int) -> int | None:
@@ -110,17 +140,25 @@ def open_pidfd(pid: int) -> int | None:
     return None
 
 
-def take_exit_status(process: subprocess.Popen[bytes]) -> int:
-    """Wait for `process` and return its exit status, negative for a signal."""
+@overload
+def take_exit_status(process: subprocess.Popen[bytes]) -> int: ...
+@overload
+def take_exit_status(process: subprocess.Popen[bytes], *, block: bool) -> int | None: ...
+def take_exit_status(process: subprocess.Popen[bytes], *, block: bool = True) -> int | None:
+    """The exit status of `process`, negative for a signal.  Waits for it; with `block` False, None if it still runs."""
+    if sys.platform == "win32":
+        return process.wait() if block else process.poll()
     # Popen may have taken it already: asked by the user, or by close().
     if process.returncode is None:
         try:
-            _, status = os.waitpid(process.pid, 0)
+            pid, status = os.waitpid(process.pid, 0 if block else os.WNOHANG)
         except ChildProcessError:
             if process.returncode is None:
                 _logger.warning("Unknown child process pid %d, will report returncode 255", process.pid)
                 return UNKNOWN_STATUS
         else:
+            if pid == 0:
+                return None
             process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode
 

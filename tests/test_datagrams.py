@@ -248,12 +248,14 @@ async def test_a_receive_that_wants_a_bound_socket_is_armed_after_the_first_send
     """gh-119711 again, with the refusal that Windows has for it and Linux has not."""
     arm = loop._proactor.receive_from_stream
     calls = 0
+    refusal: Any = OSError(errno.EINVAL, "an invalid argument was supplied")
+    refusal.winerror = 10022  # WSAEINVAL
 
     def refuse_once(sock: socket.socket, size: int, deliver: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
-            loop.call_soon(deliver, None, OSError(errno.EINVAL, "an invalid argument was supplied"))
+            loop.call_soon(deliver, None, refusal)
             return None
         return arm(sock, size, deliver)
 
@@ -268,6 +270,30 @@ async def test_a_receive_that_wants_a_bound_socket_is_armed_after_the_first_send
     await until(lambda: client.data == [b"first", b"second"])
     await client.closed()
     await server.closed()
+
+
+async def test_another_invalid_argument_is_an_error_received_and_receiving_goes_on(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EINVAL that does not say "no address yet" stopped the receiving until the next datagram was sent."""
+    arm = loop._proactor.receive_from_stream
+    refusal = OSError(errno.EINVAL, "an invalid argument was supplied")
+    refusals = [refusal]
+
+    def refuse_once(sock: socket.socket, size: int, deliver: Any) -> Any:
+        if refusals:
+            loop.call_soon(deliver, None, refusals.pop())
+            return None
+        return arm(sock, size, deliver)
+
+    monkeypatch.setattr(loop._proactor, "receive_from_stream", refuse_once)
+    one = await endpoint(loop)
+    await one.fails(1)
+    assert one.errors == [refusal]
+    with udp_socket() as peer:
+        peer.sendto(b"all the same", address_of(one))
+        await one.gets(b"all the same")
+    await one.closed()
 
 
 async def test_datagram_received_may_raise(loop: Loop, reports: list[dict[str, Any]]) -> None:

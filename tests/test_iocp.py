@@ -188,6 +188,49 @@ def test_an_accept_stream_outlives_clients_that_reset(listener: socket.socket) -
         assert stream.in_flight
 
 
+def test_accepts_that_a_shortage_has_cost_are_made_again(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream went on with what the shortage had left, for as long as the server ran."""
+    driver = IocpDriver()
+    arm = driver._arm_accept
+    room = 2
+
+    def arm_if_there_is_room(sub: Any, association: Any) -> None:
+        if outstanding() >= room:
+            raise OSError(errno.ENOBUFS, "no buffer space available")
+        arm(sub, association)
+
+    def outstanding() -> int:
+        return sum(sub.op is op for sub in driver._outstanding.values())
+
+    def accept_one() -> None:
+        with socket.create_connection(listener.getsockname(), LIMIT):
+            while not got:
+                driver.wait(LIMIT)
+                driver.dispatch()
+            got.pop()[0].close()
+
+    got: list[Any] = []
+    monkeypatch.setattr(driver, "_arm_accept", arm_if_there_is_room)
+    op = ops.AcceptStream(listener, depth=4)
+    op.complete = lambda value, error: got.append(error or value)
+    driver.submit(op)
+    assert outstanding() == 2
+    room = 0
+    accept_one()
+    assert outstanding() == 1
+    room = 100
+    accept_one()
+    assert outstanding() == 4
+    accept_one()
+    assert outstanding() == 4
+    monkeypatch.undo()
+    driver.close()
+    assert isinstance(got.pop(), OSError)
+    assert not got
+
+
 def test_a_datagram_that_is_faster_than_the_cancel_is_delivered_before_the_end() -> None:
     with CompletionPort(driver="iocp") as port, udp_socket() as one, udp_socket() as other:
         stream = ops.ReceiveFromStream(one, 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -172,6 +173,26 @@ async def test_many_signals(loop: Loop) -> None:
 # --------------------------------------------------------------------------------------------------
 # The wakeup descriptor belongs to the process
 # --------------------------------------------------------------------------------------------------
+
+
+async def test_the_wakeup_descriptor_is_given_back_if_nobody_can_read_from_it(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed held, and the next handler was added without a reader, so that its signals reached nobody."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, "out of memory")
+
+    with monkeypatch.context() as shortage:
+        shortage.setattr(loop._proactor, "receive_stream", refuse)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            loop.add_signal_handler(ONE, print)
+    assert signal.set_wakeup_fd(-1) == -1
+    calls: list[int] = []
+    loop.add_signal_handler(ONE, calls.append, 1)
+    send(ONE)
+    await until(lambda: calls == [1])
+    loop.remove_signal_handler(ONE)
 
 
 async def test_the_wakeup_descriptor_is_given_back(loop: Loop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.subprocess
+import errno
 import gc
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
+from iocp_loop import operations as ops
 from iocp_loop import subprocesses
 
 from .support import LIMIT, WINDOWS, open_handles, turns, until
@@ -307,6 +309,60 @@ def test_closing_the_loop_before_the_process_ends(driver: str, watched: str, no_
         while any(thread.name.startswith("wait for process") for thread in threading.enumerate()):
             assert time.monotonic() < deadline
             time.sleep(0.001)
+
+
+# --------------------------------------------------------------------------------------------------
+# Watching for the exit
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["refused", "failed"])
+def unwatchable(request: pytest.FixtureRequest, loop: iocp_loop.IocpEventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operation that waits for the exit of a process is refused, or fails at once."""
+    proactor = loop._proactor
+    start = proactor.start
+
+    def start_others(op: ops.Operation, deliver: Any) -> None:
+        if not isinstance(op, ops.WaitForHandle if WINDOWS else ops.Readiness):
+            start(op, deliver)
+        elif request.param == "failed":
+            loop.call_soon(deliver, None, OSError(errno.EIO, "input/output error"))
+        else:
+            raise OSError(errno.ENOMEM, "out of memory")
+
+    monkeypatch.setattr(proactor, "start", start_others)
+
+
+async def exit_status(code: str) -> int:
+    """How a new Python that runs `code` has ended, as the loop is told; fails if it is not told in time."""
+    process = await asyncio.wait_for(asyncio.create_subprocess_exec(*python(code)), LIMIT)
+    return await asyncio.wait_for(process.wait(), LIMIT)
+
+
+async def test_a_thread_waits_where_the_system_can_not(loop: iocp_loop.IocpEventLoop, unwatchable: None) -> None:
+    """The process went on unwatched, and who waited for it waited for ever."""
+    assert await exit_status("raise SystemExit(5)") == 5
+
+
+async def test_a_timer_looks_where_no_thread_can_wait(
+    loop: iocp_loop.IocpEventLoop, unwatchable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    looks = 0
+    take = subprocesses.take_exit_status
+
+    def look(process: Any, *, block: bool = True) -> int | None:
+        nonlocal looks
+        looks += 1
+        assert not block
+        return take(process, block=block)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(subprocesses, "take_exit_status", look)
+    assert await exit_status("import time; time.sleep(0.2); raise SystemExit(5)") == 5
+    assert looks > 1  # at first the process still ran
 
 
 # --------------------------------------------------------------------------------------------------

@@ -94,19 +94,25 @@ class SocketRequests(IocpRequests):
     # -- connections -------------------------------------------------------------------------------
 
     def _start_accept(self, op: ops.Accept | ops.AcceptStream, association: Association) -> None:
-        subs = set()
+        op.driver_data = set()
         try:
-            for _ in range(op.depth if type(op) is ops.AcceptStream else 1):
-                sub = self._take(op, self._accepted)
-                subs.add(sub)
-                self._arm_accept(sub, association)
+            self._arm_accepts(op, association)
         except OSError as error:
-            subs.discard(sub)
-            self._give_back(sub)
-            if not subs:
+            if not op.driver_data:
                 self._finish(op, None, error)
-        finally:
-            op.driver_data = subs
+
+    def _arm_accepts(self, op: ops.Accept | ops.AcceptStream, association: Association) -> None:
+        """Have as many accepts outstanding as `op` asks for.  OSError in a shortage: till the next time it is fewer."""
+        subs = op.driver_data
+        while len(subs) < (op.depth if type(op) is ops.AcceptStream else 1):
+            sub = self._take(op, self._accepted)
+            op.driver_data = subs  # all of them, and not the latest
+            try:
+                self._arm_accept(sub, association)
+            except OSError:
+                self._give_back(sub)
+                raise
+            subs.add(sub)
 
     def _arm_accept(self, sub: Submission, association: Association) -> None:
         """Raises OSError if there is no socket to accept with, or the listener can't accept."""
@@ -130,6 +136,7 @@ class SocketRequests(IocpRequests):
                 if op.handle.fileno() != op.fd:
                     raise error_of(WSA_NOT_A_SOCKET)
                 self._arm_accept(sub, self._associations[op.fd])
+                self._arm_accepts(op, self._associations[op.fd])  # those that a shortage has cost
             except OSError as exc:
                 error = exc
         if sub.armed:
