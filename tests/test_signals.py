@@ -48,6 +48,13 @@ def send(number: int) -> None:
     signal.raise_signal(number) if sys.platform == "win32" else os.kill(os.getpid(), number)
 
 
+def wakeup_descriptor() -> int:
+    """The wakeup descriptor; -1: none.  It stays what it is."""
+    fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    return fd
+
+
 async def test_add_and_remove(loop: Loop) -> None:
     calls: list[Any] = []
     loop.add_signal_handler(ONE, calls.append, "usr1")
@@ -183,11 +190,12 @@ async def test_the_wakeup_descriptor_is_given_back_if_nobody_can_read_from_it(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOMEM, "out of memory")
 
+    before = wakeup_descriptor()
     with monkeypatch.context() as shortage:
         shortage.setattr(loop._proactor, "receive_stream", refuse)
         with pytest.raises(RuntimeError, match="out of memory"):
             loop.add_signal_handler(ONE, print)
-    assert signal.set_wakeup_fd(-1) == -1
+    assert wakeup_descriptor() == before
     calls: list[int] = []
     loop.add_signal_handler(ONE, calls.append, 1)
     send(ONE)
