@@ -8,10 +8,11 @@
  * certificate is taken as it is) or in a datagram (--udp, numbered; one without an answer is sent again and counted
  * as lost).  Or the message is an HTTP request, and the answer what its Content-Length says (--http).
  *
- * A run has two phases.  In the warm-up every byte that comes back is compared with what was sent; in the measured
- * window only lengths are checked, so that this program stays much cheaper than the server that it measures.  At both
- * ends of the window the CPU clock of the server process (--watch PID) is read: user and system time of all its
- * threads, in nanoseconds, at the same moment as the message count.
+ * A run begins with one message on each connection, and goes on when all are answered, so that a server that accepts
+ * slowly has all of them to serve.  Two phases follow.  In the warm-up every byte that comes back is compared with what
+ * was sent; in the measured window only lengths are checked, so that this program stays much cheaper than the server
+ * that it measures.  At both ends of the window the CPU clock of the server process (--watch PID) is read: user and
+ * system time of all its threads, in nanoseconds, at the same moment as the message count.
  *
  * The result is one line of JSON on stdout.  Whatever goes wrong (a reset, a wrong byte, no progress for ten seconds)
  * is one line on stderr and exit status 1; a wrong command line is exit status 2.  With --hold it says "connected" and
@@ -84,7 +85,7 @@ static int epoll_fd;
 static struct connection *connections;
 static char *scratch;
 static size_t scratch_size = 256 * 1024;
-static bool measuring;
+static bool greeting, measuring;
 static uint64_t messages, sum_ns, lost;
 
 static void fail(const char *format, ...)
@@ -251,7 +252,8 @@ static void finish_message(struct connection *connection)
         connection->echoes++;
     }
     messages++;
-    start_message(connection, now_ns);
+    if (!greeting)
+        start_message(connection, now_ns);
 }
 
 static bool must_wait(void)
@@ -509,9 +511,14 @@ int main(int argc, char **argv)
         puts("connected");
         wait_for_line();
     }
+    greeting = true;
     for (int i = 0; i < options.connections; i++)
         start_message(&connections[i], clock_ns(CLOCK_MONOTONIC));
+    run(0, (uint64_t)options.connections);
 
+    greeting = false;
+    for (int i = 0; i < options.connections; i++)
+        start_message(&connections[i], clock_ns(CLOCK_MONOTONIC));
     run(clock_ns(CLOCK_MONOTONIC) + (uint64_t)(options.warmup * 1e9), 0);
 
     measuring = true;
