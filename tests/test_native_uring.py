@@ -703,3 +703,26 @@ def test_without_the_native_module_the_reason_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(binding, "lib", None)
     monkeypatch.setattr(binding, "_NOT_BUILT", "not built", raising=False)
     assert binding.probe() == "not built"
+
+
+@needs_uring
+def test_a_stream_that_finds_the_pool_empty_asks_no_more(rig: Rig) -> None:
+    """Else it would ask in vain in every turn, as long as others empty the pool in each."""
+    pairs = [socket.socketpair() for _ in range(80)]
+    try:
+        sent = 0
+        for ours, peer in pairs:
+            ours.setblocking(False)
+            peer.setblocking(False)
+            sent += peer.send(bytes(150_000))
+        assert sent > 8 << 20  # twice what the pool holds
+        streams = [ops.ReceiveStream(ours) for ours, _ in pairs]
+        polled: dict[Operation, bool] = {}  # whether its first piece came by polling
+        for op in streams:
+            rig.submit(op, lambda value, error, op=op: polled.setdefault(op, op.driver_data.bulk))  # type: ignore[misc]  # a default binds it
+        rig.until(lambda: len(polled) == len(streams))
+        assert any(polled.values())
+    finally:
+        rig.driver.close()
+        for sock in (sock for pair in pairs for sock in pair):
+            sock.close()

@@ -430,6 +430,10 @@ class UringDriver(UringTurns, Driver):
         elif result == 0:
             self._end(op, b"")
         else:
+            if result == -errno.ENOBUFS and not stream.bulk:
+                # The pool is empty.  Where others empty it in each turn, this one would ask in vain for ever.
+                stream.bulk = True
+                stream.streak = 0
             self._fail_stream(op, result)
 
     def _receive_bulk(self, op: ops.ReceiveStream, stream: _Stream) -> None:
