@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -213,6 +214,28 @@ async def test_no_read_is_tried_for_nothing(loop: Loop, connect: Connect) -> Non
         peer.sock.sendall(peer.records(b"x" * number))
         await until(lambda number=number: len(protocol.pieces) == number)  # type: ignore[misc]  # a default binds it
     assert reads == 5
+    await finish(protocol, peer)
+
+
+async def test_what_an_sslobject_was_lent_is_its_own_no_longer(loop: Loop, connect: Connect) -> None:
+    """The memory of a piece of data is the protocol's once it is delivered; a view that was kept does not reach it."""
+    kept: list[memoryview] = []
+
+    class Keeping(ssl.SSLObject):
+        def read(self, *args: Any) -> Any:
+            kept.append(args[1])
+            return super().read(*args)
+
+    context = server_context()
+    context.sslobject_class = Keeping
+    protocol = Pieces()
+    peer = await connect(protocol, context)
+    kept.clear()
+    peer.sock.sendall(peer.records(b"hello"))
+    await until(lambda: protocol.pieces)
+    with contextlib.suppress(ValueError):  # it was released
+        kept[0][0] = 0
+    assert protocol.pieces == [b"hello"]
     await finish(protocol, peer)
 
 

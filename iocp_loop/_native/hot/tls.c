@@ -105,6 +105,12 @@ static Py_ssize_t decrypt(struct tls *self, char *memory, Py_ssize_t size)
     if (args[1] != NULL && args[2] != NULL)
         result = PyObject_Vectorcall(read, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     Py_DECREF(read);
+    if (result != NULL && Py_REFCNT(args[2]) > 1) { /* an SSLObject of the user's keeps it: the memory goes on without */
+        PyObject *released = PyObject_CallMethod(args[2], "release", NULL);
+        Py_XDECREF(released);
+        if (released == NULL)
+            Py_CLEAR(result);
+    }
     Py_XDECREF(args[1]);
     Py_XDECREF(args[2]);
     return count_of(result);
@@ -134,6 +140,16 @@ static enum filled fill(struct tls *self, char *memory, Py_ssize_t size, Py_ssiz
  * From the peer to the protocol
  * ------------------------------------------------------------------------------------------------------------------ */
 
+/* `filled`, and what went wrong after the data, which have been delivered by now.  Takes `error` over; NULL: nothing. */
+static enum filled with_error(enum filled filled, PyObject *error)
+{
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    return filled;
+}
+
 /* One piece of data for a Protocol. */
 static enum filled read_for_protocol(struct tls *self)
 {
@@ -160,11 +176,7 @@ static enum filled read_for_protocol(struct tls *self)
         return FAILED;
     }
     Py_DECREF(result);
-    if (error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
-    return filled;
+    return with_error(filled, error);
 }
 
 /* The same for a BufferedProtocol, into what it lends. */
@@ -204,11 +216,7 @@ static enum filled read_for_buffered_protocol(struct tls *self)
         }
         Py_DECREF(result);
     }
-    if (error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
-    return filled;
+    return with_error(filled, error);
 }
 
 static int call(struct tls *self, PyObject *method)
