@@ -337,6 +337,10 @@ class Proactor:
             del self._unclaimed[op.handle]
         return value
 
+    def busy(self, sock: socket.socket, direction: int) -> bool:
+        """Whether an operation of `direction` (READABLE or WRITABLE) waits on `sock`, which is to be served first."""
+        return self.driver.busy(sock.fileno(), direction)
+
     def claims(self, sock: socket.socket) -> bool:
         """True if something is kept for `sock`, or may be soon, that goes before a new call into the kernel."""
         return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)

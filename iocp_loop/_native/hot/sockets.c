@@ -80,14 +80,6 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
 
 static size_t expected; /* of all that sock_recv receives */
 
-void note_piece(size_t size)
-{
-    if (size >= DIRECT_FROM && expected < size)
-        expected = size < DIRECT_MOST ? size : DIRECT_MOST;
-}
-
-int pieces_are_large(void) { return expected >= DIRECT_FROM; }
-
 PyObject *receive_now(descriptor fd, size_t size)
 {
     PyObject *data;
@@ -423,6 +415,11 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         PyErr_Clear(); /* too large; Python's way says what it thinks of that */
         Py_RETURN_NONE;
     }
+    int busy = self->native->busy(self->driver, fd, 0);
+    if (busy < 0)
+        return NULL;
+    if (busy) /* first come, first served */
+        Py_RETURN_NONE;
     PyObject *data = receive_now(fd, (size_t)size);
     if (data != Py_None)
         return data;
@@ -458,6 +455,11 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
     descriptor fd = plain_descriptor(self->loop, args[0]);
     if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
         Py_RETURN_NONE;
+    int busy = self->native->busy(self->driver, fd, 1);
+    if (busy < 0)
+        return NULL;
+    if (busy)
+        return PyLong_FromLong(0); /* it waits in line */
     ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), (size_t)PyBytes_GET_SIZE(args[1]), MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent >= 0)
         return PyLong_FromSsize_t(sent);
