@@ -308,11 +308,13 @@ class UringDriver(UringTurns, PollDriver):
     # -- receiving ---------------------------------------------------------------------------------
 
     def _go_on(self, op: Any) -> None:
-        """A stream has no request: arm one, or watch the stream, or let it rest, or end it if that was asked."""
+        """Where a stream has no request: arm one, or watch the stream, or let it rest, or end it if that was asked."""
         stream: _Stream = op.driver_data
+        if stream.armed or stream.watched:
+            return
         if op.state is CANCELLING:
             self._finish(op, None, cancelled_error())
-        elif op.state is not IN_FLIGHT or stream.armed or stream.watched or op.paused:
+        elif op.state is not IN_FLIGHT or op.paused:
             return
         elif not self._same_socket(op):
             self._finish(op, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
