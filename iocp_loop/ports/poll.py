@@ -241,10 +241,6 @@ class PollDriver(PollTurns, Driver):
         except OSError as error:
             self._finish(op, None, error)
 
-    def busy(self, fd: int, direction: int) -> bool:
-        watch = self._watches.get(fd)
-        return watch is not None and bool(watch.readers if direction == READABLE else watch.writers)
-
     def _update(self, fd: int, watch: _Watch) -> None:
         """Tell the poller what is wanted of `fd` now."""
         wanted = watch.wanted()

@@ -65,6 +65,10 @@ class PythonPollTurns(_Base):
         """The descriptors with such a receive."""
         return []
 
+    def busy(self, fd: int, direction: int) -> bool:
+        watch = self._watches.get(fd)
+        return watch is not None and bool(watch.readers if direction == READABLE else watch.writers)
+
     def _before_wait(self) -> None:
         self.waits += 1
         if self._unarmed_poller:

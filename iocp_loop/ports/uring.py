@@ -358,9 +358,13 @@ class UringDriver(UringTurns, PollDriver):
             self._hand_over()
 
     def resume(self, op: Any) -> None:
-        if not self._in_ring(op):
+        if type(op.driver_data) is not _Stream:
             super().resume(op)
             return
+        if op.driver_data.watched and op.in_flight and self._same_socket(op):
+            super().resume(op)
+            return
+        self._unwatch(op)
         op.paused = False
         self._go_on(op)
         if self._shared:
@@ -401,17 +405,22 @@ class UringDriver(UringTurns, PollDriver):
 
     def _receive_by_ring(self, op: ops.ReceiveStream) -> None:
         """Watch a stream no longer; the next data are the ring's to receive."""
-        watch = self._watches.get(op.fd)
-        if op.state is not IN_FLIGHT or watch is None:
+        if op.state is not IN_FLIGHT:
             return
-        stream: _Stream = op.driver_data
-        watch.remove(op)
-        self._settle(op.fd, watch)
-        stream.watched = stream.large = False
-        stream.streak = 0
+        self._unwatch(op)
+        op.driver_data.large = False
         self._go_on(op)
         if self._shared:
             self._hand_over()
+
+    def _unwatch(self, op: ops.ReceiveStream) -> None:
+        stream: _Stream = op.driver_data
+        watch = self._watches.get(op.fd)
+        if stream.watched and watch is not None:
+            watch.remove(op)
+            self._settle(op.fd, watch)
+        stream.watched = False
+        stream.streak = 0
 
     # -- files, and pipes that block ---------------------------------------------------------------
 

@@ -291,6 +291,17 @@ int epoll_busy(PyObject *driver, descriptor fd, int writing)
     return has_items(SLOT(watch, writing ? at.writers : at.readers));
 }
 
+static PyObject *epoll_turns_busy(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    long fd = count == 2 ? PyLong_AsLong(args[0]) : -1, direction = count == 2 ? PyLong_AsLong(args[1]) : -1;
+    if (count != 2 && !PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "busy() takes a descriptor and a direction");
+    if (PyErr_Occurred())
+        return NULL;
+    int busy = epoll_busy(self, (descriptor)fd, direction != EPOLLIN);
+    return busy < 0 ? NULL : PyBool_FromLong(busy);
+}
+
 int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
 {
     EpollTurns *self = (EpollTurns *)driver;
@@ -531,6 +542,7 @@ static void epoll_turns_dealloc(EpollTurns *self)
 static PyMethodDef epoll_turns_methods[] = {
     {"wait", epoll_turns_wait, METH_O, NULL},
     {"dispatch", epoll_turns_dispatch, METH_NOARGS, NULL},
+    {"busy", (PyCFunction)(void (*)(void))epoll_turns_busy, METH_FASTCALL, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},
