@@ -1,4 +1,4 @@
-"""Several processes or threads accept on one listener: each gets some of the connections, and none keeps them waiting."""
+"""Processes or threads that accept on one listener: each gets some connections, and none keeps the others waiting."""
 
 from __future__ import annotations
 
