@@ -69,7 +69,15 @@ from typing import Any, TypeAlias
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
-from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak, receive_datagrams
+from .driver import (
+    Driver,
+    DriverUnavailable,
+    adopt_accepted,
+    cancelled_error,
+    leak,
+    receive_datagrams,
+    receive_into,
+)
 from .uring_binding import ffi, lib, new_bytes, open_ring, probe
 from .uring_turns import UringTurns
 
@@ -362,8 +370,9 @@ class UringDriver(UringTurns, Driver):
 
     def _end(self, op: Operation, value: Any, error: OSError | None = None) -> None:
         """The last completion of `op`; only ``dispatch`` may call this."""
-        self._land(op)
-        op.complete(value, error)
+        if op.in_flight:  # else a finalizer has cancelled it since it was looked at
+            self._land(op)
+            op.complete(value, error)
 
     def _fail(self, op: Operation, result: int) -> None:
         """The request of an ordinary operation ended with the error -`result`."""
@@ -450,11 +459,11 @@ class UringDriver(UringTurns, Driver):
                 count = op.handle.recv_into(scratch, 0, socket.MSG_DONTWAIT)
                 value = scratch[:count]
             else:
-                buffer = op.get_buffer()
-                if buffer is None:
+                lent = receive_into(op, socket.MSG_DONTWAIT)
+                if lent is None:
                     self._go_on(op)
                     return
-                value = count = op.handle.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+                value = count = lent
         except _WOULD_BLOCK:
             self._go_on(op)
             return

@@ -339,7 +339,7 @@ static int receive_bulk_once(UringTurns *self, PyObject *op, int *again)
     int lent = get_buffer != NULL && get_buffer != Py_None, failed = 0, filled = 0;
     Py_XSETREF(SLOT(stream, at.armed), Py_NewRef(Py_False));
     if (lent)
-        count = receive_into(sock, get_buffer, &filled);
+        count = receive_into(op, &filled);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &value);
     if (count == NO_BUFFER)
