@@ -58,7 +58,7 @@ class _OperationFuture(asyncio.Future[Any]):
         return super().cancel(msg=msg)
 
     def _completed(self, value: Any, error: OSError | None) -> None:
-        self._op.complete = _is_over  # the Future and the operation refer to each other: part them
+        self._op.complete = ops.is_over  # the Future and the operation refer to each other: part them
         if self.done():
             self._proactor._ended_unawaited(self._op, value, error)
         elif error is None:
@@ -67,10 +67,6 @@ class _OperationFuture(asyncio.Future[Any]):
             super().cancel()
         else:
             self.set_exception(error)
-
-
-def _is_over(value: Any, error: OSError | None) -> None:
-    """The `complete` of an operation that has ended."""
 
 
 class _Line:

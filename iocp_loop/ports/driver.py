@@ -227,6 +227,20 @@ class Driver(ABC):
             op.complete(value, error)
 
 
+def receive_into(op: Any, *flags: int) -> int | None:
+    """Receive once for a stream whose owner lends the buffer: how many bytes; None if nothing is to be received now.
+
+    Asking for the buffer may have ended the stream: what there is stays in the socket then.  The buffer is let go of
+    before the owner is told, who may give it another size.  OSError if receiving fails.
+    """
+    lent = op.get_buffer()
+    if lent is None or op.state is not IN_FLIGHT:
+        return None
+    with memoryview(lent) as view:
+        del lent
+        return cast("int", op.handle.recv_into(view, 0, *flags))
+
+
 def receive_datagrams(op: Any, most: int, receive: Callable[[Any], Any]) -> int:
     """Receive for a stream what there is, up to `most` datagrams, and deliver each; how many they were.
 

@@ -41,7 +41,7 @@ from typing import Any, cast
 
 from .. import operations as ops
 from ..operations import READABLE, WRITABLE, Operation
-from .driver import Driver, cancelled_error, receive_datagrams
+from .driver import Driver, cancelled_error, receive_datagrams, receive_into
 from .poll_turns import PollTurns
 
 __all__ = ["PollDriver"]
@@ -331,6 +331,8 @@ class PollDriver(PollTurns, Driver):
         self._settle(fd, watch)
 
     def _end_stream(self, op: Operation, value: Any, error: OSError | None) -> None:
+        if not op.in_flight:
+            return  # a finalizer has cancelled it since it was looked at
         watch = self._watches.get(op.fd)
         self._land(op)
         if watch is not None:
@@ -359,11 +361,8 @@ class PollDriver(PollTurns, Driver):
 
     def _receive_into_buffer(self, op: ops.ReceiveStream) -> int:
         """One receive of a stream whose owner lends the buffer."""
-        buffer = op.get_buffer()  # type: ignore[misc]  # its caller has looked
-        if buffer is None:
-            return 0
         try:
-            count = op.handle.recv_into(buffer)
+            count = receive_into(op)
         except _AGAIN:
             return 0
         except OSError as error:
@@ -371,9 +370,9 @@ class PollDriver(PollTurns, Driver):
             return 0
         if count:
             op.complete(count, None)
-        else:
+        elif count is not None:
             self._end_stream(op, 0, None)
-        return count
+        return count or 0
 
     def _receive_while_others_read(self, op: ops.ReceiveStream) -> None:
         if not op.paused:

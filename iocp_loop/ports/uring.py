@@ -302,8 +302,9 @@ class UringDriver(UringTurns, PollDriver):
 
     def _end(self, op: Operation, value: Any, error: OSError | None = None) -> None:
         """The last completion of `op`; only ``dispatch`` may call this."""
-        self._land(op)
-        op.complete(value, error)
+        if op.in_flight:  # else a finalizer has cancelled it since it was looked at
+            self._land(op)
+            op.complete(value, error)
 
     # -- receiving ---------------------------------------------------------------------------------
 

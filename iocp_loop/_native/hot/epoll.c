@@ -169,7 +169,7 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
     ssize_t count;
     int lent = get_buffer != NULL && get_buffer != Py_None;
     if (lent)
-        count = receive_into(sock, get_buffer, filled);
+        count = receive_into(op, filled);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &data);
     if (count == NO_BUFFER)

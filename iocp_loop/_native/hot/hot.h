@@ -176,10 +176,10 @@ PyObject *receive_now(descriptor fd, size_t size);
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* recv on `sock` into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or
- * without.  Both are held while that runs: it may do anything, to the socket too.  `filled`: the buffer is full, so that
+/* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner lends; -1 with
+ * errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full, so that
  * there may be more. */
-ssize_t receive_into(PyObject *sock, PyObject *get_buffer, int *filled);
+ssize_t receive_into(PyObject *op, int *filled);
 enum { NO_BUFFER = -2 };
 /* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
 enum { RECEIVES_IN_A_TURN = 8 };

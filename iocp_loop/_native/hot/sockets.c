@@ -98,19 +98,21 @@ PyObject *receive_now(descriptor fd, size_t size)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-ssize_t receive_into(PyObject *sock, PyObject *get_buffer, int *filled)
+/* Asking for the buffer may do anything: end the stream, close its socket. */
+ssize_t receive_into(PyObject *op, int *filled)
 {
+    PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
+    PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
     Py_buffer view;
     ssize_t count = NO_BUFFER;
     int code = 0;
     *filled = 0;
-    Py_INCREF(sock);
-    Py_INCREF(get_buffer);
-    PyObject *buffer = PyObject_CallNoArgs(get_buffer);
     if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
-        count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
-        code = errno;
-        *filled = count > 0 && count == view.len;
+        if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
+            count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
+            code = errno;
+            *filled = count > 0 && count == view.len;
+        }
         PyBuffer_Release(&view);
     }
     Py_XDECREF(buffer);
