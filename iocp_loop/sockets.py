@@ -56,9 +56,20 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     def _ensure_fd_no_transport(self, handle: HandleLike) -> None:
         """Refuse a descriptor that belongs to an open transport (RuntimeError) or is none at all (ValueError)."""
-        transport = self._transports.get(fileno(handle))
-        if transport is not None and not transport.is_closing():
+        fd = fileno(handle)
+        transport = self._transports.get(fd)
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_extra_info("socket").fileno() == fd:
             raise RuntimeError(f"File descriptor {handle!r} is used by transport {transport!r}")
+        del self._transports[fd]  # its socket was closed behind its back, and the number means something else now
+
+    def _close_socket_of(self, transport: asyncio.BaseTransport, sock: socket.socket) -> None:
+        """Close the socket of a transport, which is not to be found by its number any more."""
+        fd = sock.fileno()
+        if self._transports.get(fd) is transport:
+            del self._transports[fd]
+        sock.close()
 
     async def _keeping(self, future: asyncio.Future[_T]) -> _T:
         """Await `future`; keep its result for the next caller if ours is cancelled in the turn in which it comes."""
