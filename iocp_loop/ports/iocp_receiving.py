@@ -81,6 +81,9 @@ class ReceiveRequests(DatagramRequests):
             association.waiting.append(op)
             return
         slot = self._slots.take() if sub.small and not association.emulated else None
+        if slot is not None and (op.state is not IN_FLIGHT or op.paused or sub.armed):
+            self._slots.give_back(slot)  # making slots ran the garbage collector, and a finalizer has ended the stream
+            return
         if slot is None:
             self._arm_receive(sub, association)
             return

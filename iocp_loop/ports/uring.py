@@ -23,10 +23,10 @@ Who owns what
   submits it again.
 * No request is ever half done while it is in flight, which is what makes submitting again safe: a send completes with
   what the kernel took at once (there is no MSG_WAITALL here), and the rest is a new request.
-* An operation's buffers, and the ``msghdr`` or ``sockaddr`` that the kernel reads, hang on the operation (on itself or
-  its `driver_data`), and the in-flight table holds the operation until its last completion.  A buffer is kept by the
-  operation's memoryview; cffi only tells its address.  (A ``from_buffer`` that lives on would lock that view, and
-  the garbage collector does not survive clearing a locked view.)
+* An operation's buffers, and the ``msghdr`` that the kernel reads, hang on the operation's `driver_data`, and the
+  in-flight table holds the operation until its last completion.  A buffer is kept by a memoryview of our own, whatever
+  becomes of the operation's attribute; cffi only tells its address.  (A ``from_buffer`` that lives on would lock that
+  view, and the garbage collector does not survive clearing a locked view.)
 * The pool's buffers that a batch of completions used go back to the kernel when the next ``wait`` begins.  Then the
   batch has been dispatched: ``wait`` does nothing as long as something of the batch is left.
 
@@ -499,10 +499,11 @@ class UringDriver(UringTurns, Driver):
             self._fail(op, -errno.ECANCELED if result == -errno.ENOBUFS else result)
 
     def _arm_receive_into(self, op: ops.ReceiveInto) -> _Code:
-        if op.buffer.nbytes == 0:
+        data = _lend(op, op.buffer)
+        if not len(data):
             self._finish(op, 0)
             return 0
-        return self._receive_into(op, ffi.from_buffer(op.buffer))
+        return self._receive_into(op, data)
 
     def _receive_into(self, op: Operation, data: Any) -> _Code:
         size = min(len(data), _MOST)
@@ -511,7 +512,7 @@ class UringDriver(UringTurns, Driver):
     # -- sending -----------------------------------------------------------------------------------
 
     def _arm_send(self, op: ops.Send) -> _Code:
-        return self._send(op, ffi.from_buffer(op.data))
+        return self._send(op, _lend(op, op.data))
 
     def _send(self, op: Operation, data: Any) -> _Code:
         size = min(len(data), _MOST)
@@ -525,9 +526,9 @@ class UringDriver(UringTurns, Driver):
             self._fail(op, result)
 
     def _arm_send_all(self, op: ops.SendAll) -> _Code:
-        pieces = [ffi.from_buffer(view) for view in op.buffers[:_MOST_BUFFERS]]
-        if not pieces:
-            pieces = [ffi.from_buffer(b"")]
+        views = [memoryview(view) for view in op.buffers[:_MOST_BUFFERS] or (b"",)]
+        op.driver_data = views
+        pieces = [ffi.from_buffer(view) for view in views]
         if len(pieces) == 1:
             return self._send(op, pieces[0])
         vector = ffi.new("struct iovec[]", len(pieces))
@@ -537,10 +538,11 @@ class UringDriver(UringTurns, Driver):
         message = ffi.new("struct msghdr *")
         message.msg_iov = vector
         message.msg_iovlen = len(pieces)
-        op.driver_data = (message, vector)
+        op.driver_data = (message, vector, views)
         return lib.uring_prep_send_message(self._ring, op.fd, op.token, message)
 
     def _reap_send_all(self, op: ops.SendAll, result: int, flags: int, start: int) -> None:
+        op.driver_data = None
         if result < 0:
             self._fail(op, result)
         elif op.advance(result):
@@ -616,7 +618,7 @@ class UringDriver(UringTurns, Driver):
         return self._read(op, op.driver_data)
 
     def _arm_read_into(self, op: ops.ReadInto) -> _Code:
-        return self._read(op, ffi.from_buffer(op.buffer))
+        return self._read(op, _lend(op, op.buffer))
 
     def _read(self, op: ops.Read | ops.ReadInto, data: Any) -> _Code:
         offset = -1 if op.offset is None else op.offset
@@ -631,7 +633,7 @@ class UringDriver(UringTurns, Driver):
             self._fail(op, result)
 
     def _arm_write(self, op: ops.Write) -> _Code:
-        data = ffi.from_buffer(op.data)
+        data = _lend(op, op.data)
         offset = -1 if op.offset is None else op.offset
         size = min(len(data), _MOST)
         return lib.uring_prep_write(self._ring, op.fd, op.token, data, size, offset)
@@ -782,6 +784,13 @@ class UringDriver(UringTurns, Driver):
 # ---------------------------------------------------------------------------------------------------------------------
 # The calls that are made once a descriptor is ready, and small helpers
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _lend(op: Operation, buffer: memoryview) -> Any:
+    """What the kernel gets of a buffer, kept until the last completion: the attribute of `op` is open to everybody."""
+    if op.driver_data is None:
+        op.driver_data = memoryview(buffer)
+    return ffi.from_buffer(op.driver_data)
 
 
 def _receive_from(op: Any) -> Any:
