@@ -268,8 +268,7 @@ static int receive_for_wait(EpollTurns *self, int fd)
         Py_XDECREF(op); /* nobody waits: the next who does looks first */
         return 0;
     }
-    PyObject *data = receive_now(socket_descriptor(SLOT(op, operation_slots.handle)),
-                                 PyLong_AsSize_t(SLOT(op, operation_slots.size)));
+    PyObject *data = receive_for(op);
     if (data == Py_None) {
         Py_DECREF(data);
         self->sockets[fd].op = op;

@@ -211,7 +211,7 @@ static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t 
     if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
         return -1;
     int code;
-    if (pieces_are_large() || PyDict_GET_SIZE(self->in_flight) > POOL_COUNT) {
+    if (pieces_are_large(op) || PyDict_GET_SIZE(self->in_flight) > POOL_COUNT) {
         Py_XSETREF(SLOT(op, operation_slots.driver_data), Py_NewRef(Py_True));
         code = self->prepare_poll(self->ring, fd, self->tokens, POLLIN);
     } else
@@ -227,9 +227,9 @@ static int end_socket_wait(UringTurns *self, PyObject *op, int64_t result, uint3
     PyObject *sock = SLOT(op, operation_slots.handle), *data; /* `sock` is borrowed */
     if (flags & URING_DATA) {
         data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
-        note_piece((size_t)(result - start));
+        note_piece(op, (size_t)(result - start));
     } else {
-        data = receive_now(socket_descriptor(sock), PyLong_AsSize_t(SLOT(op, operation_slots.size)));
+        data = receive_for(op);
         if (data == Py_None && SLOT(op, operation_slots.state) == operation_slots.in_flight) {
             Py_DECREF(data); /* somebody else was faster */
             unsigned long long token = PyLong_AsUnsignedLongLong(SLOT(op, operation_slots.token));
