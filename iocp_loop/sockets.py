@@ -72,11 +72,12 @@ class SocketMethods(asyncio.BaseEventLoop):
         sock.close()
 
     async def _keeping(self, future: asyncio.Future[_T]) -> _T:
-        """Await `future`; keep its result for the next caller if ours is cancelled in the turn in which it comes."""
+        """Await `future`; keep its result for the next caller if ours is cancelled or closed in the turn in which it comes."""
         try:
             return await future
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             self._proactor.keep(future)
+            future.cancel()  # where nobody has: a coroutine was closed
             raise
 
     async def sock_recv(self, sock: socket.socket, n: int) -> bytes:

@@ -1,0 +1,205 @@
+"""What the kernel was lent stays lent until the last completion, whatever becomes of the operation that brought it.
+
+The attributes of an operation are open to everybody.  Memory that is freed, or moved, while the kernel has it is written
+to by the kernel all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from iocp_loop import operations as ops
+from iocp_loop.operations import Operation
+from iocp_loop.ports import Driver
+
+from .rig import Pair, Rig
+from .support import WINDOWS, fill, read_exactly, udp_socket, windows_pipe
+
+SIZE = 5000
+
+
+class Memory(bytearray):
+    """A buffer that can be referred to weakly."""
+
+
+class Lent:
+    """An operation that waits, with the memory that it has brought, and how to let it end."""
+
+    def __init__(self, op: Operation, memory: Memory, let_go_on: Callable[[], object]) -> None:
+        self.op: Any = op
+        self.memory = weakref.ref(memory)
+        self.let_go_on = let_go_on
+
+    def is_lent_by(self, driver: Driver) -> bool:
+        """False where the driver makes the call when that is possible, with what is there then."""
+        by_readiness = isinstance(self.op, ops.ReceiveFromInto) and driver.name == "uring"
+        return driver.name != "poll" and not by_readiness
+
+
+@pytest.fixture(params=["ReceiveInto", "ReceiveFromInto", "Send", "SendAll", "SendAll of two", "ReadInto", "Write"])
+def lent(request: pytest.FixtureRequest, rig: Rig, pair: Pair) -> Iterator[Lent]:
+    with contextlib.ExitStack() as stack:
+        yield _lend(request.param, rig, pair, stack)
+
+
+def _lend(kind: str, rig: Rig, pair: Pair, stack: contextlib.ExitStack) -> Lent:
+    memory = Memory(b"." * SIZE)
+    let_go_on: Callable[[], object]
+    if kind == "ReceiveInto":
+        op: Operation = ops.ReceiveInto(pair[0], memory)
+        let_go_on = lambda: pair[1].sendall(b"x" * SIZE)
+    elif kind == "ReceiveFromInto":
+        ours, peer = stack.enter_context(udp_socket()), stack.enter_context(udp_socket())
+        op = ops.ReceiveFromInto(ours, memory)
+        let_go_on = lambda: peer.sendto(b"x" * SIZE, ours.getsockname())
+    elif kind.startswith("Send"):
+        pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+        full = fill(pair[0])
+        if kind == "Send":
+            op = ops.Send(pair[0], memory)
+        else:
+            op = ops.SendAll(pair[0], [memory, b"the end"] if kind.endswith("two") else [memory])
+        let_go_on = lambda: read_exactly(pair[1], full)
+    elif WINDOWS:
+        if kind == "Write":
+            pytest.skip("a pipe of Windows takes what there is")
+        reader, writer = windows_pipe("read")
+        stack.enter_context(reader), stack.enter_context(writer)
+        op = ops.ReadInto(reader.handle, memory)
+        let_go_on = lambda: writer.write(b"x" * SIZE)
+    else:
+        reading, writing = os.pipe()
+        for end in (reading, writing):
+            os.set_blocking(end, False)
+            stack.callback(os.close, end)
+        if kind == "ReadInto":
+            op = ops.ReadInto(reading, memory)
+            let_go_on = lambda: os.write(writing, b"x" * SIZE)
+        else:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writing, bytes(4096))
+            op = ops.Write(writing, memory)
+            let_go_on = lambda: os.read(reading, 1 << 20)
+    return Lent(rig.submit(op), memory, let_go_on)
+
+
+def _attribute(op: Any) -> str:
+    return next(name for name in ("buffer", "data", "buffers") if hasattr(op, name))
+
+
+def replace(op: Any) -> None:
+    setattr(op, _attribute(op), None)
+
+
+def delete(op: Any) -> None:
+    delattr(op, _attribute(op))
+
+
+def release(op: Any) -> None:
+    views = getattr(op, _attribute(op))
+    for view in views if isinstance(views, list) else [views]:
+        view.release()
+
+
+def empty(op: Any) -> None:
+    """Take it out of where it stands, as far as that can be."""
+    if isinstance(op, ops.SendAll):
+        op.buffers.clear()
+    else:
+        setattr(op, _attribute(op), memoryview(b""))
+
+
+TAKEN_AWAY = pytest.mark.parametrize("take_away", [replace, delete, release, empty])
+
+
+@TAKEN_AWAY
+def test_memory_that_the_kernel_has_stays(rig: Rig, lent: Lent, take_away: Callable[[Any], None]) -> None:
+    rig.nothing_comes()  # it is the kernel's now
+    assert lent.op.in_flight
+    take_away(lent.op)
+    gc.collect()
+    if not lent.is_lent_by(rig.driver):
+        return
+    memory = lent.memory()
+    assert memory is not None
+    with pytest.raises(BufferError):
+        memory.extend(b"more")
+    rig.driver.cancel(lent.op)
+    rig.until(lambda: not lent.op.in_flight)
+
+
+@pytest.mark.parametrize("take_away", [replace, release, empty])
+def test_it_is_used_all_the_same(rig: Rig, lent: Lent, take_away: Callable[[Any], None]) -> None:
+    rig.nothing_comes()
+    if not lent.is_lent_by(rig.driver):
+        return
+    take_away(lent.op)
+    memory = lent.memory()
+    assert memory is not None
+    lent.let_go_on()
+    if isinstance(lent.op, ops.SendAll) and take_away is release:
+        return  # what is left of it can't be told from what was sent
+    value = rig.value(lent.op)
+    count = value if isinstance(value, int) else value[0]
+    assert count > 0
+    if hasattr(lent.op, "buffer"):
+        assert memory == b"x" * count + b"." * (SIZE - count)
+
+
+def test_what_has_been_sent_is_not_kept(rig: Rig, pair: Pair) -> None:
+    memory = Memory(b"." * SIZE)
+    op = ops.SendAll(pair[0], [memory, b"the end"])
+    rig.value(rig.submit(op))
+    rig.turn()
+    watched = weakref.ref(memory)
+    del memory
+    gc.collect()
+    assert watched() is None
+    assert op.sent == SIZE + len(b"the end")
+
+
+#: What an attribute is replaced by; DELETED: it is gone.
+DELETED = object()
+REPLACEMENTS = [DELETED, None, "text", -1, 1 << 80, 2.5, [], object()]
+
+
+@pytest.mark.parametrize("replacement", REPLACEMENTS, ids=lambda value: "deleted" if value is DELETED else None)
+@pytest.mark.parametrize("attribute", ["handle", "fd", "size", "complete", "paused", "get_buffer", "key"])
+def test_an_operation_that_is_spoilt_in_flight_spoils_nothing_else(
+    rig: Rig, pair: Pair, attribute: str, replacement: object
+) -> None:
+    """It may end with an error or not at all; the process and the driver live on."""
+    with udp_socket() as ours, udp_socket() as peer:
+        spoilt: list[Operation] = [
+            rig.submit(ops.ReceiveFromStream(ours, 100)),
+            rig.submit(ops.ReceiveStream(pair[0])),
+        ]
+        rig.nothing_comes()
+        for op in spoilt:
+            if hasattr(op, attribute):
+                if replacement is DELETED:
+                    delattr(op, attribute)
+                else:
+                    setattr(op, attribute, replacement)
+        peer.sendto(b"a datagram", ours.getsockname())
+        pair[1].send(b"some data")
+        for _ in range(5):
+            with contextlib.suppress(Exception):
+                rig.turn(0.01)
+        for op in spoilt:
+            with contextlib.suppress(Exception):
+                rig.driver.cancel(op)
+        with contextlib.suppress(Exception):
+            rig.turn(0.01)
+    with contextlib.suppress(Exception):
+        rig.driver.close(0.1)
+    rig.driver.in_flight.clear()
