@@ -72,12 +72,12 @@ class SocketMethods(asyncio.BaseEventLoop):
         sock.close()
 
     async def _keeping(self, future: asyncio.Future[_T]) -> _T:
-        """Await `future`; keep its result for the next caller if ours is cancelled or closed in the turn in which it comes."""
+        """Await `future`; its result is for the next caller if we are given up in the turn in which it comes."""
         try:
             return await future
-        except (asyncio.CancelledError, GeneratorExit):
+        except BaseException:  # cancelled, closed, or something was thrown in
             self._proactor.keep(future)
-            future.cancel()  # where nobody has: a coroutine was closed
+            future.cancel()
             raise
 
     async def sock_recv(self, sock: socket.socket, n: int) -> bytes:

@@ -1,12 +1,13 @@
 """What the kernel was lent stays lent until the last completion, whatever becomes of the operation that brought it.
 
-The attributes of an operation are open to everybody.  Memory that is freed, or moved, while the kernel has it is written
-to by the kernel all the same.
+The attributes of an operation are open to everybody.  Memory that is freed, or moved, while the kernel has it is
+written to by the kernel all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import socket
@@ -44,52 +45,74 @@ class Lent:
         return driver.name != "poll" and not by_readiness
 
 
-@pytest.fixture(params=["ReceiveInto", "ReceiveFromInto", "Send", "SendAll", "SendAll of two", "ReadInto", "Write"])
-def lent(request: pytest.FixtureRequest, rig: Rig, pair: Pair) -> Iterator[Lent]:
-    with contextlib.ExitStack() as stack:
-        yield _lend(request.param, rig, pair, stack)
+Made = tuple[Operation, Callable[[], object]]
 
 
-def _lend(kind: str, rig: Rig, pair: Pair, stack: contextlib.ExitStack) -> Lent:
-    memory = Memory(b"." * SIZE)
-    let_go_on: Callable[[], object]
-    if kind == "ReceiveInto":
-        op: Operation = ops.ReceiveInto(pair[0], memory)
-        let_go_on = lambda: pair[1].sendall(b"x" * SIZE)
-    elif kind == "ReceiveFromInto":
-        ours, peer = stack.enter_context(udp_socket()), stack.enter_context(udp_socket())
-        op = ops.ReceiveFromInto(ours, memory)
-        let_go_on = lambda: peer.sendto(b"x" * SIZE, ours.getsockname())
-    elif kind.startswith("Send"):
-        pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
-        full = fill(pair[0])
-        if kind == "Send":
-            op = ops.Send(pair[0], memory)
-        else:
-            op = ops.SendAll(pair[0], [memory, b"the end"] if kind.endswith("two") else [memory])
-        let_go_on = lambda: read_exactly(pair[1], full)
-    elif WINDOWS:
-        if kind == "Write":
-            pytest.skip("a pipe of Windows takes what there is")
+def receive_into(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    return ops.ReceiveInto(pair[0], memory), functools.partial(pair[1].sendall, b"x" * SIZE)
+
+
+def receive_from_into(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    ours, peer = stack.enter_context(udp_socket()), stack.enter_context(udp_socket())
+    return ops.ReceiveFromInto(ours, memory), functools.partial(peer.sendto, b"x" * SIZE, ours.getsockname())
+
+
+def send(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    return ops.Send(pair[0], memory), _filled(pair)
+
+
+def send_all(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    return ops.SendAll(pair[0], [memory]), _filled(pair)
+
+
+def send_all_of_two(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    return ops.SendAll(pair[0], [memory, b"the end"]), _filled(pair)
+
+
+def _filled(pair: Pair) -> Callable[[], object]:
+    pair[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+    return functools.partial(read_exactly, pair[1], fill(pair[0]))
+
+
+def read_into(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    if WINDOWS:
         reader, writer = windows_pipe("read")
-        stack.enter_context(reader), stack.enter_context(writer)
-        op = ops.ReadInto(reader.handle, memory)
-        let_go_on = lambda: writer.write(b"x" * SIZE)
-    else:
-        reading, writing = os.pipe()
-        for end in (reading, writing):
-            os.set_blocking(end, False)
-            stack.callback(os.close, end)
-        if kind == "ReadInto":
-            op = ops.ReadInto(reading, memory)
-            let_go_on = lambda: os.write(writing, b"x" * SIZE)
-        else:
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(writing, bytes(4096))
-            op = ops.Write(writing, memory)
-            let_go_on = lambda: os.read(reading, 1 << 20)
-    return Lent(rig.submit(op), memory, let_go_on)
+        stack.enter_context(reader)
+        stack.enter_context(writer)
+        return ops.ReadInto(reader.handle, memory), functools.partial(writer.write, b"x" * SIZE)
+    reading, writing = _pipe(stack)
+    return ops.ReadInto(reading, memory), functools.partial(os.write, writing, b"x" * SIZE)
+
+
+def write(memory: Memory, pair: Pair, stack: contextlib.ExitStack) -> Made:
+    if WINDOWS:
+        pytest.skip("a pipe of Windows takes what there is")
+    reading, writing = _pipe(stack)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    return ops.Write(writing, memory), functools.partial(os.read, reading, 1 << 20)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+        stack.callback(os.close, end)
+    return ends
+
+
+@pytest.fixture(
+    params=[receive_into, receive_from_into, send, send_all, send_all_of_two, read_into, write],
+    ids=lambda make: make.__name__,
+)
+def lent(request: pytest.FixtureRequest, rig: Rig, pair: Pair) -> Iterator[Lent]:
+    memory = Memory(b"." * SIZE)
+    with contextlib.ExitStack() as stack:
+        op, let_go_on = request.param(memory, pair, stack)
+        lent = Lent(rig.submit(op), memory, let_go_on)
+        del memory, op
+        yield lent
 
 
 def _attribute(op: Any) -> str:
@@ -152,7 +175,7 @@ def test_it_is_used_all_the_same(rig: Rig, lent: Lent, take_away: Callable[[Any]
     count = value if isinstance(value, int) else value[0]
     assert count > 0
     if hasattr(lent.op, "buffer"):
-        assert memory == b"x" * count + b"." * (SIZE - count)
+        assert bytes(memory) == b"x" * count + b"." * (SIZE - count)
 
 
 def test_what_has_been_sent_is_not_kept(rig: Rig, pair: Pair) -> None:
