@@ -340,7 +340,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         if self._finished:
             in_flight = any(op is not None and op.in_flight for op in (self._receive, self._sending))
             if not in_flight or self._proactor.let_go():
-                self._sock.close()
+                self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     def _fatal_error(self, exc: BaseException, message: str) -> None:
         if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost

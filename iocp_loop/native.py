@@ -10,6 +10,9 @@ built for one version of Python and may one day fail to build for a new one, and
 same.
 
 ``IOCP_LOOP_NATIVE=0`` in the environment forces the Python tier, ``1`` makes its absence an error.
+
+The GIL is what guards its state: where that is off (a free-threaded Python) the module is not even imported, for
+importing it would turn the GIL on, or, with ``PYTHON_GIL=0``, let loops in different threads mix up their data.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from asyncio import format_helpers
 from typing import Any
 
@@ -36,6 +40,8 @@ if _wanted not in ("auto", "0", "1"):
     raise ImportError(f"{ENVIRONMENT_VARIABLE}={_wanted}: it must be 0 (the Python tier), 1 (the native tier) or unset")
 if _wanted == "0":
     why_not = f"{ENVIRONMENT_VARIABLE}=0"
+elif not getattr(sys, "_is_gil_enabled", lambda: True)():  # Python 3.13 and newer have it
+    why_not = "the GIL is off, and the native tier is not safe without it; PYTHON_GIL=1 turns it on"
 else:
     try:
         from . import _hot as hot  # type: ignore[no-redef]  # compiled: mypy does not see it
@@ -43,8 +49,8 @@ else:
         why_not = f"the extension module iocp_loop._hot cannot be imported: {_error}"
         if isinstance(_error, ModuleNotFoundError):
             why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
-        if _wanted == "1":
-            raise ImportError(f"{ENVIRONMENT_VARIABLE}=1, but {why_not}") from None
+if _wanted == "1" and hot is None:
+    raise ImportError(f"{ENVIRONMENT_VARIABLE}=1, but {why_not}")
 
 
 def report_error(handle: Any, error: BaseException) -> None:

@@ -207,7 +207,7 @@ class SendAll(Operation):
         while buffers and count >= buffers[0].nbytes:
             count -= buffers[0].nbytes
             del buffers[0]
-        if count:
+        if count and buffers:
             buffers[0] = buffers[0][count:]
         return not buffers
 

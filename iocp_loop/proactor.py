@@ -51,6 +51,8 @@ class _OperationFuture(asyncio.Future[Any]):
         """Submit the operation.  Raises OSError or ValueError if it is refused outright."""
         self._op.complete = self._completed
         self._proactor.driver.submit(self._op)
+        if self.done():  # a finalizer has cancelled it before there was anything to cancel
+            self._proactor._cancel_precious(self._op)
 
     def cancel(self, msg: Any | None = None) -> bool:
         if not self.done():
@@ -59,14 +61,23 @@ class _OperationFuture(asyncio.Future[Any]):
 
     def _completed(self, value: Any, error: OSError | None) -> None:
         self._op.complete = ops.is_over  # the Future and the operation refer to each other: part them
-        if self.done():
+        if not self.take(value, error):
             self._proactor._ended_unawaited(self._op, value, error)
-        elif error is None:
-            self.set_result(value)
-        elif error.errno == errno.ECANCELED:
-            super().cancel()
-        else:
-            self.set_exception(error)
+
+    def take(self, value: Any, error: Exception | None) -> bool:
+        """Be done with a value or an error; False if nobody awaits that any more."""
+        if self.done():
+            return False
+        try:
+            if error is None:
+                self.set_result(value)
+            elif isinstance(error, OSError) and error.errno == errno.ECANCELED:
+                return super().cancel()
+            else:
+                self.set_exception(error)
+        except asyncio.InvalidStateError:  # a finalizer or a signal handler came in between
+            return False
+        return True
 
 
 class _Line:
@@ -261,7 +272,9 @@ class Proactor:
             return
         if error is None:
             self.keep_value(op, value)
-        line = self._lines[op.handle]
+        line = self._lines.get(op.handle)
+        if line is None:
+            return
         line.ending.discard(op)
         if not line.ending:
             del self._lines[op.handle]
@@ -278,10 +291,14 @@ class Proactor:
         line = self._lines.get(op.handle)
         if line is not None:
             line.waiting.append(lambda: self._go_on(future, op))
-        elif op.handle in self._unclaimed:
-            future.set_result(self._claim(op))
-        else:
+            return
+        try:
+            value = self._claim(op)
+        except LookupError:  # there is nothing
             future.start()
+        else:
+            if not future.take(value, None):
+                self.keep_value(op, value, first=True)
 
     def _go_on(self, future: _OperationFuture, op: Operation) -> None:
         if future.done():
@@ -292,7 +309,7 @@ class Proactor:
         try:
             self._submit_in_turn(future, op)
         except (OSError, ValueError) as exc:
-            future.set_exception(exc)
+            future.take(None, exc)
 
     def _deliver_unclaimed(self, op: ops.ReceiveStream) -> None:
         """Give a new stream what cancelled operations had received, or will turn out to have."""
@@ -313,16 +330,20 @@ class Proactor:
         if got_something and isinstance(future, _OperationFuture):
             self.keep_value(future._op, future.result())
 
-    def keep_value(self, op: Operation, value: Any) -> None:
-        """Keep `value`, which `op` got when nobody awaited it any more, for the next one of its kind."""
+    def keep_value(self, op: Operation, value: Any, *, first: bool = False) -> None:
+        """Keep `value`, which `op` got when nobody awaited it any more, for the next one of its kind.
+
+        `first`: it comes before what is kept already.
+        """
         if isinstance(op, ops.ReceiveInto):
             value = bytes(op.buffer[:value])
         elif isinstance(op, ops.ReceiveFromInto):
             value = (bytes(op.buffer[: value[0]]), value[1])
-        self._unclaimed.setdefault(op.handle, deque()).append(value)
+        kept = self._unclaimed.setdefault(op.handle, deque())
+        (kept.appendleft if first else kept.append)(value)
 
     def _claim(self, op: Operation) -> Any:
-        """The value for `op` out of what an earlier, cancelled one had got."""
+        """The value for `op` out of what an earlier, cancelled one had got; LookupError if there is none."""
         left = self._unclaimed[op.handle]
         value = left.popleft()
         if isinstance(op, (ops.Receive, ops.ReceiveInto, ops.ReceiveFrom, ops.ReceiveFromInto)):
@@ -330,7 +351,7 @@ class Proactor:
             if rest:
                 left.appendleft(rest)
         if not left:
-            del self._unclaimed[op.handle]
+            self._unclaimed.pop(op.handle, None)
         return value
 
     def busy(self, sock: socket.socket, direction: int) -> bool:

@@ -56,20 +56,32 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     def _ensure_fd_no_transport(self, handle: HandleLike) -> None:
         """Refuse a descriptor that belongs to an open transport (RuntimeError) or is none at all (ValueError)."""
-        transport = self._transports.get(fileno(handle))
-        if transport is not None and not transport.is_closing():
+        fd = fileno(handle)
+        transport = self._transports.get(fd)
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_extra_info("socket").fileno() == fd:
             raise RuntimeError(f"File descriptor {handle!r} is used by transport {transport!r}")
+        del self._transports[fd]  # its socket was closed behind its back, and the number means something else now
+
+    def _close_socket_of(self, transport: asyncio.BaseTransport, sock: socket.socket) -> None:
+        """Close the socket of a transport, which is not to be found by its number any more."""
+        fd = sock.fileno()
+        if self._transports.get(fd) is transport:
+            del self._transports[fd]
+        sock.close()
 
     def _goes_first(self, sock: socket.socket) -> bool:
         """Whether a receive or an accept may be tried at once: nobody waits for one, nothing is kept for the next."""
         return not self._proactor.claims(sock) and not self._proactor.busy(sock, READABLE)
 
     async def _keeping(self, future: asyncio.Future[_T]) -> _T:
-        """Await `future`; keep its result for the next caller if ours is cancelled in the turn in which it comes."""
+        """Await `future`; its result is for the next caller if we are given up in the turn in which it comes."""
         try:
             return await future
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, closed, or something was thrown in
             self._proactor.keep(future)
+            future.cancel()
             raise
 
     async def sock_recv(self, sock: socket.socket, n: int) -> bytes:
@@ -86,7 +98,8 @@ class SocketMethods(asyncio.BaseEventLoop):
             try:
                 return sock.recv(n)
             except _WOULD_BLOCK:
-                self._ensure_fd_no_transport(sock)
+                pass
+        self._ensure_fd_no_transport(sock)
         return await self._keeping(self._proactor.recv(sock, n))
 
     async def sock_recv_into(self, sock: socket.socket, buf: Any) -> int:
@@ -96,7 +109,8 @@ class SocketMethods(asyncio.BaseEventLoop):
             try:
                 return sock.recv_into(buf)
             except _WOULD_BLOCK:
-                self._ensure_fd_no_transport(sock)
+                pass
+        self._ensure_fd_no_transport(sock)
         return await self._keeping(self._proactor.recv_into(sock, buf))
 
     async def sock_recvfrom(self, sock: socket.socket, bufsize: int) -> tuple[bytes, Any]:
@@ -106,7 +120,8 @@ class SocketMethods(asyncio.BaseEventLoop):
             try:
                 return sock.recvfrom(bufsize)
             except _WOULD_BLOCK:
-                self._ensure_fd_no_transport(sock)
+                pass
+        self._ensure_fd_no_transport(sock)
         return await self._keeping(self._proactor.recvfrom(sock, bufsize))
 
     async def sock_recvfrom_into(self, sock: socket.socket, buf: Any, nbytes: int = 0) -> tuple[int, Any]:
@@ -121,7 +136,8 @@ class SocketMethods(asyncio.BaseEventLoop):
             try:
                 return sock.recvfrom_into(view)
             except _WOULD_BLOCK:
-                self._ensure_fd_no_transport(sock)
+                pass
+        self._ensure_fd_no_transport(sock)
         return await self._keeping(self._proactor.recvfrom_into(sock, view))
 
     async def sock_sendall(self, sock: socket.socket, data: Any) -> None:
@@ -148,7 +164,8 @@ class SocketMethods(asyncio.BaseEventLoop):
             try:
                 return sock.sendto(data, address)
             except _WOULD_BLOCK:
-                self._ensure_fd_no_transport(sock)
+                pass
+        self._ensure_fd_no_transport(sock)
         if sock.family == getattr(socket, "AF_UNIX", None):
             return await self._send_to_unix(sock, data, address)
         return await self._proactor.sendto(sock, data, address)
@@ -195,10 +212,11 @@ class SocketMethods(asyncio.BaseEventLoop):
             try:
                 conn, address = sock.accept()
             except _WOULD_BLOCK:
-                self._ensure_fd_no_transport(sock)
+                pass
             else:
                 conn.setblocking(False)
                 return conn, address
+        self._ensure_fd_no_transport(sock)
         return await self._keeping(self._proactor.accept(sock))
 
     async def _sock_sendfile_native(self, sock: socket.socket, file: Any, offset: int, count: int | None) -> int:

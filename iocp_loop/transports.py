@@ -691,7 +691,7 @@ class SocketTransport(Stream):
         in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)
         if not in_flight or self._proactor.let_go():
             self.get_extra_info("sockname")  # can't be asked for afterwards
-            self._sock.close()
+            self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
         if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost

@@ -7,10 +7,12 @@ import os
 import socket
 from typing import Any
 
+import pytest
+
 from iocp_loop import operations as ops
 
 from .rig import A_MOMENT, Pair, Rig, received
-from .support import LIMIT, in_thread, reset
+from .support import LIMIT, WINDOWS, in_thread, reset, udp_socket
 
 
 def test_a_receive_stream_delivers_all_in_order_and_ends_with_the_stream(rig: Rig, pair: Pair) -> None:
@@ -27,6 +29,20 @@ def test_a_receive_stream_delivers_all_in_order_and_ends_with_the_stream(rig: Ri
     assert b"" not in rig.values(op)[:-1]
     assert all(type(value) is bytes for value in rig.values(op))
     assert received(rig, op) == data
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 10, 100_000])
+def test_a_stream_of_datagrams_keeps_to_its_size(rig: Rig, size: int) -> None:
+    with udp_socket() as ours, udp_socket() as peer:
+        op = rig.submit(ops.ReceiveFromStream(ours, size))
+        rig.turn()
+        peer.sendto(b"0123456789", ours.getsockname())
+        if WINDOWS and size < 10:
+            assert rig.last_error(op).winerror == 10040  # type: ignore[attr-defined]  # WSAEMSGSIZE: it does not fit
+            return
+        rig.until(lambda: rig.values(op))
+        assert rig.values(op) == [(b"0123456789"[:size], peer.getsockname())]
+        rig.end(op)
 
 
 def test_a_receive_stream_ends_with_the_error(rig: Rig, pair: Pair) -> None:

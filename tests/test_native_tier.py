@@ -104,6 +104,23 @@ def test_a_native_tier_that_is_demanded_and_missing_is_an_error() -> None:
     assert "IOCP_LOOP_NATIVE=1, but the extension module iocp_loop._hot is missing" in done.stdout
 
 
+_WITHOUT_GIL = "import sys; sys._is_gil_enabled = lambda: False\n"
+
+
+def test_without_the_gil_the_native_tier_is_not_even_imported() -> None:
+    """To import it would turn the GIL on, or leave its state without a guard."""
+    done = run_python(_WITHOUT_GIL + _USE_IT + "assert 'iocp_loop._hot' not in sys.modules", IOCP_LOOP_NATIVE="")
+    assert done.stdout == "False the GIL is off, and the native tier is not safe without it; PYTHON_GIL=1 turns it on\n"
+    done = run_python(_WITHOUT_GIL + _TRY_TO_IMPORT, IOCP_LOOP_NATIVE="1")
+    assert done.stdout.startswith("IOCP_LOOP_NATIVE=1, but the GIL is off")
+
+
+@pytest.mark.skipif(getattr(sys, "_is_gil_enabled", lambda: True)(), reason="this Python has the GIL on")
+def test_importing_the_package_leaves_the_gil_off() -> None:
+    done = run_python(_USE_IT + "print(sys._is_gil_enabled())", IOCP_LOOP_NATIVE="")
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_a_value_that_means_nothing_is_an_error() -> None:
     done = run_python(_TRY_TO_IMPORT, IOCP_LOOP_NATIVE="yes")
     assert "IOCP_LOOP_NATIVE=yes: it must be 0" in done.stdout
@@ -427,6 +444,71 @@ def test_system_exit_leaves_the_rest_for_the_next_run(driver: str) -> None:
     loop.run_until_complete(asyncio.sleep(0))
     assert calls == [1, 2]
     loop.close()
+
+
+class ForeignLoop:
+    """As much of a loop as a handle asks for, and not one of ours."""
+
+    def __init__(self, debug: object, told: Callable[[Any], None]) -> None:
+        self.debug = debug
+        self.told = told
+
+    def get_debug(self) -> Any:
+        return self.debug
+
+    def _timer_handle_cancelled(self, handle: Any) -> None:
+        self.told(handle)
+
+
+class Undecided:
+    def __bool__(self) -> bool:
+        raise ArithmeticError
+
+
+@natively
+def test_a_timer_of_another_loop_that_forgets_the_loop_as_it_is_cancelled() -> None:
+    def forget(handle: Any) -> None:
+        del handle._loop
+
+    timer = native.hot.TimerHandle(1.0, print, (), ForeignLoop(False, forget))
+    timer.cancel()  # nothing but the timer held that loop, and it is asked once more
+    assert timer.cancelled()
+
+
+@natively
+def test_a_handle_of_a_loop_that_does_not_know_whether_it_is_in_debug_mode() -> None:
+    loop = ForeignLoop(False, print)
+    handle = native.hot.Handle(print, (), loop)
+    loop.debug = Undecided()
+    handle.cancel()
+    assert handle.cancelled()
+
+
+@natively
+def test_what_stood_in_the_slot_of_a_timer_may_schedule_others(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heap has room for one more, and that is taken meanwhile."""
+    loop = Loop(driver=driver)
+    called: list[int] = []
+
+    class Schedules:
+        def __del__(self) -> None:
+            loop.set_debug(False)
+            loop.call_later(0, called.append, 1)
+
+    def init(timer: Any, when: float, callback: Any, args: Any, loop: Any, context: Any = None) -> None:
+        original(timer, when, callback, args, loop, context)
+        timer._scheduled = Schedules()
+
+    original: Any = asyncio.TimerHandle.__init__
+    for _ in range(63):
+        loop.call_later(0, called.append, 1)
+    loop.set_debug(True)  # for then it is made by asyncio's constructor
+    monkeypatch.setattr(asyncio.TimerHandle, "__init__", init)
+    loop.call_later(0, called.append, 1)
+    assert not loop.get_debug()
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    assert len(called) == 65
 
 
 # --------------------------------------------------------------------------------------------------

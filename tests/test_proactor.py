@@ -497,6 +497,78 @@ def test_close_closes_connections_that_nobody_took(slow: Slow, listener: socket.
     assert conn.fileno() == -1
 
 
+# Finalizers and signal handlers run between any two steps, and may cancel a task, and so the Future that it waits for.
+
+
+def test_a_future_that_is_cancelled_as_its_operation_is_submitted(
+    slow: Slow, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proactor, driver = slow
+    launch = driver._launch
+
+    def launch_and_cancel(op: Operation) -> None:
+        op.complete.__self__.cancel()  # type: ignore[attr-defined]  # a method of the Future
+        launch(op)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_launch", launch_and_cancel)
+        assert proactor.recv(pair[0], 10).cancelled()
+    assert driver.only().state is CANCELLING
+    after = proactor.recv(pair[0], 10)
+    driver.finish(driver.only(), b"abc")
+    assert after.result() == b"abc"
+    assert not proactor.claims(pair[0])
+
+
+def test_a_future_that_is_cancelled_as_what_is_kept_is_fetched_for_it(
+    slow: Slow, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proactor, driver = slow
+    proactor.recv(pair[0], 10).cancel()
+    after = proactor.recv(pair[0], 2)
+    claim = proactor._claim
+
+    def claim_and_cancel(op: Operation) -> Any:
+        after.cancel()
+        return claim(op)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proactor, "_claim", claim_and_cancel)
+        driver.finish(driver.only(), b"abcdef")
+    assert after.cancelled()
+    assert [proactor.recv(pair[0], size).result() for size in (1, 2, 10)] == [b"a", b"b", b"cdef"]
+
+
+def test_a_future_that_is_cancelled_between_the_look_and_the_result(
+    slow: Slow, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proactor, driver = slow
+    for error in (ConnectionResetError(), cancelled_error(), None):
+        future = proactor.recv(pair[0], 10)
+        done = future.done
+
+        def done_and_cancel(done: Any = done, future: Any = future) -> bool:
+            answer: bool = done()
+            asyncio.Future.cancel(future)
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(future, "done", done_and_cancel)
+            driver.finish(driver.only(), b"abc" if error is None else None, error)
+        assert future.cancelled()
+    assert proactor.recv(pair[0], 10).result() == b"abc"
+
+
+async def test_a_coroutine_that_is_closed_gives_its_wait_up(loop: Loop, pair: Pair) -> None:
+    calls: list[Any] = [loop.sock_recv(pair[0], 10), loop.sock_recv_into(pair[0], bytearray(10))]
+    for call in calls:
+        call.send(None)
+        call.close()
+    await until(lambda: not loop._proactor.in_flight)
+    pair[1].send(b"precious")
+    assert await asyncio.wait_for(loop.sock_recv(pair[0], 100), LIMIT) == b"precious"
+
+
 def test_a_new_stream_gets_the_data_of_a_cancelled_receive_before_its_own(slow: Slow, pair: Pair) -> None:
     proactor, driver = slow
     proactor.recv(pair[0], 10).cancel()

@@ -14,7 +14,20 @@ import pytest
 
 import iocp_loop
 
-from .support import LIMIT, in_thread, listening_socket, read_exactly, reset, turns, udp_socket
+from .support import (
+    LIMIT,
+    WINDOWS,
+    closed,
+    connected,
+    in_thread,
+    listening_socket,
+    read_exactly,
+    reset,
+    tcp_pair,
+    turns,
+    udp_socket,
+    until,
+)
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
@@ -226,6 +239,44 @@ async def test_a_tls_socket_is_refused(loop: Loop) -> None:
             await loop.sock_recv(sock, 1)
         with pytest.raises(TypeError, match="SSLSocket"):
             await loop.sock_sendall(sock, b"x")
+
+
+async def test_a_transport_is_forgotten_when_its_socket_closes(loop: Loop, no_leak: None) -> None:
+    """Its number comes back as somebody else's."""
+    ours, peer = tcp_pair()
+    protocol = await connected(loop, (ours, peer))
+    datagrams, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=("127.0.0.1", 0))
+    assert len(loop._transports) == 2
+    await closed(protocol)
+    datagrams.close()
+    await turns()
+    assert ours.fileno() == -1
+    assert not loop._transports  # though both transports are held here
+    peer.close()
+
+
+@pytest.mark.skipif(WINDOWS, reason="there a socket that operations refer to must not be closed")
+async def test_a_number_that_comes_back_belongs_to_no_transport(loop: Loop, no_leak: None) -> None:
+    ours, peer = tcp_pair()
+    protocol = await connected(loop, (ours, peer))
+    protocol.transport.pause_reading()
+    await turns()
+    number = ours.fileno()
+    one, two = socket.socketpair()
+    with one, two:
+        ours.close()  # behind the back of its transport
+        again = socket.socket(fileno=os.dup2(one.fileno(), number, inheritable=False))
+        again.setblocking(False)
+        with again:
+            loop.call_later(0.01, two.send, b"hello")
+            assert await loop.sock_recv(again, 100) == b"hello"
+            ready = loop.create_future()
+            loop.add_writer(again, lambda: ready.done() or ready.set_result(None))
+            await ready
+            loop.remove_writer(again)
+    protocol.transport.abort()
+    await until(lambda: protocol.finished)
+    peer.close()
 
 
 async def test_a_socket_of_a_transport_is_refused(loop: Loop, pair: Pair) -> None:

@@ -208,8 +208,13 @@ class Driver(ABC):
 
     def _finish(self, op: Operation, value: Any, error: OSError | None = None) -> None:
         """Land `op` and put its last completion on the ready queue."""
-        self._land(op)
-        self.ready.append((op, value, error))
+        if op.in_flight:
+            self._land(op)
+            self.ready.append((op, value, error))
+        elif error is None:  # a finalizer has cancelled it since the call for it was made, which got something
+            for place, (other, _, _) in enumerate(self.ready):
+                if other is op:
+                    self.ready[place] = (op, value, None)
 
     def _begin_cancel(self, op: Operation) -> bool:
         """Note the request; False if there is nothing to cancel, or it was asked for already."""

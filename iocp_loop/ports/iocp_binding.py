@@ -108,10 +108,11 @@ class SlotPool:
 class Submission:
     """One request in the kernel's hands, and who takes its completion: ``finish(submission, bytes, error code)``.
 
-    `armed` is True while a completion is to be expected.  `keep` is what the kernel may read or write meanwhile: the
-    buffer or view itself.  cffi only tells its address (a ``from_buffer`` that lived on would lock a view, and Python's
-    collector does not survive clearing a locked view).  `slot` is the piece of the pool that it receives into, if any;
-    `small`: the last receive of its stream would have fitted into one.
+    `armed` is True while a completion is to be expected.  `keep` is what the kernel may read or write meanwhile: a
+    buffer or views of our own, whatever becomes of the operation's attributes.  cffi only tells its address (a
+    ``from_buffer`` that lived on would lock a view, and Python's collector does not survive clearing a locked view).
+    `slot` is the piece of the pool that it receives into, if any; `small`: the last receive of its stream would have
+    fitted into one.
     """
 
     __slots__ = ("address", "armed", "finish", "keep", "native", "op", "slot", "small")

@@ -22,9 +22,7 @@ class DatagramRequests(IocpRequests):
     # -- receiving ---------------------------------------------------------------------------------
 
     def _start_receive_from(self, op: Any, association: Association) -> None:
-        into = getattr(op, "buffer", None)
-        if into is None:
-            into = bytearray(min(op.size, LARGEST_DATAGRAM))
+        into = memoryview(op.buffer) if hasattr(op, "buffer") else bytearray(min(op.size, LARGEST_DATAGRAM))
         finish = self._received_datagram if op.stream else self._received_from
         self._arm_receive_from(self._take(op, finish, into), association)
 
@@ -92,11 +90,11 @@ class DatagramRequests(IocpRequests):
     # -- sending -----------------------------------------------------------------------------------
 
     def _start_send_to(self, op: ops.SendTo, association: Association) -> None:
-        data = ffi.from_buffer(op.data)
-        sub = self._take(op, self._finish_with_count, op.data)
+        sub = self._take(op, self._finish_with_count, memoryview(op.data))
+        data = ffi.from_buffer(sub.keep)
         self._ready_to_emulate(sub, association)
         if op.address is None:
-            code = lib.iocp_send(op.fd, sub.native, data, op.data.nbytes)
+            code = lib.iocp_send(op.fd, sub.native, data, len(data))
         else:
             try:
                 sub.set_address(sub.op.handle.family, op.address)
@@ -104,5 +102,5 @@ class DatagramRequests(IocpRequests):
                 self._give_back(sub)
                 self._finish(op, None, error)
                 return
-            code = lib.iocp_send_to(op.fd, sub.native, data, op.data.nbytes)
+            code = lib.iocp_send_to(op.fd, sub.native, data, len(data))
         self._submitted(sub, code, association)

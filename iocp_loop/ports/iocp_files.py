@@ -30,7 +30,7 @@ class FileRequests(IocpRequests):
     # -- files and pipes ---------------------------------------------------------------------------
 
     def _start_read(self, op: ops.Read | ops.ReadInto, association: Association) -> None:
-        into = op.buffer if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
+        into = memoryview(op.buffer) if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
         self._arm_read(self._take(op, self._was_read, into), association)
 
     def _arm_read(self, sub: Submission, association: Association) -> None:
@@ -65,11 +65,11 @@ class FileRequests(IocpRequests):
         self._end(sub, count if isinstance(op, ops.ReadInto) else bytes(sub.keep[:count]))
 
     def _start_write(self, op: ops.Write, association: Association) -> None:
-        data = ffi.from_buffer(op.data)
-        sub = self._take(op, self._was_written, op.data)
+        sub = self._take(op, self._was_written, memoryview(op.data))
+        data = ffi.from_buffer(sub.keep)
         self._ready_to_emulate(sub, association)
         offset = association.position if op.offset is None else op.offset
-        code = lib.iocp_write(op.fd, sub.native, data, min(op.data.nbytes, LARGEST_REQUEST), offset)
+        code = lib.iocp_write(op.fd, sub.native, data, min(len(data), LARGEST_REQUEST), offset)
         self._submitted(sub, code, association)
 
     def _was_written(self, sub: Submission, count: int, code: int) -> None:

@@ -34,7 +34,8 @@ class ReceiveRequests(DatagramRequests):
 
     def _start_receive(self, op: ops.Receive | ops.ReceiveInto, association: Association) -> None:
         if association.stream:
-            sub = self._take(op, self._receive_once)
+            into = memoryview(op.buffer) if isinstance(op, ops.ReceiveInto) else None
+            sub = self._take(op, self._receive_once, into)
             if association.ending:
                 association.waiting.append(op)
             else:
@@ -55,7 +56,7 @@ class ReceiveRequests(DatagramRequests):
             return
         sock: Any = op.handle
         try:
-            value = sock.recv(op.size) if type(op) is ops.Receive else sock.recv_into(op.buffer)
+            value = sock.recv(op.size) if sub.keep is None else sock.recv_into(sub.keep)
         except BlockingIOError:  # somebody else was faster
             if op.state is CANCELLING:
                 self._end(sub, None, ABORTED)
@@ -82,6 +83,9 @@ class ReceiveRequests(DatagramRequests):
             association.waiting.append(op)
             return
         slot = self._slots.take() if sub.small and not association.emulated else None
+        if slot is not None and (op.state is not IN_FLIGHT or op.paused or sub.armed):
+            self._slots.give_back(slot)  # making slots ran the garbage collector, and a finalizer has ended the stream
+            return
         if slot is None:
             self._arm_receive(sub, association)
             return

@@ -36,10 +36,10 @@ class SocketRequests(IocpRequests):
     # -- sending -----------------------------------------------------------------------------------
 
     def _start_send(self, op: ops.Send, association: Association) -> None:
-        sub = self._take(op, self._finish_with_count, op.data)
+        sub = self._take(op, self._finish_with_count, memoryview(op.data))
+        data = ffi.from_buffer(sub.keep)
         self._ready_to_emulate(sub, association)
-        size = min(op.data.nbytes, LARGEST_REQUEST)
-        self._submitted(sub, lib.iocp_send(op.fd, sub.native, ffi.from_buffer(op.data), size), association)
+        self._submitted(sub, lib.iocp_send(op.fd, sub.native, data, min(len(data), LARGEST_REQUEST)), association)
 
     def _start_send_all(self, op: ops.SendAll, association: Association) -> None:
         sub = self._take(op, self._sent_some)
@@ -53,7 +53,7 @@ class SocketRequests(IocpRequests):
         self._ready_to_emulate(sub, association)
         if len(op.buffers) > lib.IOCP_GATHER_LIMIT:
             op.buffers = [memoryview(b"".join(op.buffers))]
-        sub.keep = views = list(op.buffers)
+        sub.keep = views = [memoryview(view) for view in op.buffers]
         if len(views) == 1:
             size = min(views[0].nbytes, LARGEST_REQUEST)
             code = lib.iocp_send(op.fd, sub.native, ffi.from_buffer(views[0]), size)

@@ -31,9 +31,9 @@ Who owns what
   whoever submits it, and is cancelled if that thread exits: ECANCELED that nobody asked for submits it again.
 * No request is ever half done while it is in flight, which is what makes submitting again safe.
 * Memory that the kernel reads or writes hangs on `driver_data` of the operation, and the in-flight table holds the
-  operation until its last completion.  The memory is held by a memoryview; cffi only tells its address.  (A
-  ``from_buffer`` that lives on would lock that view, and the garbage collector does not survive clearing a locked
-  view.)
+  operation until its last completion.  The memory is held by a memoryview of our own, whatever becomes of the
+  operation's attribute; cffi only tells its address.  (A ``from_buffer`` that lives on would lock that view, and the
+  garbage collector does not survive clearing a locked view.)
 * The pool's buffers that a batch of completions used go back to the kernel when the next ``wait`` begins.  Then the
   batch has been dispatched: ``wait`` does nothing as long as something of the batch is left.
 * A request is made by the number of a descriptor, and holds the file from then on.  Whoever makes another one for the
@@ -588,7 +588,7 @@ def _memory_of(op: Any) -> Any:
     """The memory that the kernel reads or writes for an operation on a file."""
     if type(op) is ops.Read:
         return new_bytes(op.size)
-    return op.data if type(op) is ops.Write else op.buffer
+    return memoryview(op.data if type(op) is ops.Write else op.buffer)
 
 
 def _identity(fd: int) -> tuple[int, int]:

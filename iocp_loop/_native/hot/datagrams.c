@@ -48,6 +48,8 @@ static PyObject *make_tuple(const struct sockaddr_storage *address)
 
 static PyObject *tuple_of(const struct sockaddr_storage *address, socklen_t length)
 {
+    if (length == 0) /* it came over a connection */
+        Py_RETURN_NONE;
     PyObject *key = PyBytes_FromStringAndSize((const char *)address, (Py_ssize_t)length);
     PyObject *tuple = key == NULL ? NULL : PyDict_GetItemWithError(tuples, key);
     if (tuple != NULL)
@@ -132,8 +134,18 @@ static PyObject *structure_of(int family, PyObject *tuple)
     return failed ? NULL : structure;
 }
 
+/* How much of a datagram `op` takes, as far as there is room; -1 if its size is not plain. */
+static Py_ssize_t size_wanted(PyObject *op)
+{
+    PyObject *size = SLOT(op, operation_slots.from_size); /* borrowed */
+    Py_ssize_t wanted = size != NULL && PyLong_CheckExact(size) ? PyLong_AsSsize_t(size) : -1;
+    if (wanted < 0)
+        PyErr_Clear();
+    return wanted < SCRATCH_SIZE ? wanted : SCRATCH_SIZE;
+}
+
 /* receive_datagrams(op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
- * The number of them; None if its socket is not a plain one, for the way in Python.  OSError if receiving fails. */
+ * The number of them; None if its socket or size is not a plain one, for the way in Python.  OSError if receiving fails. */
 PyObject *receive_datagrams(PyObject *module, PyObject *args)
 {
     PyObject *op;
@@ -150,10 +162,11 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
         PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
         struct sockaddr_storage from;
         socklen_t length = sizeof from;
-        if (sock == NULL || !is_socket(sock))
+        Py_ssize_t wanted = size_wanted(op);
+        if (sock == NULL || !is_socket(sock) || wanted < 0)
             Py_RETURN_NONE;
-        ssize_t size = recvfrom(socket_descriptor(sock), scratch, SCRATCH_SIZE, MSG_DONTWAIT, (struct sockaddr *)&from,
-                                &length);
+        ssize_t size = recvfrom(socket_descriptor(sock), scratch, (size_t)wanted, MSG_DONTWAIT,
+                                (struct sockaddr *)&from, &length);
         if (size < 0) {
             if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
                 break;
@@ -164,16 +177,10 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
         PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
         Py_XDECREF(data);
         Py_XDECREF(address);
-        PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *done = NULL;
-        if (value != NULL && complete != NULL) {
-            PyObject *arguments[] = {value, Py_None};
-            done = PyObject_Vectorcall(complete, arguments, 2, NULL);
-        }
-        Py_XDECREF(complete);
+        int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
         Py_XDECREF(value);
-        if (done == NULL)
+        if (failed)
             return NULL;
-        Py_DECREF(done);
     }
     return PyLong_FromLong(count);
 }

@@ -327,10 +327,7 @@ static int receive_for_wait(EpollTurns *self, int fd)
         Py_XDECREF(op); /* nobody waits: the next who does looks first */
         return 0;
     }
-    PyObject *sock = SLOT(op, operation_slots.handle), *size = SLOT(op, operation_slots.size), *data; /* borrowed */
-    data = sock == NULL || size == NULL || !is_socket(sock)
-               ? PyErr_Format(PyExc_OSError, "the operation was changed in flight")
-               : receive_now(socket_descriptor(sock), PyLong_AsSize_t(size));
+    PyObject *data = receive_for(op);
     if (data == Py_None) { /* somebody else was faster: wait again, as the driver waits for whatever is not plain */
         int failed = wait_again(self, op);
         Py_DECREF(data);

@@ -258,29 +258,38 @@ static PyObject *handle_run_method(PyObject *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
+static int leave_heap(PyObject *timer, PyObject *loop)
+{
+    if (PyObject_TypeCheck(loop, Turns_type)) {
+        turns_forget_timer(loop, timer);
+        return 0;
+    }
+    PyObject *told = PyObject_CallMethodOneArg(loop, names.timer_handle_cancelled, timer);
+    Py_XDECREF(told);
+    return told == NULL ? -1 : 0;
+}
+
 static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
 {
     if (SLOT(self, at.cancelled) == Py_True)
         Py_RETURN_NONE;
-    PyObject *loop = SLOT(self, at.loop); /* borrowed; `self` keeps it */
-    if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL) {
-        if (PyObject_TypeCheck(loop, Turns_type))
-            turns_forget_timer(loop, self);
-        else {
-            PyObject *told = PyObject_CallMethodOneArg(loop, names.timer_handle_cancelled, self);
-            if (told == NULL)
-                return NULL;
-            Py_DECREF(told);
+    PyObject *loop = Py_XNewRef(SLOT(self, at.loop)), *text = NULL;
+    int failed = 0;
+    if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL)
+        failed = leave_heap(self, loop);
+    if (!failed) {
+        Py_XSETREF(SLOT(self, at.cancelled), Py_NewRef(Py_True));
+        if (loop != NULL && turns_in_debug(loop)) {
+            /* Before what it shows is gone: "Executing <Handle ...> took 2.5 seconds". */
+            text = PyObject_Repr(self);
+            failed = text == NULL;
         }
     }
-    Py_XSETREF(SLOT(self, at.cancelled), Py_NewRef(Py_True));
-    if (loop != NULL && turns_in_debug(loop)) {
-        /* Before what it shows is gone: "Executing <Handle ...> took 2.5 seconds". */
-        PyObject *text = PyObject_Repr(self);
-        if (text == NULL)
-            return NULL;
+    Py_XDECREF(loop);
+    if (failed)
+        return NULL;
+    if (text != NULL)
         Py_XSETREF(SLOT(self, at.repr), text);
-    }
     Py_XSETREF(SLOT(self, at.callback), Py_NewRef(Py_None));
     Py_XSETREF(SLOT(self, at.args), Py_NewRef(Py_None));
     Py_RETURN_NONE;

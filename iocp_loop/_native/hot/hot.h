@@ -66,7 +66,7 @@ extern struct operation_slots {
     PyObject *receive; /* the type Receive, and its slot */
     Py_ssize_t size;
     PyObject *receive_from_stream; /* the type ReceiveFromStream, and its slot */
-    Py_ssize_t from_paused;
+    Py_ssize_t from_paused, from_size;
     PyObject *send_all; /* the type SendAll, and its slots */
     Py_ssize_t all_buffers, all_sent, all_size;
     PyObject *new, *in_flight, *done; /* values of `state` */
@@ -170,9 +170,12 @@ const struct native_driver *native_driver_of(PyObject *driver); /* NULL if it is
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);
 int land(PyObject *op, PyObject *in_flight);
 
+/* op.complete(value, error), of which one is None. */
+int complete_operation(PyObject *op, PyObject *value, PyObject *error);
+
 #ifndef _WIN32
-/* sockets.c.  Bytes, or None if there is nothing to receive just now. */
-PyObject *receive_now(descriptor fd, size_t size);
+/* sockets.c.  What there is to receive for `op`, a Receive that waits: bytes, or None if there is nothing just now. */
+PyObject *receive_for(PyObject *op);
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
@@ -187,7 +190,8 @@ extern PyTypeObject *SocketWait_type;
 /* op.complete(value, error), of which one is None, for an operation that has landed: a SocketWait's, or what came in its
  * place when its coroutine was gone. */
 int complete_receive(PyObject *op, PyObject *value, PyObject *error);
-/* What receive_now has brought for `op`, as its completion: takes the exception over if that is an OSError. */
+/* What receive_for has brought for `op`, as its completion: data, or the exception that is set, which is taken over
+ * unless it ends the loop. */
 int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data);
 PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);

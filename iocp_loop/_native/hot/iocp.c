@@ -209,11 +209,18 @@ static char *address_of_slot(PyObject *slot)
     return (char *)PyLong_AsVoidPtr(PyTuple_GET_ITEM(slot, SLOT_ADDRESS));
 }
 
+/* Whether the stream `op` is to be armed.  In this order: once it is over, its submission may serve another. */
+static int wants_arming(PyObject *op, PyObject *sub)
+{
+    return SLOT(op, operation_slots.state) == operation_slots.in_flight && SLOT(op, operation_slots.paused) != Py_True
+           && SLOT(sub, at.armed) != Py_True;
+}
+
 /* As _arm of the driver, for a stream that is in flight and neither armed nor paused: receive again. */
 static int arm(IocpTurns *self, PyObject *op, PyObject *sub)
 {
-    PyObject *association = PyDict_GetItemWithError(self->associations, SLOT(op, operation_slots.fd)); /* borrowed */
-    PyObject *address = SLOT(sub, at.address), *slot = NULL, *done;                                    /* as this is */
+    PyObject *number = SLOT(op, operation_slots.fd), *address = SLOT(sub, at.address); /* borrowed, as this is: */
+    PyObject *association = number == NULL ? NULL : PyDict_GetItemWithError(self->associations, number), *slot, *done;
     char *memory = NULL;
     if (association == NULL && PyErr_Occurred())
         return -1;
@@ -224,21 +231,26 @@ static int arm(IocpTurns *self, PyObject *op, PyObject *sub)
         return done == NULL ? -1 : 0;
     }
     int skips = SLOT(association, at.skips) == Py_True;
-    uintptr_t fd = (uintptr_t)PyLong_AsVoidPtr(SLOT(op, operation_slots.fd));
+    uintptr_t fd = (uintptr_t)PyLong_AsVoidPtr(number);
     iocp_submission *native = PyLong_AsVoidPtr(address);
+    if (PyErr_Occurred())
+        return -1;
     if (SLOT(sub, at.small) == Py_True) {
         slot = take_slot(self);
         if (slot == NULL)
             return -1;
+        if (slot != Py_None && !wants_arming(op, sub)) {
+            /* Making slots ran the garbage collector, and a finalizer has ended the stream. */
+            int failed = PyList_Append(SLOT(self->slots, at.free), slot);
+            Py_DECREF(slot);
+            return failed;
+        }
         if (slot != Py_None)
             memory = address_of_slot(slot);
         Py_XSETREF(SLOT(sub, at.slot), slot);
     }
-    if (PyErr_Occurred() || PyDict_SetItem(self->outstanding, address, sub) < 0) {
-        if (memory != NULL)
-            give_slot_back(self, sub);
+    if (PyDict_SetItem(self->outstanding, address, sub) < 0)
         return -1;
-    }
     set_slot(sub, at.armed, Py_True);
     long code = self->receive(fd, native, memory, memory == NULL ? 0 : (unsigned long)at.slot_size);
     if (code == ERROR_IO_PENDING || (code == 0 && !skips))
@@ -251,9 +263,8 @@ static int arm(IocpTurns *self, PyObject *op, PyObject *sub)
 /* After a receive of the stream `op` has been delivered.  `more`: its buffer was full, there may be more. */
 static int go_on(IocpTurns *self, PyObject *op, PyObject *sub, int more)
 {
-    if (SLOT(op, operation_slots.state) != operation_slots.in_flight || SLOT(op, operation_slots.paused) == Py_True
-        || SLOT(sub, at.armed) == Py_True)
-        return 0; /* in this order: once it is over, the submission may serve another */
+    if (!wants_arming(op, sub))
+        return 0;
     if (!more)
         return arm(self, op, sub);
     set_slot(sub, at.armed, Py_True);
@@ -278,13 +289,10 @@ static int go_on_failing(IocpTurns *self, PyObject *op, PyObject *sub, int more)
 /* op.complete(value, None).  Takes `value` over, which may be NULL with an exception. */
 static int complete(IocpTurns *self, PyObject *op, PyObject *value)
 {
-    PyObject *callable = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {value, Py_None};
-    PyObject *done = value == NULL || callable == NULL ? NULL : PyObject_Vectorcall(callable, args, 2, NULL);
+    int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
     self->completions++;
-    Py_XDECREF(callable);
     Py_XDECREF(value);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return failed;
 }
 
 /* What a stream has got, and on with it.  Takes `value` over. */
@@ -351,7 +359,8 @@ static PyObject *receive_into(PyObject *op, PyObject *sock, int *count)
 static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
 {
     PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle)), *value = NULL;
-    int lent = SLOT(op, operation_slots.get_buffer) != Py_None, count, code = 0, failed;
+    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
+    int lent = get_buffer != NULL && get_buffer != Py_None, count, code = 0, failed;
     if (lent)
         value = receive_into(op, sock, &count);
     else {
@@ -381,26 +390,45 @@ static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
 /* As _sent_some of the driver, when all is sent: the last completion of a SendAll. */
 static int end_send(IocpTurns *self, PyObject *op, PyObject *sub)
 {
-    PyObject *buffers = SLOT(op, operation_slots.all_buffers); /* borrowed */
-    set_slot(op, operation_slots.all_sent, SLOT(op, operation_slots.all_size));
-    if (PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL) < 0)
-        return -1;
-    set_slot(sub, at.op, Py_None);
-    set_slot(sub, at.keep, Py_None);
-    set_slot(sub, at.finish, at.nobody);
-    if (PyList_Append(self->spare, sub) < 0 || land(op, self->in_flight) < 0)
-        return -1;
-    return complete(self, op, Py_NewRef(SLOT(op, operation_slots.all_sent)));
+    PyObject *buffers = Py_NewRef(SLOT(op, operation_slots.all_buffers));
+    PyObject *size = Py_NewRef(SLOT(op, operation_slots.all_size));
+    set_slot(op, operation_slots.all_sent, size);
+    int failed = PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL);
+    Py_DECREF(buffers);
+    if (!failed) {
+        set_slot(sub, at.op, Py_None);
+        set_slot(sub, at.keep, Py_None);
+        set_slot(sub, at.finish, at.nobody);
+        failed = PyList_Append(self->spare, sub) < 0 || land(op, self->in_flight) < 0
+                         || complete(self, op, Py_NewRef(size)) < 0
+                     ? -1
+                     : 0;
+    }
+    Py_DECREF(size);
+    return failed;
+}
+
+/* The number in a slot of an operation, which is open to everybody; -1 if there is none. */
+static Py_ssize_t number_in(PyObject *op, Py_ssize_t offset)
+{
+    PyObject *value = SLOT(op, offset);
+    Py_ssize_t number = value != NULL && PyLong_CheckExact(value) ? PyLong_AsSsize_t(value) : -1;
+    if (number < 0)
+        PyErr_Clear();
+    return number;
 }
 
 /* Whether `count` bytes are all that is left to send; of a submission that needs no more to be given back. */
 static int sends_the_rest(PyObject *op, PyObject *sub, Py_ssize_t count)
 {
     const iocp_submission *native = PyLong_AsVoidPtr(SLOT(sub, at.address));
-    return (PyObject *)Py_TYPE(op) == operation_slots.send_all && !native->event && !native->wait
-           && SLOT(sub, at.slot) == Py_None
-           && PyLong_AsSsize_t(SLOT(op, operation_slots.all_sent)) + count
-                  == PyLong_AsSsize_t(SLOT(op, operation_slots.all_size));
+    if ((PyObject *)Py_TYPE(op) != operation_slots.send_all || native->event || native->wait
+        || SLOT(sub, at.slot) != Py_None)
+        return 0;
+    PyObject *buffers = SLOT(op, operation_slots.all_buffers); /* borrowed */
+    Py_ssize_t sent = number_in(op, operation_slots.all_sent);
+    return buffers != NULL && PyList_CheckExact(buffers) && sent >= 0
+           && sent + count == number_in(op, operation_slots.all_size);
 }
 
 /* Whether `op` is a stream that can be received for here. */

@@ -71,10 +71,11 @@ int fail(PyObject *self, PyObject *method, const char *message)
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
 {
     PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
-    if (before == NULL && PyErr_Occurred())
+    long long earlier = before == NULL ? 0 : PyLong_AsLongLong(before);
+    if (PyErr_Occurred())
         return -1;
     PyObject *number = PyLong_FromUnsignedLongLong(token);
-    PyObject *count = PyLong_FromLongLong(before == NULL ? 1 : PyLong_AsLongLong(before) + 1);
+    PyObject *count = PyLong_FromLongLong(earlier + 1);
     int failed = number == NULL || count == NULL || PyDict_SetItem(submissions, kind, count) < 0
                          || PyDict_SetItem(in_flight, number, op) < 0
                      ? -1
@@ -91,8 +92,28 @@ int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject
 
 int land(PyObject *op, PyObject *in_flight)
 {
+    PyObject *token = Py_XNewRef(SLOT(op, operation_slots.token));
+    if (token == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "token");
+        return -1;
+    }
     Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.done));
-    return PyDict_DelItem(in_flight, SLOT(op, operation_slots.token));
+    int failed = PyDict_DelItem(in_flight, token);
+    Py_DECREF(token);
+    return failed;
+}
+
+int complete_operation(PyObject *op, PyObject *value, PyObject *error)
+{
+    PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {value, error};
+    if (complete == NULL) {
+        PyErr_SetString(PyExc_AttributeError, "complete");
+        return -1;
+    }
+    PyObject *done = PyObject_Vectorcall(complete, args, 2, NULL);
+    Py_DECREF(complete);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
 }
 
 int enter_context(PyObject *context)
@@ -250,9 +271,22 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
         {"Receive", "size", offsetof(struct operation_slots, size)},
         {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
+        {"ReceiveFromStream", "size", offsetof(struct operation_slots, from_size)},
         {"SendAll", "buffers", offsetof(struct operation_slots, all_buffers)},
         {"SendAll", "sent", offsetof(struct operation_slots, all_sent)},
         {"SendAll", "size", offsetof(struct operation_slots, all_size)},
+    };
+    static const struct {
+        PyObject **where;
+        const char *name;
+    } objects[] = {
+        {&operation_slots.new, "NEW"},
+        {&operation_slots.in_flight, "IN_FLIGHT"},
+        {&operation_slots.done, "DONE"},
+        {&operation_slots.receive_stream, "ReceiveStream"},
+        {&operation_slots.receive_from_stream, "ReceiveFromStream"},
+        {&operation_slots.send_all, "SendAll"},
+        {&operation_slots.receive, "Receive"}, /* the last: that it is there tells that all are */
     };
     if (operation_slots.receive != NULL)
         Py_RETURN_NONE;
@@ -264,15 +298,12 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
             return NULL;
         *(Py_ssize_t *)((char *)&operation_slots + table[n].where) = offset;
     }
-    operation_slots.new = PyObject_GetAttrString(operations, "NEW");
-    operation_slots.in_flight = PyObject_GetAttrString(operations, "IN_FLIGHT");
-    operation_slots.done = PyObject_GetAttrString(operations, "DONE");
-    operation_slots.receive_stream = PyObject_GetAttrString(operations, "ReceiveStream");
-    operation_slots.receive_from_stream = PyObject_GetAttrString(operations, "ReceiveFromStream");
-    operation_slots.receive = PyObject_GetAttrString(operations, "Receive");
-    operation_slots.send_all = PyObject_GetAttrString(operations, "SendAll");
-    if (PyErr_Occurred())
-        return NULL;
+    for (size_t n = 0; n < sizeof objects / sizeof *objects; n++) {
+        PyObject *object = PyObject_GetAttrString(operations, objects[n].name);
+        if (object == NULL)
+            return NULL;
+        Py_XSETREF(*objects[n].where, object);
+    }
     Py_RETURN_NONE;
 }
 

@@ -21,6 +21,7 @@ typedef struct {
     PyObject *loop, *proactor, *driver;
     PyObject *unclaimed, *lines, *transports; /* dicts; a socket in one of them is not for the quick way */
     const struct native_driver *native;
+    size_t expected; /* bytes in a piece, see receive_bytes */
 } SocketCalls;
 
 typedef struct {
@@ -67,25 +68,25 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
             errno = code;
             return count;
         }
-        if ((size_t)count == room)
-            *expected = 2 * *expected < DIRECT_MOST ? 2 * *expected : DIRECT_MOST;
-        else if ((size_t)count < room / 4)
-            *expected /= 2;
         if ((size_t)count != room)
             _PyBytes_Resize(&bytes, count); /* NULL if that fails */
+        /* Compared with what was expected and not with what was asked for: who asks for little gets small pieces. */
+        if ((size_t)count == *expected)
+            *expected = 2 * *expected < DIRECT_MOST ? 2 * *expected : DIRECT_MOST;
+        else if ((size_t)count < *expected / 4)
+            *expected /= 2;
         *data = bytes;
     }
     return *data == NULL ? NO_BUFFER : count;
 }
 
-static size_t expected; /* of all that sock_recv receives */
-
-PyObject *receive_now(descriptor fd, size_t size)
+/* Bytes, or None if there is nothing to receive just now. */
+static PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
 {
     PyObject *data;
     ssize_t count;
     do
-        count = receive_bytes(fd, size, &expected, &data);
+        count = receive_bytes(fd, size, expected, &data);
     while (count == -1 && errno == EINTR);
     if (count > 0)
         return data;
@@ -122,6 +123,31 @@ ssize_t receive_into(PyObject *op, int *filled)
     return count;
 }
 
+/* What `op` counts with: its loop's; NULL once nobody awaits it any more. */
+static size_t *expected_by(PyObject *op)
+{
+    PyObject *complete = SLOT(op, operation_slots.complete); /* borrowed */
+    if (complete == NULL || !Py_IS_TYPE(complete, SocketWait_type) || ((SocketWait *)complete)->calls == NULL)
+        return NULL;
+    return &((SocketWait *)complete)->calls->expected;
+}
+
+/* The slots of an operation are open to everybody, so they are looked at again. */
+PyObject *receive_for(PyObject *op)
+{
+    size_t unknown = 0, *expected = expected_by(op);
+    PyObject *sock = SLOT(op, operation_slots.handle), *size; /* both are borrowed */
+    size = (PyObject *)Py_TYPE(op) == operation_slots.receive ? SLOT(op, operation_slots.size) : NULL;
+    if (sock == NULL || !is_socket(sock) || size == NULL || !PyLong_CheckExact(size)) {
+        PyErr_SetString(PyExc_TypeError, "the socket or the size of a receive in flight has been replaced");
+        return NULL;
+    }
+    size_t most = PyLong_AsSize_t(size);
+    if (most == (size_t)-1 && PyErr_Occurred())
+        return NULL;
+    return receive_now(socket_descriptor(sock), most, expected == NULL ? &unknown : expected);
+}
+
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {
@@ -135,9 +161,8 @@ static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* Make the operation and submit it.  1: done; 0: not here and now; -1: error. */
-static int submit(SocketWait *self)
+static int submit(SocketWait *self, SocketCalls *calls)
 {
-    SocketCalls *calls = self->calls;
     PyTypeObject *type = (PyTypeObject *)operation_slots.receive;
     PyObject *op = type->tp_alloc(type, 0);
     if (op == NULL)
@@ -164,35 +189,45 @@ static int submit(SocketWait *self)
     return done;
 }
 
+/* What `op` has got is for the next who asks. */
+static int keep_value(SocketWait *self, PyObject *op, PyObject *value)
+{
+    if (self->calls == NULL || self->calls->proactor == NULL || op == NULL)
+        return 0; /* the garbage collector has been here: nobody will ask */
+    PyObject *done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, op, value, NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
 /* The operation has ended: `value` or `error`, the other None. */
 static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
 {
-    PyObject *done;
-    if (self->op != NULL) /* part the two, which refer to each other */
-        Py_XSETREF(SLOT(self->op, operation_slots.complete), Py_NewRef(Py_None));
-    int answer = -1;
-    if (self->future != NULL) {
-        done = PyObject_CallMethodNoArgs(self->future, names.done);
-        answer = done == NULL ? -1 : PyObject_IsTrue(done);
-        Py_XDECREF(done);
-        if (answer < 0)
-            return -1;
+    /* Both may leave `self` while something is called. */
+    PyObject *op = Py_XNewRef(self->op), *future = Py_XNewRef(self->future), *done = NULL;
+    int cancelled = 0, failed = 0;
+    if (op != NULL) /* part the two, which refer to each other */
+        Py_XSETREF(SLOT(op, operation_slots.complete), Py_NewRef(Py_None));
+    if (future != NULL) {
+        done = PyObject_CallMethodNoArgs(future, names.done);
+        cancelled = done == NULL ? -1 : PyObject_IsTrue(done); /* and its task has not run yet */
+        Py_CLEAR(done);
     }
-    if (answer == 1) { /* cancelled, and its task has not run yet */
-        if (error == Py_None) {
-            done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, self->op, value, NULL);
+    if (cancelled < 0)
+        failed = -1;
+    else if (cancelled)
+        failed = error == Py_None ? keep_value(self, op, value) : 0;
+    else {
+        Py_XSETREF(self->value, error == Py_None ? Py_NewRef(value) : NULL);
+        Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
+        if (future != NULL) {
+            done = PyObject_CallMethodOneArg(future, names.set_result, Py_None);
+            failed = done == NULL ? -1 : 0;
             Py_XDECREF(done);
-            return done == NULL ? -1 : 0;
         }
-        return 0;
     }
-    Py_XSETREF(self->value, error == Py_None ? Py_NewRef(value) : NULL);
-    Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
-    if (self->future == NULL)
-        return 0;
-    done = PyObject_CallMethodOneArg(self->future, names.set_result, Py_None);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    Py_XDECREF(future);
+    Py_XDECREF(op);
+    return failed;
 }
 
 /* As the `complete` of its operation, when that is called from Python. */
@@ -206,17 +241,12 @@ static PyObject *wait_call(PyObject *self, PyObject *args, PyObject *kwargs)
 
 int complete_receive(PyObject *op, PyObject *value, PyObject *error)
 {
-    PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *done;
-    int failed = -1;
-    if (complete != NULL && Py_IS_TYPE(complete, SocketWait_type))
-        failed = end_wait((SocketWait *)complete, value, error);
-    else if (complete != NULL) {
-        PyObject *args[] = {value, error};
-        done = PyObject_Vectorcall(complete, args, 2, NULL);
-        failed = done == NULL ? -1 : 0;
-        Py_XDECREF(done);
-    }
-    Py_XDECREF(complete);
+    PyObject *complete = SLOT(op, operation_slots.complete); /* borrowed */
+    if (complete == NULL || !Py_IS_TYPE(complete, SocketWait_type))
+        return complete_operation(op, value, error);
+    Py_INCREF(complete);
+    int failed = end_wait((SocketWait *)complete, value, error);
+    Py_DECREF(complete);
     return failed;
 }
 
@@ -224,7 +254,7 @@ int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
 {
     PyObject *error = NULL;
     if (data == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_OSError))
+        if (ends_the_loop())
             return -1;
         error = take_exception();
     }
@@ -258,20 +288,28 @@ static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **re
     if (self->begun)
         return answer(self, result);
     self->begun = 1;
-    PyObject *args[] = {self->calls->loop};
-    self->future = PyObject_VectorcallMethod(names.create_future, args, 1, NULL);
-    if (self->future == NULL)
-        return PYGEN_ERROR;
-    int done = submit(self);
-    if (done == 0)
-        PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
-    if (done <= 0)
-        return PYGEN_ERROR;
-    /* What a Future does when it is awaited: its task asks for this. */
-    if (PyObject_SetAttr(self->future, names.future_blocking, Py_True) < 0)
-        return PYGEN_ERROR;
-    *result = Py_NewRef(self->future);
-    return PYGEN_NEXT;
+    SocketCalls *calls = (SocketCalls *)Py_XNewRef(self->calls);
+    PyObject *future = NULL;
+    int done = -1;
+    if (calls == NULL || calls->loop == NULL)
+        PyErr_SetString(PyExc_RuntimeError, "the loop is gone");
+    else
+        future = PyObject_CallMethodNoArgs(calls->loop, names.create_future);
+    if (future != NULL) {
+        Py_XSETREF(self->future, Py_NewRef(future));
+        done = submit(self, calls);
+        if (done == 0)
+            PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
+        /* What a Future does when it is awaited: its task asks for this. */
+        if (done > 0 && PyObject_SetAttr(future, names.future_blocking, Py_True) < 0)
+            done = -1;
+    }
+    Py_XDECREF(calls);
+    if (done > 0)
+        *result = future;
+    else
+        Py_XDECREF(future);
+    return done > 0 ? PYGEN_NEXT : PYGEN_ERROR;
 }
 
 static PyObject *wait_next(SocketWait *self)
@@ -298,20 +336,21 @@ static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wa
 /* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
 static int abandon(SocketWait *self)
 {
-    PyObject *op = Py_XNewRef(self->op), *done;
-    if (self->value != NULL && op != NULL) {
-        done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, op, self->value, NULL);
-        Py_CLEAR(self->value);
-    } else if (op != NULL
-               && SLOT(op, operation_slots.complete) == (PyObject *)self)
-        done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
-    else
-        done = Py_NewRef(Py_None);
+    PyObject *op = self->op, *value = self->value;
+    int failed = 0;
+    self->op = self->value = NULL;
+    if (value != NULL)
+        failed = keep_value(self, op, value);
+    else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
+             && self->calls->proactor != NULL) {
+        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(value);
     Py_XDECREF(op);
-    Py_CLEAR(self->op);
     Py_CLEAR(self->future);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return failed;
 }
 
 static PyObject *wait_throw(SocketWait *self, PyObject *args)
@@ -407,6 +446,8 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         return NULL;
     }
     PyObject *sock = args[0];
+    if (self->loop == NULL) /* the garbage collector has been here */
+        Py_RETURN_NONE;
     descriptor fd = plain_descriptor(self->loop, sock);
     /* What is not a stream has messages, which must not be cut to what receive_bytes expects. */
     if (fd == NO_DESCRIPTOR || !is_stream_socket(sock) || !PyLong_CheckExact(args[1])
@@ -422,7 +463,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         return NULL;
     if (busy) /* first come, first served */
         Py_RETURN_NONE;
-    PyObject *data = receive_now(fd, (size_t)size);
+    PyObject *data = receive_now(fd, (size_t)size, &self->expected);
     if (data != Py_None)
         return data;
     PyObject *number = PyLong_FromLong(fd);
@@ -454,7 +495,7 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "send() takes a socket and data");
         return NULL;
     }
-    descriptor fd = plain_descriptor(self->loop, args[0]);
+    descriptor fd = self->loop == NULL ? NO_DESCRIPTOR : plain_descriptor(self->loop, args[0]);
     if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
         Py_RETURN_NONE;
     int busy = self->native->busy(self->driver, fd, 1);
@@ -508,12 +549,18 @@ static PyMethodDef calls_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef calls_members[] = {
+    {"expected", T_PYSSIZET, offsetof(SocketCalls, expected), READONLY, "Bytes in a piece, as far as is known."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot calls_slots[] = {
     {Py_tp_doc, (char *)"The quick part of a loop's calls on sockets."},
     {Py_tp_dealloc, calls_dealloc},
     {Py_tp_traverse, calls_traverse},
     {Py_tp_clear, calls_clear},
     {Py_tp_methods, calls_methods},
+    {Py_tp_members, calls_members},
     {0, NULL},
 };
 
@@ -545,6 +592,7 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
     self->lines = Py_NewRef(lines);
     self->transports = Py_NewRef(transports);
     self->native = native;
+    self->expected = 0;
     PyObject_GC_Track(self);
     return (PyObject *)self;
 }

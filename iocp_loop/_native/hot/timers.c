@@ -67,6 +67,7 @@ PyObject *timers_take(struct timers *self, size_t place)
 
 int timers_add(struct timers *self, PyObject *handle, double when)
 {
+    timer_set_scheduled(handle, 1); /* first: what was in that slot may run code as it goes */
     if (self->count == self->room) {
         size_t room = self->room ? 2 * self->room : 64;
         struct timer *heap = self->heap;
@@ -79,7 +80,6 @@ int timers_add(struct timers *self, PyObject *handle, double when)
         self->room = room;
     }
     struct timer timer = {when, self->serial++, Py_NewRef(handle)};
-    timer_set_scheduled(handle, 1);
     move_up(self, self->count++, timer);
     return 0;
 }

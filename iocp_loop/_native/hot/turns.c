@@ -39,11 +39,11 @@ int turns_in_debug(PyObject *loop)
     if (PyObject_TypeCheck(loop, Turns_type))
         return ((Turns *)loop)->debug;
     PyObject *answer = PyObject_CallMethod(loop, "get_debug", NULL);
-    int debug = answer != NULL && PyObject_IsTrue(answer) == 1;
-    if (answer == NULL)
-        PyErr_Clear();
+    int debug = answer == NULL ? -1 : PyObject_IsTrue(answer);
     Py_XDECREF(answer);
-    return debug;
+    if (debug < 0)
+        PyErr_Clear();
+    return debug == 1;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -499,21 +499,21 @@ static PyObject *turns_run_once(Turns *self, PyObject *ignored)
 static PyObject *turns_use(Turns *self, PyObject *driver)
 {
     PyObject *wait = PyObject_GetAttrString(driver, "wait");
-    PyObject *dispatch = PyObject_GetAttrString(driver, "dispatch");
-    PyObject *has_work = PyObject_GetAttrString((PyObject *)self, "_has_work");
-    if (wait == NULL || dispatch == NULL || has_work == NULL
-        || PyObject_SetAttrString(driver, "before_sleep", has_work) < 0) {
+    PyObject *dispatch = wait == NULL ? NULL : PyObject_GetAttrString(driver, "dispatch");
+    PyObject *has_work = dispatch == NULL ? NULL : PyObject_GetAttrString((PyObject *)self, "_has_work");
+    int failed = has_work == NULL || PyObject_SetAttrString(driver, "before_sleep", has_work) < 0;
+    Py_XDECREF(has_work);
+    if (failed) {
         Py_XDECREF(wait);
         Py_XDECREF(dispatch);
-        Py_XDECREF(has_work);
         return NULL;
     }
-    Py_DECREF(has_work);
-    self->native = native_driver_of(driver);
-    if (self->native != NULL
+    const struct native_driver *native = native_driver_of(driver);
+    if (native != NULL
         && (!PyCFunction_Check(wait) || PyCFunction_GET_SELF(wait) != driver
-            || PyCFunction_GET_FUNCTION(wait) != self->native->wait_method))
-        self->native = NULL;
+            || PyCFunction_GET_FUNCTION(wait) != native->wait_method))
+        native = NULL;
+    self->native = native;
     Py_XSETREF(self->driver, Py_NewRef(driver));
     Py_XSETREF(self->wait, wait);
     Py_XSETREF(self->dispatch, dispatch);
