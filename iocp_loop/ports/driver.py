@@ -201,15 +201,18 @@ class Driver(ABC):
         self.submissions[type(op)] -= 1
         op.state = NEW
 
-    def _land(self, op: Operation) -> None:
-        """Take `op` off the in-flight table: its last completion is here."""
-        del self.in_flight[op.token]
+    def _land(self, op: Operation) -> bool:
+        """Take `op` off the in-flight table: its last completion is here.  False if it has left it already.
+
+        A finalizer may run between any two steps, and cancel `op`.
+        """
+        landed = self.in_flight.pop(op.token, None) is op
         op.state = DONE
+        return landed
 
     def _finish(self, op: Operation, value: Any, error: OSError | None = None) -> None:
         """Land `op` and put its last completion on the ready queue."""
-        if op.in_flight:
-            self._land(op)
+        if self._land(op):
             self.ready.append((op, value, error))
         elif error is None:  # a finalizer has cancelled it since the call for it was made, which got something
             for place, (other, _, _) in enumerate(self.ready):

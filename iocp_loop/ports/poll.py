@@ -333,10 +333,9 @@ class PollDriver(PollTurns, Driver):
     def _end_stream(self, op: Operation, value: Any, error: OSError | None) -> None:
         if not op.in_flight:
             return  # a finalizer has cancelled it since it was looked at
-        if not op.in_flight:  # a finalizer has cancelled it meanwhile
+        if not self._land(op):
             return
         watch = self._watches.get(op.fd)
-        self._land(op)
         if watch is not None:
             watch.remove(op)
             self._settle(op.fd, watch)

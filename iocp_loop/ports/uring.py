@@ -253,10 +253,11 @@ class UringDriver(UringTurns, PollDriver):
             self._uncancelled.append(op)
         return bool(code == 1)
 
-    def _land(self, op: Operation) -> None:
-        super()._land(op)
-        if type(op.driver_data) is _FileRequest:
+    def _land(self, op: Operation) -> bool:
+        landed = super()._land(op)
+        if landed and type(op.driver_data) is _FileRequest:
             self._leave_line(op)
+        return landed
 
     def let_go(self) -> bool:
         # A request in the ring holds the file open behind its descriptor, until the kernel has seen to the cancel.
@@ -302,8 +303,7 @@ class UringDriver(UringTurns, PollDriver):
 
     def _end(self, op: Operation, value: Any, error: OSError | None = None) -> None:
         """The last completion of `op`; only ``dispatch`` may call this."""
-        if op.in_flight:  # else a finalizer has cancelled it since it was looked at
-            self._land(op)
+        if self._land(op):
             op.complete(value, error)
 
     # -- receiving ---------------------------------------------------------------------------------
