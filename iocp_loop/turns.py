@@ -9,6 +9,7 @@ BaseEventLoop brings all of this but the completions.  The native tier has it in
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,18 @@ from .ports.driver import Driver
 __all__ = ["PythonTurns", "Turns"]
 
 
-class _Completions:
-    """Stands in the ready queue like a Handle: all that the wait of this turn has gathered, to be delivered."""
+class _Completions(asyncio.Handle):
+    """Stands in the ready queue: all that the wait of this turn has gathered, to be delivered."""
 
-    __slots__ = ("_callback", "_run")
-    _cancelled = False
+    __slots__ = ()
 
-    def __init__(self, dispatch: Callable[[], None]) -> None:
-        self._callback = self._run = dispatch
+    _callback: Callable[[], None]
+
+    def _run(self) -> None:
+        self._callback()  # in no context of its own: each operation has one, and a nested run comes here again
+
+    def cancel(self) -> None:
+        """Nothing: whoever cancels all that is ready does not mean the whole loop."""
 
     def __repr__(self) -> str:
         return "<the completions of a turn>"
@@ -41,13 +46,14 @@ class PythonTurns(asyncio.BaseEventLoop):
 
     _waited = False  # True: the wait of this turn has been already, see embedding.py; only the native turn looks at it
 
+    _select: Any = None  # what somebody has put in the place of the proactor's `select`; for the native turn as well
     _selector: Any  # what BaseEventLoop waits in: the proactor, whose `select` is the driver's `wait`
 
     def _use(self, driver: Driver) -> None:
         """Wait for and deliver the completions of `driver`, from now on."""
         driver.before_sleep = self._has_work
         self._dispatch = driver.dispatch
-        self._completions = _Completions(driver.dispatch)
+        self._completions = _Completions(driver.dispatch, (), self, contextvars.Context())
 
     def _has_work(self) -> bool:
         """True if a callback is ready to run."""
@@ -70,7 +76,12 @@ class PythonTurns(asyncio.BaseEventLoop):
         """Drop what is ready and every timer; here BaseEventLoop's close() does."""
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or hot is None:
     Turns = PythonTurns
 else:
-    Turns = PythonTurns if hot is None else hot.Turns
+
+    class Turns(hot.Turns):
+        """The native turn, which has to be told what stands for the completions."""
+
+        def _use(self, driver):
+            super()._use(driver, _Completions(driver.dispatch, (), self, contextvars.Context()))
