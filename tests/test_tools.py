@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import heapq
+import os
 import random
 import socket
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import iocp_loop
 
-from .support import LIMIT, until
+from .support import LIMIT, MUCH, WINDOWS, read_exactly, until
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
@@ -316,6 +318,36 @@ async def test_the_select_of_the_selector(loop: Loop, pair: Pair) -> None:
     begin = len(timeouts)
     await asyncio.sleep(0.001)
     assert len(timeouts) == begin
+
+
+@pytest.mark.skipif(WINDOWS, reason="UNIX sockets and os.sendfile")
+async def test_calls_on_files_do_not_go_by_way_of_os(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pair: Pair
+) -> None:
+    """Blockbuster would take them for blocking calls of the user's; asyncio's own it knows by file and function."""
+
+    def blocks(*args: Any, **more: Any) -> Any:
+        raise AssertionError("a blocking call")
+
+    ours, peer = pair
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+    with (tmp_path / "file").open("w+b") as file, monkeypatch.context() as patches:
+        file.truncate(MUCH)
+        for name in ("stat", "lstat", "remove", "unlink", "sendfile", "listdir", "access", "readlink", "getcwd"):
+            patches.setattr(os, name, blocks)
+        server = await loop.create_unix_server(asyncio.Protocol, path)
+        transport, _ = await loop.create_unix_connection(asyncio.Protocol, path)
+        transport.close()
+        server.close()
+        reading = loop.run_in_executor(None, read_exactly, peer, 2 * MUCH)
+        assert await loop.sock_sendfile(ours, file, 0, fallback=False) == MUCH
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+        assert await loop.sendfile(transport, file, 0, fallback=False) == MUCH
+        assert len(await reading) == 2 * MUCH
+        transport.close()
+        await turns()
 
 
 # -- debug mode ------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ from typing import Any, TypeAlias
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
+from ..system import system
 from .driver import Driver, DriverUnavailable, adopt_accepted, cancelled_error, leak, receive_datagrams
 from .uring_binding import ffi, lib, new_bytes, open_ring, probe
 from .uring_turns import UringTurns
@@ -799,7 +800,7 @@ def _send_to(op: Any) -> Any:
 
 
 def _send_file(op: Any) -> Any:
-    return os.sendfile(op.fd, op.file, op.offset, op.count)
+    return system.sendfile(op.fd, op.file, op.offset, op.count)
 
 
 _ATTEMPTS: dict[type[Operation], Callable[[Any], Any]] = {
