@@ -193,6 +193,9 @@ def test_aiodebug_sees_slow_callbacks(driver: str, debug: str) -> None:
 
         slow = []
 
+        def new_loop():
+            return iocp_loop.new_event_loop(sys.argv[1])
+
         async def main():
             loop = asyncio.get_running_loop()
             log_slow_callbacks.enable(0.05, lambda name, duration: slow.append(name))
@@ -201,7 +204,7 @@ def test_aiodebug_sees_slow_callbacks(driver: str, debug: str) -> None:
             loop.call_later(0.01, time.sleep, 0.06)
             await asyncio.sleep(0.1)
 
-        with asyncio.Runner(loop_factory=lambda: iocp_loop.new_event_loop(sys.argv[1]), debug=bool(sys.argv[2])) as runner:
+        with asyncio.Runner(loop_factory=new_loop, debug=bool(sys.argv[2])) as runner:
             runner.run(main())
         assert len(slow) == 2 and all("sleep" in name for name in slow), slow
         """,
