@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 from .native import hot
 from .ports.driver import Driver
 
 __all__ = ["PythonTurns", "Turns"]
+
+_Args = TypeVarTuple("_Args")
 
 
 class _Completions(asyncio.Handle):
@@ -65,6 +68,22 @@ class PythonTurns(asyncio.BaseEventLoop):
             heapq.heappop(self._scheduled)._scheduled = False
             self._timer_cancelled_count -= 1
         return self._scheduled[0].when() if self._scheduled else None
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*_Args], object],
+        *args: *_Args,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Call ``callback(*args)`` when time() has come to `when`, seconds.  Raises ValueError for NaN."""
+        # Neither earlier nor later than anything: the heap would lose its order.
+        if when is not None and math.isnan(when):
+            raise ValueError("the time of a timer must be a number, not NaN")
+        timer: Any = super().call_at(when, callback, *args, context=context)
+        if timer._source_traceback:
+            del timer._source_traceback[-1]  # this frame, which nobody wants to know of
+        return timer  # type: ignore[no-any-return]  # it is one
 
     def _process_events(self, event_list: Any) -> None:
         if self._ready:

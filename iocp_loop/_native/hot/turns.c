@@ -278,7 +278,7 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
     if (seconds == -1.0 && PyErr_Occurred())
         return NULL;
     if (isnan(seconds)) { /* neither earlier nor later than anything: the heap would lose its order */
-        PyErr_Format(PyExc_ValueError, "%s() needs a time, not NaN", method);
+        PyErr_SetString(PyExc_ValueError, "the time of a timer must be a number, not NaN");
         return NULL;
     }
     if (check(self, callback, method, 0) < 0)
