@@ -112,7 +112,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(exc)
             return
-        if not self._closing:
+        if not self._closing and self._receive is None:  # a datagram that it sent has begun it already
             self._arm_receive()
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -132,7 +132,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._protocol = protocol
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """The current protocol."""
+        """The current protocol; None after its ``connection_lost``."""
         return cast("asyncio.BaseProtocol", self._protocol)
 
     def _tell_error(self, error: OSError) -> None:
@@ -332,6 +332,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._protocol.connection_lost(exc)
         finally:
             self._finished = True
+            self._protocol = None  # it may keep the transport, and then only the collector would free the two
             self._release_socket()
 
     def _release_socket(self) -> None:

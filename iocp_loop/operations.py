@@ -144,6 +144,10 @@ def _nobody_listens(value: Any, error: OSError | None) -> None:
     """The `complete` of an operation that nobody has claimed."""
 
 
+def is_over(value: Any, error: OSError | None) -> None:
+    """The `complete` of an operation that has ended, set by an owner who refers to it."""
+
+
 # --------------------------------------------------------------------------------------------------
 # Sockets: one request, one completion
 # --------------------------------------------------------------------------------------------------

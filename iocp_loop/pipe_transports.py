@@ -21,19 +21,16 @@ import functools
 import logging
 import os
 import warnings
-from asyncio import protocols
 from collections.abc import Callable
 from typing import Any, cast
 
 from .debugging import context_for, unclosed
+from .operations import writable_view
 from .transports import FlowControl
 
 __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
 
 _logger = logging.getLogger("asyncio")
-
-#: asyncio's own way to give bytes to a BufferedProtocol; typeshed does not know it.
-_feed_buffered: Callable[[Any, bytes], None] = getattr(protocols, "_feed_data_to_buffered_proto")  # noqa: B009 - as said
 
 #: Writes to a lost pipe that are let pass before a warning is logged.
 _PATIENCE = 5
@@ -99,7 +96,7 @@ class PipeTransport(asyncio.BaseTransport):
         self._protocol: Any = protocol
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """The current protocol."""
+        """The current protocol; None after its ``connection_lost``."""
         return cast("asyncio.BaseProtocol", self._protocol)
 
     def is_closing(self) -> bool:
@@ -146,6 +143,7 @@ class PipeTransport(asyncio.BaseTransport):
             self._protocol.connection_lost(exc)
         finally:
             self._finished = True
+            self._protocol = None  # it may keep the transport, and then only the collector would free the two
             self._release_pipe()
 
     def _release_pipe(self) -> None:
@@ -170,10 +168,11 @@ class PipeTransport(asyncio.BaseTransport):
 
 
 class ReadingSide(PipeTransport):
-    """What reads: from the bytes on.  Getting them is the system's affair, and so is a pause of it."""
+    """What reads: from the bytes on.  Getting them is the system's affair, and so is the beginning of a pause."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._paused = False
+        self._held: bytes | memoryview | None = None  # what came and is still to be delivered; empty: the end
         super().__init__(*args, **kwargs)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -185,19 +184,61 @@ class ReadingSide(PipeTransport):
         """False while paused or closing."""
         return not self._paused and not self._closing
 
-    def _feed(self, data: bytes) -> bool:
-        """Give `data` to the protocol; False if it has failed, which ends the connection."""
-        try:
-            if self._buffered:
-                self._run(_feed_buffered, self._protocol, data)
+    def resume_reading(self) -> None:
+        """Go on after ``pause_reading``."""
+        if self._paused and not self._closing:
+            self._paused = False
+            if self._held is None:
+                self._go_on()
             else:
-                self._run(self._protocol.data_received, data)
+                self._loop.call_soon(self._deliver_held)
+
+    def _deliver_held(self) -> None:
+        if self.is_reading():
+            data, self._held = self._held, None
+            if data is None:
+                self._go_on()
+            else:
+                self._deliver(data)
+
+    def _deliver(self, data: bytes | memoryview) -> None:
+        """Give `data`, which may be the end, to the protocol, and go on reading."""
+        raise NotImplementedError
+
+    def _go_on(self) -> None:
+        """Read again, unless that is under way or to wait."""
+        raise NotImplementedError
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        """Give `data` to the protocol.  If that fails, it ends the connection.
+
+        Each call may pause, and the rest stays held; close, and it is dropped; or set a protocol, and it is that one's.
+        """
+        self._held = data
+        try:
+            while self._held and self.is_reading():
+                if self._buffered:
+                    self._run(self._fill_buffer, self._protocol, memoryview(self._held))
+                else:
+                    data, self._held = bytes(self._held), None
+                    self._run(self._protocol.data_received, data)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
             self._run(self._fatal_error, exc, "Fatal error: protocol.data_received() call failed.")
-            return False
-        return True
+
+    def _fill_buffer(self, protocol: Any, data: memoryview) -> None:
+        """Give a BufferedProtocol as much of `data`, which is held, as its buffer takes."""
+        buffer = protocol.get_buffer(len(data))
+        if self._closing or self._protocol is not protocol:
+            return
+        with writable_view(buffer) as view:  # let go of before the protocol is told, which may give it another size
+            if not view.nbytes:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+            count = min(len(data), view.nbytes)
+            view[:count] = data[:count]
+        self._held = data[count:] or None
+        protocol.buffer_updated(count)
 
     def _end_of_stream(self) -> None:
         """Tell the protocol of the end.  Called in the context of receiving."""

@@ -58,7 +58,7 @@ class _OperationFuture(asyncio.Future[Any]):
         return super().cancel(msg=msg)
 
     def _completed(self, value: Any, error: OSError | None) -> None:
-        self._op.complete = _is_over  # the Future and the operation refer to each other: part them
+        self._op.complete = ops.is_over  # the Future and the operation refer to each other: part them
         if self.done():
             self._proactor._ended_unawaited(self._op, value, error)
         elif error is None:
@@ -67,10 +67,6 @@ class _OperationFuture(asyncio.Future[Any]):
             super().cancel()
         else:
             self.set_exception(error)
-
-
-def _is_over(value: Any, error: OSError | None) -> None:
-    """The `complete` of an operation that has ended."""
 
 
 class _Line:
@@ -348,6 +344,10 @@ class Proactor:
         if not left:
             del self._unclaimed[op.handle]
         return value
+
+    def busy(self, sock: socket.socket, direction: int) -> bool:
+        """Whether an operation of `direction` (READABLE or WRITABLE) waits on `sock`, which is to be served first."""
+        return self.driver.busy(sock.fileno(), direction)
 
     def claims(self, sock: socket.socket) -> bool:
         """True if something is kept for `sock`, or may be soon, that goes before a new call into the kernel."""

@@ -13,7 +13,7 @@ import weakref
 from typing import Any, TypeVar
 
 from .native import hot
-from .operations import HandleLike, fileno
+from .operations import READABLE, WRITABLE, HandleLike, fileno
 from .proactor import Proactor
 from .sendfile import send_file
 
@@ -60,6 +60,10 @@ class SocketMethods(asyncio.BaseEventLoop):
         if transport is not None and not transport.is_closing():
             raise RuntimeError(f"File descriptor {handle!r} is used by transport {transport!r}")
 
+    def _goes_first(self, sock: socket.socket) -> bool:
+        """Whether a receive or an accept may be tried at once: nobody waits for one, nothing is kept for the next."""
+        return not self._proactor.claims(sock) and not self._proactor.busy(sock, READABLE)
+
     async def _keeping(self, future: asyncio.Future[_T]) -> _T:
         """Await `future`; keep its result for the next caller if ours is cancelled in the turn in which it comes."""
         try:
@@ -78,7 +82,7 @@ class SocketMethods(asyncio.BaseEventLoop):
             if got is not None:
                 return await got  # type: ignore[no-any-return]  # made in C
         self._check_sock(sock)
-        if not self._proactor.claims(sock):
+        if self._goes_first(sock):
             try:
                 return sock.recv(n)
             except _WOULD_BLOCK:
@@ -88,7 +92,7 @@ class SocketMethods(asyncio.BaseEventLoop):
     async def sock_recv_into(self, sock: socket.socket, buf: Any) -> int:
         """Receive into a writable buffer; the number of bytes, 0 at the end of the stream."""
         self._check_sock(sock)
-        if not self._proactor.claims(sock):
+        if self._goes_first(sock):
             try:
                 return sock.recv_into(buf)
             except _WOULD_BLOCK:
@@ -98,7 +102,7 @@ class SocketMethods(asyncio.BaseEventLoop):
     async def sock_recvfrom(self, sock: socket.socket, bufsize: int) -> tuple[bytes, Any]:
         """Receive one datagram of at most `bufsize` bytes: ``(bytes, address)``."""
         self._check_sock(sock)
-        if not self._proactor.claims(sock):
+        if self._goes_first(sock):
             try:
                 return sock.recvfrom(bufsize)
             except _WOULD_BLOCK:
@@ -113,7 +117,7 @@ class SocketMethods(asyncio.BaseEventLoop):
             raise ValueError(f"nbytes must be between 0 and the size of the buffer, {len(view)}, not {nbytes}")
         if nbytes:
             view = view[:nbytes]
-        if not self._proactor.claims(sock):
+        if self._goes_first(sock):
             try:
                 return sock.recvfrom_into(view)
             except _WOULD_BLOCK:
@@ -127,7 +131,7 @@ class SocketMethods(asyncio.BaseEventLoop):
         if sent is None:
             self._check_sock(sock)
             try:
-                sent = sock.send(data)
+                sent = 0 if self._proactor.busy(sock, WRITABLE) else sock.send(data)
             except _WOULD_BLOCK:
                 sent = 0
         if type(data) is bytes and sent == len(data):
@@ -140,10 +144,11 @@ class SocketMethods(asyncio.BaseEventLoop):
     async def sock_sendto(self, sock: socket.socket, data: Any, address: Any) -> int:
         """Send one datagram to `address`; the number of bytes."""
         self._check_sock(sock)
-        try:
-            return sock.sendto(data, address)
-        except _WOULD_BLOCK:
-            self._ensure_fd_no_transport(sock)
+        if not self._proactor.busy(sock, WRITABLE):
+            try:
+                return sock.sendto(data, address)
+            except _WOULD_BLOCK:
+                self._ensure_fd_no_transport(sock)
         if sock.family == getattr(socket, "AF_UNIX", None):
             return await self._send_to_unix(sock, data, address)
         return await self._proactor.sendto(sock, data, address)
@@ -186,7 +191,7 @@ class SocketMethods(asyncio.BaseEventLoop):
     async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, Any]:
         """Accept one connection: ``(socket, address)``; the socket is non-blocking."""
         self._check_sock(sock)
-        if not self._proactor.claims(sock):
+        if self._goes_first(sock):
             try:
                 conn, address = sock.accept()
             except _WOULD_BLOCK:

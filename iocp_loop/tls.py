@@ -43,8 +43,8 @@ class PythonTls:
 
     if TYPE_CHECKING:  # the rest of the protocol: asyncio's
         _app_protocol: Any
-        _app_protocol_buffer_updated: Callable[[int], object]
-        _app_protocol_get_buffer: Callable[[int], Any]
+        _app_protocol_buffer_updated: Any
+        _app_protocol_get_buffer: Any
         _app_protocol_is_buffer: bool
         _app_reading_paused: bool
         _incoming: ssl.MemoryBIO
@@ -54,10 +54,12 @@ class PythonTls:
 
         def _call_eof_received(self) -> None: ...
         def _control_ssl_reading(self) -> None: ...
+        def _do_shutdown(self) -> None: ...
         def _do_write(self) -> None: ...
         def _fatal_error(self, exc: BaseException, message: str) -> None: ...
         def _go_on(self) -> None: ...
         def _process_outgoing(self) -> None: ...
+        def _set_state(self, state: Any) -> None: ...
         def _start_shutdown(self) -> None: ...
 
     def data_received(self, data: bytes) -> None:
@@ -157,6 +159,11 @@ class _SSLTransport(TlsTransport, sslproto._SSLProtocolTransport):
 
     _write_otherwise = sslproto._SSLProtocolTransport.write
 
+    def close(self) -> None:
+        """Send what is queued, say good-bye to the peer, then close; ``connection_lost`` follows."""
+        if not self._closed:  # asyncio's class forgets its protocol the second time, and then fails in most methods
+            super().close()
+
 
 class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]  # it redefines _do_read
     """asyncio's SSLProtocol with the way of a message as above."""
@@ -171,6 +178,18 @@ class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]
     def _go_on(self) -> None:
         """Bytes have come, and it is not just data that is awaited: the step that the state says."""
         super().buffer_updated(0)
+
+    def _do_flush(self) -> None:
+        """Deliver what is left, then say good-bye; unless the protocol aborts meanwhile, which ends it all."""
+        self._do_read()
+        if self._state is _State.FLUSHING:
+            self._set_state(_State.SHUTDOWN)
+            self._do_shutdown()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The transport beneath is lost.  The user's protocol is let go of, which may keep the transport above."""
+        super().connection_lost(exc)
+        self._app_protocol_get_buffer = self._app_protocol_buffer_updated = None
 
     def get_buffer(self, n: int) -> memoryview:
         """A buffer for a transport that is not ours, and so takes this protocol for a BufferedProtocol."""

@@ -170,8 +170,12 @@ class PythonStream(FlowControl):
         """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
         if self._paused or self._closing:
             return None
+        protocol = self._protocol
         try:
-            view = ops.writable_view(self._context.run(self._protocol.get_buffer, size_hint))
+            buffer = self._context.run(protocol.get_buffer, size_hint)
+            if self._closing or self._protocol is not protocol:
+                return None
+            view = ops.writable_view(buffer)
             if not view.nbytes:
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except (SystemExit, KeyboardInterrupt):
@@ -321,7 +325,7 @@ class SocketTransport(Stream):
             self._choose_receiver()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """The current protocol."""
+        """The current protocol; None after its ``connection_lost``."""
         return cast("asyncio.BaseProtocol", self._protocol)
 
     # -- receiving ---------------------------------------------------------------------------------
@@ -346,7 +350,10 @@ class SocketTransport(Stream):
             receive.complete = self._received
 
     def _received_while_paused(self, value: Any, error: OSError | None) -> None:
-        self._held += ((value, error),)
+        if value and type(value) is int:
+            self._received_into(value, error)  # get_buffer() has paused: what it lent is filled all the same
+        else:
+            self._held += ((value, error),)
 
     def _received_while_closing(self, value: Any, error: OSError | None) -> None:
         if self._receive is not None and not self._receive.in_flight:
@@ -366,19 +373,25 @@ class SocketTransport(Stream):
         self._context.run(self._fatal_error, exc, message)
 
     def _copy_to_protocol(self, data: memoryview) -> None:
-        """Feed data to a BufferedProtocol, as much as its buffer takes at a time."""
+        """Feed data to a BufferedProtocol, as much as its buffer takes at a time.
+
+        Each call may pause, and the rest is held; close, and it is dropped; or set a protocol, and it is that one's.
+        """
         while data and not self._closing:
             if self._paused:
                 self._held = ((bytes(data), None), *self._held)
                 self._choose_receiver()
                 return
-            buffer = self._get_buffer_of_protocol(len(data))
-            if buffer is None:
+            if not self._buffered:
+                self._received(bytes(data), None)
                 return
-            count = min(len(data), buffer.nbytes)
-            buffer[:count] = data[:count]
-            data = data[count:]
-            self._received_into(count, None)
+            buffer = self._get_buffer_of_protocol(len(data))
+            if buffer is not None:
+                with buffer:  # let go of before the protocol is told, which may give its buffer another size
+                    count = min(len(data), buffer.nbytes)
+                    buffer[:count] = data[:count]
+                data = data[count:]
+                self._received_into(count, None)
 
     def _end_of_stream(self) -> None:
         try:
@@ -438,7 +451,7 @@ class SocketTransport(Stream):
     def get_write_buffer_size(self) -> int:
         """How many bytes were written and not yet taken by the kernel."""
         sending = self._sending
-        if sending is None or isinstance(sending, ops.SendFile):
+        if sending is None or self._lost or isinstance(sending, ops.SendFile):
             return self._queued
         return self._queued + sending.size - sending.sent
 
@@ -664,6 +677,7 @@ class SocketTransport(Stream):
             self._protocol.connection_lost(exc)
         finally:
             self._finished = True
+            self._protocol = None  # it may keep the transport, and then only the collector would free the two
             self._release_socket()
             server, self._server = self._server, None
             if server is not None:

@@ -75,9 +75,13 @@ class _Watching(PipeTransport):
         `ready` is called in no context of its own.
         """
 
+        def over() -> None:
+            op.complete = ops.is_over  # `deliver` and the operation refer to each other: part them
+            self._watches.discard(op)
+
         def deliver(events: Any, error: OSError | None) -> None:
             if not op.in_flight:
-                self._watches.discard(op)
+                over()
             if self._finished:
                 self._release_pipe()
             elif error is None:
@@ -90,10 +94,10 @@ class _Watching(PipeTransport):
         try:
             self._proactor.start(op, deliver)
         except PermissionError:
-            self._watches.discard(op)
+            over()
             return False
         except BaseException:
-            self._watches.discard(op)
+            over()
             raise
         return True
 
@@ -125,22 +129,27 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
             self._reading = None
             if self._next_turn is not None:
                 self._next_turn.cancel()
-
-    def resume_reading(self) -> None:
-        """Go on after ``pause_reading``."""
-        if self._paused and not self._closing:
-            self._paused = False
-            try:
-                self._arm()
-            except OSError as exc:
-                self._fatal_error(exc, "Fatal read error on pipe transport")
+                self._next_turn = None
 
     def close(self) -> None:
         """Close the pipe; ``connection_lost(None)`` follows."""
         self._lose_connection(None)
 
+    def _go_on(self) -> None:
+        try:
+            self._arm()
+        except OSError as exc:
+            self._fatal_error(exc, "Fatal read error on pipe transport")
+
+    def _deliver(self, data: bytes | memoryview) -> None:
+        self._feed(data)
+        self._run(self._go_on)
+
+    def _wants_more(self) -> bool:
+        return self.is_reading() and self._held is None
+
     def _arm(self) -> None:
-        if self._reading is not None or not self.is_reading():
+        if self._reading is not None or self._next_turn is not None or not self._wants_more():
             return
         op = ops.ReadinessStream(self._pipe, READABLE)
         if self._watch(op, self._read):
@@ -150,12 +159,13 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
 
     def _read_each_turn(self) -> None:
         """Read what is always ready."""
-        if self.is_reading():
-            self._read()
+        self._next_turn = None
+        self._read()
+        if self._next_turn is None and self._wants_more():
             self._next_turn = self._loop.call_soon(self._read_each_turn)
 
     def _read(self) -> None:
-        if not self.is_reading():
+        if not self._wants_more():
             return
         try:
             data = os.read(self._fd, READ_SIZE)

@@ -119,6 +119,7 @@ class OverlappedChannel(Channel):
 
     def _start(self, op: ops.Operation, deliver: Deliver) -> None:
         def completed(value: Any, error: OSError | None) -> None:
+            op.complete = ops.is_over  # this and the operation refer to each other: part them
             self._in_flight.discard(op)
             deliver(value, error)
 

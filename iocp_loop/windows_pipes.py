@@ -72,7 +72,6 @@ class _Reading(ReadingSide, _Channelled):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._reading = False  # a read is in flight
-        self._held: bytes | None = None  # what came while paused; empty: the end
         self._at_eof = False
         super().__init__(*args, **kwargs)
 
@@ -81,19 +80,8 @@ class _Reading(ReadingSide, _Channelled):
         if self.is_reading():
             self._paused = True
 
-    def resume_reading(self) -> None:
-        """Go on after ``pause_reading``."""
-        if self._paused and not self._closing:
-            self._paused = False
-            if self._held is None:
-                self._arm()
-            else:
-                self._loop.call_soon(self._deliver_held)
-
-    def _deliver_held(self) -> None:
-        if self._held is not None and self.is_reading():
-            data, self._held = self._held, None
-            self._deliver(data)
+    def _go_on(self) -> None:
+        self._arm()
 
     def _arm(self) -> None:
         if self._reading or self._at_eof or self._held is not None or not self.is_reading():
@@ -120,12 +108,13 @@ class _Reading(ReadingSide, _Channelled):
         else:
             self._deliver(data)
 
-    def _deliver(self, data: bytes) -> None:
+    def _deliver(self, data: bytes | memoryview) -> None:
         if not data:
             self._at_eof = True
             self._note_the_peer_left()
             self._run(self._end_of_stream)
-        elif self._feed(data):
+        else:
+            self._feed(data)
             self._run(self._arm)  # where it is told if that is refused
 
 

@@ -373,6 +373,9 @@ class SlowDriver(Driver):
     def cancel(self, op: Operation) -> None:
         self._begin_cancel(op)
 
+    def busy(self, fd: int, direction: int) -> bool:
+        return False
+
     def let_go(self) -> bool:
         return False
 

@@ -15,6 +15,11 @@ A driver turns operations into completions.  It has four verbs that matter:
 ``cancel(op)``
     A request.  The operation stays in flight until its last completion.
 
+First come, first served: operations of one handle and one direction are served in the order of their submission, and
+complete in it.  Two kinds are left out of it: reads and writes at an offset of a file, and whatever receives beside a
+stream.  Operations of different handles complete in any order.  An operation belongs to the file that its handle meant
+when it was submitted: when a number has become another file's, it ends with EBADF.
+
 ``submit``, ``cancel`` and ``dispatch`` belong to the thread that runs the port (or are called under its lock);
 ``wake`` may be called from any thread.  Nothing else in a driver is shared between threads, and nothing in a driver
 knows of Futures, transports or loops.
@@ -129,6 +134,10 @@ class Driver(ABC):
         """
         return True
 
+    @abstractmethod
+    def busy(self, fd: int, direction: int) -> bool:
+        """Whether an operation of `direction` (READABLE or WRITABLE) waits on `fd`, which is to be served first."""
+
     def register(self, handle: HandleLike) -> None:  # noqa: B027 - a driver that needs no association inherits this
         """Associate `handle` with the port, where the system wants that (Windows)."""
 
@@ -136,12 +145,13 @@ class Driver(ABC):
         """End a ``wait`` when something comes to `sock`, and throw that away, where a signal ends none (Windows)."""
 
     def after_fork_in_child(self) -> None:
-        """Let go of what the parent still uses, without a call that it could notice."""
-        self.closed = True
+        """Part with what the parent still uses, without a call that it could notice.
+
+        What is in flight stays so.  The child has a port of its own, which begins to wait for all of it with its first
+        ``wait``; before that a cancel ends an operation at once.
+        """
         self._sleeping = False
         self._waking = threading.RLock()  # the thread that held the old one may be the parent's
-        self.in_flight.clear()
-        self.ready.clear()
 
     # -- what they share ---------------------------------------------------------------------------
 
@@ -217,6 +227,20 @@ class Driver(ABC):
             op, value, error = ready.popleft()
             self.completions += 1
             op.complete(value, error)
+
+
+def receive_into(op: Any, *flags: int) -> int | None:
+    """Receive once for a stream whose owner lends the buffer: how many bytes; None if nothing is to be received now.
+
+    Asking for the buffer may have ended the stream: what there is stays in the socket then.  The buffer is let go of
+    before the owner is told, who may give it another size.  OSError if receiving fails.
+    """
+    lent = op.get_buffer()
+    if lent is None or op.state is not IN_FLIGHT:
+        return None
+    with memoryview(lent) as view:
+        del lent
+        return cast("int", op.handle.recv_into(view, 0, *flags))
 
 
 def receive_datagrams(op: Any, most: int, receive: Callable[[Any], Any]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT
+from .driver import receive_into
 from .iocp_binding import ABORTED, Slot, SlotPool, Submission, ffi, lib
 from .iocp_datagrams import DatagramRequests
 from .iocp_requests import Association
@@ -114,11 +115,10 @@ class ReceiveRequests(DatagramRequests):
                     op.complete(scratch[:count], None)
                 else:
                     self._end(sub, b"")
-            elif (buffer := op.get_buffer()) is not None:
-                count = op.handle.recv_into(buffer)
-                if count:
+            elif (lent := receive_into(op)) is not None:
+                if lent:
                     self.completions += 1
-                    op.complete(count, None)
+                    op.complete(lent, None)
                 else:
                     self._end(sub, 0)
         except BlockingIOError:

@@ -35,13 +35,14 @@ import os
 import select
 import selectors
 import socket
+import stat
 from collections.abc import Callable
 from typing import Any, cast
 
 from .. import operations as ops
-from ..operations import READABLE, WRITABLE, HandleLike, Operation
+from ..operations import READABLE, WRITABLE, Operation
 from ..system import system
-from .driver import Driver, cancelled_error, receive_datagrams
+from .driver import Driver, cancelled_error, receive_datagrams, receive_into
 from .poll_turns import PollTurns
 
 __all__ = ["PollDriver"]
@@ -65,15 +66,19 @@ class _Watch:
     There is one for each idle connection, so it is kept small: the queues are tuples, made anew when they change.
     """
 
-    __slots__ = ("events", "handle", "readers", "stream", "writers")
+    __slots__ = ("events", "readers", "stream", "writers")
 
-    def __init__(self, handle: HandleLike) -> None:
-        self.handle = handle
+    def __init__(self) -> None:
         self.events = 0
         self.readers: tuple[Operation, ...] = ()
         self.writers: tuple[Operation, ...] = ()
         #: The one stream that receives here while nothing else reads: it has a short way through ``dispatch``.
         self.stream: ops.ReceiveStream | None = None
+
+    def sweep(self) -> None:
+        """Let go of what has ended."""
+        self.readers = tuple([op for op in self.readers if op.state is not ops.DONE])
+        self.writers = tuple([op for op in self.writers if op.state is not ops.DONE])
 
     def remove(self, op: Operation) -> None:
         self.readers = tuple(other for other in self.readers if other is not op)
@@ -95,13 +100,11 @@ class PollDriver(PollTurns, Driver):
 
     def __init__(self, concurrency: int = 1) -> None:
         super().__init__(concurrency)
-        self._poller: _EpollPoller | _SelectorPoller = make_poller()
-        self._use_poller()
+        self._use_watch(_Watch)
         self._watches: dict[int, _Watch] = {}
         self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
         self._new: set[int] = set()  # descriptors whose watch is newer than the events
-        self._waker = make_waker()
-        self._poller.watch(self._waker.fileno(), 0, READABLE)
+        self._open_poller()
         self._attempts: dict[type[Operation], Callable[[Any], Any]] = {
             ops.Receive: _receive,
             ops.ReceiveInto: _receive_into,
@@ -123,6 +126,21 @@ class PollDriver(PollTurns, Driver):
             ops.ReceiveFromStream: self._receive_datagrams,
             ops.AcceptStream: self._accept_some,
         }
+
+    def _open_poller(self) -> None:
+        self._unarmed_poller = False  # whether the poller knows none of the watches
+        self._poller: _EpollPoller | _SelectorPoller = make_poller()
+        self._use_poller()
+        self._waker = make_waker()
+        self._watch_waker()
+
+    def _watch_waker(self) -> None:
+        self._poller.watch(self._waker.fileno(), 0, READABLE)
+
+    def _close_poller(self) -> None:
+        self._forget_poller()
+        self._poller.close()
+        self._waker.close()
 
     # -- submitting --------------------------------------------------------------------------------
 
@@ -148,7 +166,7 @@ class PollDriver(PollTurns, Driver):
             except OSError as error:
                 self._finish(op, None, error)
                 return
-        elif kind in self._attempts and op.fd not in self._watches and self._attempt(op):
+        elif kind in self._attempts and op.fd not in self._watches and not _may_block(op) and self._attempt(op):
             return
         try:
             self._add(op, events)
@@ -182,8 +200,8 @@ class PollDriver(PollTurns, Driver):
 
     def _add(self, op: Operation, events: int) -> None:
         watch = self._watches.get(op.fd)
-        if watch is None or (watch.handle is not op.handle and not self._still_watched(op.fd, watch)):
-            watch = self._watches[op.fd] = _Watch(op.handle)
+        if watch is None or not self._still_watched(op.fd, watch):
+            watch = self._watches[op.fd] = _Watch()
             self._new.add(op.fd)
         if events & READABLE:
             watch.readers += (op,)
@@ -198,17 +216,31 @@ class PollDriver(PollTurns, Driver):
             raise
 
     def _still_watched(self, fd: int, watch: _Watch) -> bool:
-        """False where the watched descriptor was closed, and its number now means something else."""
+        """False where the watched file was closed, and its number now means something else.
+
+        The poller tells: a file that is closed has left it.  What waited for the old file ends with EBADF.
+        """
         if not watch.events:
             return bool(watch.readers or watch.writers)
         try:
             self._poller.watch(fd, watch.events, watch.events)
         except OSError:
-            for op in {*watch.readers, *watch.writers}:
-                if op.in_flight:
-                    self._finish(op, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            self._end_all(watch, OSError(errno.EBADF, os.strerror(errno.EBADF)))
             return False
         return True
+
+    def _end_all(self, watch: _Watch, error: OSError) -> None:
+        for op in (*watch.readers, *watch.writers):
+            if op.in_flight:
+                self._finish(op, None, error)
+
+    def _wait_again(self, op: Operation) -> None:
+        """Wait for a receive that the native tier has begun, in line."""
+        self._adopt_socket_wait(op.fd)
+        try:
+            self._add(op, READABLE)
+        except OSError as error:
+            self._finish(op, None, error)
 
     def _update(self, fd: int, watch: _Watch) -> None:
         """Tell the poller what is wanted of `fd` now."""
@@ -294,14 +326,14 @@ class PollDriver(PollTurns, Driver):
                     op.complete(events, None)
             elif kind is ops.Readiness:
                 self._finish(op, held & op.events)  # type: ignore[attr-defined]  # as above
-                watch.remove(op)
-            elif self._attempt(op):
-                watch.remove(op)
-            else:
+            elif not self._attempt(op):
                 break
+        watch.sweep()
         self._settle(fd, watch)
 
     def _end_stream(self, op: Operation, value: Any, error: OSError | None) -> None:
+        if not op.in_flight:
+            return  # a finalizer has cancelled it since it was looked at
         watch = self._watches.get(op.fd)
         self._land(op)
         if watch is not None:
@@ -310,40 +342,38 @@ class PollDriver(PollTurns, Driver):
         self.completions += 1
         op.complete(value, error)
 
-    def _receive_data(self, op: ops.ReceiveStream) -> None:
-        """One receive of a stream, delivered at once: the hottest function of this driver."""
+    def _receive_data(self, op: ops.ReceiveStream) -> int:
+        """One receive of a stream, delivered at once: the hottest function of this driver.  The number of bytes."""
         if op.get_buffer is not None:
-            self._receive_into_buffer(op)
-            return
+            return self._receive_into_buffer(op)
         scratch = self._scratch
         try:
             count = op.handle.recv_into(scratch)
         except _AGAIN:
-            return
+            return 0
         except OSError as error:
             self._end_stream(op, None, error)
-            return
+            return 0
         if count:
             op.complete(scratch[:count], None)
         else:
             self._end_stream(op, b"", None)
+        return count
 
-    def _receive_into_buffer(self, op: ops.ReceiveStream) -> None:
+    def _receive_into_buffer(self, op: ops.ReceiveStream) -> int:
         """One receive of a stream whose owner lends the buffer."""
-        buffer = op.get_buffer()  # type: ignore[misc]  # its caller has looked
-        if buffer is None:
-            return
         try:
-            count = op.handle.recv_into(buffer)
+            count = receive_into(op)
         except _AGAIN:
-            return
+            return 0
         except OSError as error:
             self._end_stream(op, None, error)
-            return
+            return 0
         if count:
             op.complete(count, None)
-        else:
+        elif count is not None:
             self._end_stream(op, 0, None)
+        return count or 0
 
     def _receive_while_others_read(self, op: ops.ReceiveStream) -> None:
         if not op.paused:
@@ -358,12 +388,19 @@ class PollDriver(PollTurns, Driver):
             self._end_stream(op, None, error)
 
     def _accept_some(self, op: ops.AcceptStream) -> None:
-        for _ in range(op.depth):
+        # One, and twice as many each time that more are left: what one process leaves, others that share the listener
+        # may take.  None of them is to take them all because it woke first.
+        burst = op.driver_data or 1
+        op.driver_data = min(2 * burst, op.depth)
+        for _ in range(burst):
             if not op.in_flight:
                 return
             try:
                 value = _accept(op)
-            except (*_AGAIN, ConnectionAbortedError):
+            except ConnectionAbortedError:
+                return
+            except _AGAIN:
+                op.driver_data = 1
                 return
             except OSError as error:
                 self._end_stream(op, None, error)
@@ -380,17 +417,30 @@ class PollDriver(PollTurns, Driver):
         for op in list(self.in_flight.values()):
             self._land(op)
         self._watches.clear()
-        self._forget_poller()
-        self._poller.close()
-        self._waker.close()
+        self._forget_socket_waits()
+        self._close_poller()
         self._scratch.close()
 
     def after_fork_in_child(self) -> None:
         if not self.closed:
-            self._forget_poller()
-            self._poller.close()
-            self._waker.close()
+            self._close_poller()  # what goes through its descriptor is the parent's
+            self._open_poller()
+            for watch in self._watches.values():
+                watch.events = 0
+            self._unarmed_poller = True
         super().after_fork_in_child()
+
+    def _arm_all(self) -> None:
+        """Tell a new poller of everything that waits."""
+        self._unarmed_poller = False
+        for fd in self._socket_waits():
+            self._adopt_socket_wait(fd)
+        for fd, watch in list(self._watches.items()):
+            try:
+                self._update(fd, watch)
+            except OSError as error:  # closed since
+                self._end_all(watch, error)
+                self._watches.pop(fd, None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,6 +510,11 @@ def _send_file(op: ops.SendFile) -> Any:
     return system.sendfile(op.handle.fileno(), op.file, op.offset, op.count)  # type: ignore[union-attr]  # as above
 
 
+def _may_block(op: Operation) -> bool:
+    """Whether a call for `op` on what is not ready would block; a file that is always ready is no matter."""
+    return type(op) in _FILE_KINDS and os.get_blocking(op.fd) and not stat.S_ISREG(os.fstat(op.fd).st_mode)
+
+
 def _read(op: ops.Read) -> Any:
     return os.read(op.fd, op.size) if op.offset is None else os.pread(op.fd, op.size, op.offset)
 
@@ -473,6 +528,7 @@ def _write(op: ops.Write) -> Any:
 
 
 _WRITING_KINDS = frozenset({ops.Send, ops.SendAll, ops.SendFile, ops.SendTo, ops.Write, ops.Connect})
+_FILE_KINDS = frozenset({ops.Read, ops.ReadInto, ops.Write})
 _IOV_MAX = 1024  # Linux's and the BSDs' limit on buffers in one call, limits.h
 
 
@@ -593,7 +649,11 @@ class _EventfdWaker:
             os.eventfd_read(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close  # once, whoever comes first
 
 
 class _SocketWaker:

@@ -34,22 +34,48 @@ class PythonPollTurns(_Base):
     _new: set[int]  # descriptors whose watch is newer than the events
 
     if TYPE_CHECKING:  # the rest of the driver: PollDriver's
+        _unarmed_poller: bool
 
+        def _arm_all(self) -> None: ...
         def _dispatch_other(self, fd: int, watch: Any, events: int) -> None: ...
-        def _receive_data(self, op: ops.ReceiveStream) -> None: ...
+        def _receive_data(self, op: ops.ReceiveStream) -> int: ...
+
+    _epoll_fd = -1
 
     def _use_poller(self) -> None:
-        """Nothing to prepare; the native turn asks for the poller's descriptor here."""
+        """The poller is new.  The native turn waits for it itself, and driver uring polls it."""
+        if hasattr(self._poller, "fileno"):
+            self._epoll_fd = self._poller.fileno()
 
     def _forget_poller(self) -> None:
         """The poller is being closed; the native turn must not use its descriptor any more."""
+
+    def _forget_socket_waits(self) -> None:
+        """The driver is closed; the native turn lets go of what waits there."""
+
+    @staticmethod
+    def _use_watch(kind: type) -> None:
+        """Nothing to prepare; the native turn looks at what the driver keeps for a descriptor."""
 
     def _take_socket_wait(self, fd: int) -> ops.Operation | None:
         """A receive on `fd` that is not known here; only the native tier has such."""
         return None
 
-    def wait(self, timeout: float | None) -> None:
+    def _socket_waits(self) -> list[int]:
+        """The descriptors with such a receive."""
+        return []
+
+    def busy(self, fd: int, direction: int) -> bool:
+        watch = self._watches.get(fd)
+        return watch is not None and bool(watch.readers if direction == READABLE else watch.writers)
+
+    def _before_wait(self) -> None:
         self.waits += 1
+        if self._unarmed_poller:
+            self._arm_all()
+
+    def wait(self, timeout: float | None) -> None:
+        self._before_wait()
         if length_hint(self._events):
             return  # an exception has ended the dispatch, or this is a run inside of it: it goes on first
         self._sleeping = True
@@ -68,6 +94,11 @@ class PythonPollTurns(_Base):
     def dispatch(self) -> None:
         if self.ready:
             self._drain_ready()
+        self._deliver_events()
+        if self.ready:
+            self._drain_ready()
+
+    def _deliver_events(self) -> None:
         watches = self._watches
         received = 0
         try:
@@ -81,8 +112,6 @@ class PythonPollTurns(_Base):
                     self._dispatch_other(fd, watch, events)
         finally:
             self.completions += received
-        if self.ready:
-            self._drain_ready()
 
 
 if TYPE_CHECKING or hot is None or not hasattr(hot, "EpollTurns"):
@@ -92,6 +121,9 @@ else:
 
     class PollTurns(hot.EpollTurns):
         """The native turn, which has to be told which epoll instance to wait for."""
+
+        _before_wait = PythonPollTurns._before_wait
+        _deliver_events = PythonPollTurns._deliver_events
 
         def _use_poller(self):
             if hasattr(self._poller, "fileno"):

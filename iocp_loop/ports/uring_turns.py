@@ -1,7 +1,8 @@
 """One turn of the driver ``uring``: the wait, and the dispatch of what it has gathered.
 
 ports/uring.py tells how it all works.  This is its hot path, which the native tier has in C (``_native/hot/uring.c``):
-whatever is not the data of a stream that goes on is left to the driver, by ``_reap``.
+the turn of driver ``poll`` with a ring in it.  Whatever is not the data of a stream that goes on is left to the driver,
+by ``_reap``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import errno
 import math
 import os
 from collections.abc import Iterator
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from .. import operations as ops
 from ..native import hot
-from .driver import Driver
+from .poll_turns import PythonPollTurns
 from .uring_binding import ffi, lib
 
 __all__ = ["PythonUringTurns", "UringTurns"]
@@ -29,13 +31,8 @@ SHORTEST_NS = 200_000
 # A completion of a stream that goes on, with data: URING_MORE and URING_DATA of uring.h.
 _STREAM_DATA = 1 | 2
 
-if TYPE_CHECKING:
-    _Base = Driver
-else:
-    _Base = object
 
-
-class PythonUringTurns(_Base):
+class PythonUringTurns(PythonPollTurns):
     """What a driver inherits its turn from."""
 
     _ring: Any  # ``uring *`` of the native module, or None
@@ -45,7 +42,7 @@ class PythonUringTurns(_Base):
     _taken: int  # the serial of the last batch that was taken from the ring
     _batch: Iterator[tuple[int, int, int, int]]
     _undispatched: bool  # something of the batch may be left
-    _unarmed: list[ops.Operation]
+    _unsubmitted: list[ops.Operation]
     _uncancelled: list[ops.Operation]
 
     if TYPE_CHECKING:  # the rest of the driver: UringDriver's
@@ -60,12 +57,15 @@ class PythonUringTurns(_Base):
         """Nothing to prepare; the native turn looks at what the driver keeps for a stream."""
 
     def wait(self, timeout: float | None) -> None:
-        self.waits += 1
-        if self._undispatched:
-            return
+        self._before_wait()
+        if self._undispatched or length_hint(self._events):
+            return  # an exception has ended the dispatch, or this is a run inside of it: it goes on first
         if self._ring is None:
             self._open_ring()
-        if timeout is not None and timeout <= 0:
+        self._events = iter(())
+        self._new.clear()
+        # What has been ready stays ready until somebody looks: the ring tells of changes only.
+        if self._take_events() or (timeout is not None and timeout <= 0):
             count = lib.uring_wait(self._ring, 0, self._taken)
         else:
             count = self._sleep(timeout)
@@ -81,13 +81,24 @@ class PythonUringTurns(_Base):
             self.completions += count
         elif count < 0:
             raise OSError(-count, f"io_uring_enter failed: {os.strerror(-count)}")
+        if not length_hint(self._events):
+            self._take_events()
+
+    def _take_events(self) -> bool:
+        """Take what the readiness poller may have to tell, without waiting."""
+        if not self._ring.events_hold:
+            return False
+        events = self._poller.poll(0)
+        self._events = iter(events)
+        self._ring.events_hold = bool(events)
+        return bool(events)
 
     def _sleep(self, timeout: float | None) -> int:
         """uring_wait for at most `timeout` seconds, as somebody whom others can wake."""
         limit = -1 if timeout is None else min(max(math.ceil(timeout * 1e9), SHORTEST_NS), LONGEST_NS)
         self._sleeping = True
         try:
-            busy = self.ready or self._unarmed or self._uncancelled
+            busy = self.ready or self._unsubmitted or self._uncancelled
             if busy or (self.before_sleep is not None and self.before_sleep()):
                 limit = 0
             count: int = lib.uring_wait(self._ring, limit, self._taken)
@@ -109,7 +120,8 @@ class PythonUringTurns(_Base):
                 else:
                     self._reap(op, result, flags, start)
             self._undispatched = False
-        if self._unarmed or self._uncancelled:
+        self._deliver_events()
+        if self._unsubmitted or self._uncancelled:
             self._queue_leftovers()
         if self.ready:
             self._drain_ready()
@@ -121,14 +133,11 @@ if TYPE_CHECKING or hot is None or lib is None:
     UringTurns = PythonUringTurns
 else:
     hot.use_operations(ops)
-    _FUNCTIONS = [
-        int(ffi.cast("uintptr_t", ffi.addressof(lib.library, name)))
-        for name in ("uring_wait", "uring_prep_receive", "uring_prep_poll")
-    ]
+    _URING_WAIT = int(ffi.cast("uintptr_t", ffi.addressof(lib.library, "uring_wait")))
 
     class UringTurns(hot.UringTurns):
-        """The native turn, which has to be told where the ring is, and the functions of the binding that it calls."""
+        """The native turn, which has to be told where the ring is, and the function of the binding that it calls."""
 
         @staticmethod
         def _addresses(ring):
-            return int(ffi.cast("uintptr_t", ring)), *_FUNCTIONS
+            return int(ffi.cast("uintptr_t", ring)), _URING_WAIT

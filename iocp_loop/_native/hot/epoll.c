@@ -6,42 +6,35 @@
  * had the GIL.
  */
 
-#include "hot.h"
+#include "epoll.h"
 
 #ifdef __linux__
 
 #include <errno.h>
 #include <math.h>
-#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <time.h>
 
-enum { BATCH = 1024 };
+PyTypeObject *EpollTurns_type;
 
-/* A socket that sock_recv waits for.  Its registration stays when the wait is over: next time there is none to make, as
- * long as the socket is the same.  It is edge-triggered, and a wait begins after a recv that found nothing.  So what
- * comes when nobody waits is told once and not for ever, even where it can't be taken back: a socket that was closed here
- * stays registered while another process has it. */
-struct socket_watch {
-    PyObject *sock; /* a weak reference; NULL: not registered */
-    PyObject *op;   /* the Receive that waits, or NULL */
-};
+/* The slots of the driver's _Watch. */
+static struct {
+    Py_ssize_t readers, stream, writers;
+} at;
 
-typedef struct {
-    PyObject_HEAD
-    int fd; /* of the epoll instance */
-    PyObject *watches, *fresh, *in_flight, *submissions, *ready, *before_sleep;
-    struct socket_watch *sockets; /* by descriptor */
-    int sockets_room;
-    unsigned long long waits, completions, tokens;
-    Py_ssize_t stream_slot; /* of a watch */
-    int next, count, looked_at; /* of the events: the next, how many, and how far ahead we have looked */
-    char sleeping;
-    int contended;
-    size_t expected; /* bytes in a piece, see receive_bytes */
-    size_t delivered; /* bytes in this dispatch */
-    struct epoll_event events[BATCH];
-} EpollTurns;
+static PyObject *use_watch(PyObject *ignored, PyObject *type)
+{
+    at.readers = slot_offset(type, "readers");
+    at.stream = slot_offset(type, "stream");
+    at.writers = slot_offset(type, "writers");
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Waiting
+ * ------------------------------------------------------------------------------------------------------------------ */
 
 /* epoll_wait without the GIL; `limit` in ms, negative for ever. */
 static int block(EpollTurns *self, int limit)
@@ -69,26 +62,59 @@ static int block(EpollTurns *self, int limit)
     return count;
 }
 
+int epoll_take(EpollTurns *self, int *more)
+{
+    int count = epoll_wait(self->fd, self->events, BATCH, 0);
+    self->next = self->looked_at = 0;
+    self->count = count < 0 ? 0 : count;
+    *more = count == BATCH;
+    for (int n = 0; n < count && !*more; n++) {
+        int fd = self->events[n].data.fd;
+        *more = fd >= self->sockets_room || self->sockets[fd].op == NULL; /* what is ONESHOT is over */
+    }
+    return count;
+}
+
+int epoll_before_wait(EpollTurns *self)
+{
+    self->waits++;
+    if (self->next < self->count) /* an exception has ended the dispatch: it goes on first */
+        return 1;
+    if (self->unarmed) {
+        PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, names.arm_all);
+        if (done == NULL)
+            return -1;
+        Py_DECREF(done);
+    }
+    return 0;
+}
+
+int epoll_must_not_sleep(EpollTurns *self)
+{
+    if (has_items(self->ready))
+        return 1;
+    if (self->before_sleep == NULL || self->before_sleep == Py_None)
+        return 0;
+    PyObject *answer = PyObject_CallNoArgs(self->before_sleep);
+    int work = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return work;
+}
+
 /* Wait at most so many seconds; negative: for ever.  Whether there is something to dispatch. */
 static int wait(PyObject *driver, double seconds)
 {
     EpollTurns *self = (EpollTurns *)driver;
-    int limit = -1, count, work, code;
-    self->waits++;
-    if (self->next < self->count) /* an exception has ended the dispatch: it goes on first */
-        return 1;
+    int limit = -1, count, code, begun = epoll_before_wait(self);
+    if (begun)
+        return begun;
     if (!(seconds < 0)) {
         double ms = ceil(seconds * 1000); /* rounded up: never early */
         limit = ms <= INT_MAX ? (int)ms : INT_MAX;
     }
     self->next = self->count = self->looked_at = 0;
     self->sleeping = 1;
-    work = limit == 0 || has_items(self->ready);
-    if (work == 0 && self->before_sleep != NULL && self->before_sleep != Py_None) {
-        PyObject *answer = PyObject_CallNoArgs(self->before_sleep);
-        work = answer == NULL ? -1 : PyObject_IsTrue(answer);
-        Py_XDECREF(answer);
-    }
+    int work = limit == 0 ? 1 : epoll_must_not_sleep(self);
     if (work < 0) {
         self->sleeping = 0;
         return -1;
@@ -109,7 +135,7 @@ static int wait(PyObject *driver, double seconds)
     return count > 0 || has_items(self->ready);
 }
 
-static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout)
+PyObject *wait_with(PyObject *self, PyObject *timeout, int (*wait)(PyObject *, double))
 {
     double seconds = -1;
     if (timeout != Py_None) {
@@ -124,6 +150,12 @@ static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout)
     Py_RETURN_NONE;
 }
 
+static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout) { return wait_with(self, timeout, wait); }
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Receiving for a stream
+ * ------------------------------------------------------------------------------------------------------------------ */
+
 /* One receive of a stream, delivered at once. */
 static int receive_once(EpollTurns *self, PyObject *op, int *filled)
 {
@@ -137,7 +169,7 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
     ssize_t count;
     int lent = get_buffer != NULL && get_buffer != Py_None;
     if (lent)
-        count = receive_into(sock, get_buffer, filled);
+        count = receive_into(op, filled);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &data);
     if (count == NO_BUFFER)
@@ -167,7 +199,9 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
     }
     Py_DECREF(data);
     Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    if (done == NULL)
+        return -1;
+    return count > 0 && self->received != NULL ? self->received(self, op, (size_t)count) : 0;
 }
 
 static int receive(EpollTurns *self, PyObject *op)
@@ -187,22 +221,8 @@ static int receive(EpollTurns *self, PyObject *op)
  * Receive operations of sock_recv (sockets.c)
  * ------------------------------------------------------------------------------------------------------------------ */
 
-static PyTypeObject *EpollTurns_type;
-
-static int is_weakly(PyObject *reference, PyObject *object)
-{
-#if PY_VERSION_HEX >= 0x030D0000
-    PyObject *alive;
-    int same = PyWeakref_GetRef(reference, &alive) == 1 && alive == object;
-    Py_XDECREF(alive);
-    return same;
-#else
-    return PyWeakref_GetObject(reference) == object;
-#endif
-}
-
-/* Room for `fd` in the table; NULL with an exception. */
-static struct socket_watch *socket_watch_of(EpollTurns *self, int fd)
+/* Make room for `fd` in the table. */
+static int make_room(EpollTurns *self, int fd)
 {
     if (fd >= self->sockets_room) {
         int room = self->sockets_room ? self->sockets_room : 64;
@@ -212,68 +232,110 @@ static struct socket_watch *socket_watch_of(EpollTurns *self, int fd)
         PyMem_Resize(sockets, struct socket_watch, (size_t)room);
         if (sockets == NULL) {
             PyErr_NoMemory();
-            return NULL;
+            return -1;
         }
         for (int n = self->sockets_room; n < room; n++)
-            sockets[n].sock = sockets[n].op = NULL;
+            sockets[n] = (struct socket_watch){NULL, 0};
         self->sockets = sockets;
         self->sockets_room = room;
     }
-    return &self->sockets[fd];
+    return 0;
 }
 
-static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
+/* Let the poller tell once that `fd` is readable. */
+static int arm_once(EpollTurns *self, int fd)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLONESHOT, .data.fd = fd};
+    if (make_room(self, fd) < 0)
+        return -1;
+    /* The kernel knows better than we do whether this very file is registered. */
+    int known = self->sockets[fd].registered;
+    if (epoll_ctl(self->fd, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) < 0
+        && ((errno != EEXIST && errno != ENOENT)
+            || epoll_ctl(self->fd, known ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event) < 0)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    self->sockets[fd].registered = 1;
+    return 0;
+}
+
+/* Wait for `op`, which is in flight, as the driver in Python does. */
+static int wait_again(EpollTurns *self, PyObject *op)
+{
+    PyObject *done = PyObject_CallMethodOneArg((PyObject *)self, names.wait_again, op);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* The watch of a descriptor; borrowed.  NULL where there is none, or with an exception. */
+static PyObject *watch_of(EpollTurns *self, descriptor fd)
+{
+    PyObject *number = PyLong_FromLong(fd);
+    PyObject *watch = number == NULL || self->watches == NULL ? NULL : PyDict_GetItemWithError(self->watches, number);
+    Py_XDECREF(number);
+    return watch;
+}
+
+int epoll_busy(PyObject *driver, descriptor fd, int writing)
 {
     EpollTurns *self = (EpollTurns *)driver;
-    if (op == NULL) {
-        PyObject *number = PyLong_FromLong(fd);
-        int watched = number == NULL ? -1 : PyDict_Contains(self->watches, number);
-        Py_XDECREF(number);
-        if (watched < 0)
-            PyErr_Clear();
-        if (watched || self->fd < 0) /* the driver in Python sees to it */
-            return 0;
-        return fd >= self->sockets_room || self->sockets[fd].op == NULL
-               || SLOT(self->sockets[fd].op, operation_slots.state) != operation_slots.in_flight;
+    if (!writing && fd < self->sockets_room && fd >= 0) {
+        PyObject *op = self->sockets[fd].op;
+        if (op != NULL && SLOT(op, operation_slots.state) == operation_slots.in_flight)
+            return 1;
     }
-    struct socket_watch *watch = socket_watch_of(self, fd);
+    PyObject *watch = watch_of(self, fd);
     if (watch == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    return has_items(SLOT(watch, writing ? at.writers : at.readers));
+}
+
+static PyObject *epoll_turns_busy(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    long fd = count == 2 ? PyLong_AsLong(args[0]) : -1, direction = count == 2 ? PyLong_AsLong(args[1]) : -1;
+    if (count != 2 && !PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "busy() takes a descriptor and a direction");
+    if (PyErr_Occurred())
+        return NULL;
+    int busy = epoll_busy(self, (descriptor)fd, direction != EPOLLIN);
+    return busy < 0 ? NULL : PyBool_FromLong(busy);
+}
+
+int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
+{
+    EpollTurns *self = (EpollTurns *)driver;
+    if (op == NULL) /* where something else stands on the descriptor, the driver in Python sees to it */
+        return watch_of(self, fd) == NULL && !PyErr_Occurred() && self->fd >= 0 && !self->unarmed;
+    int busy = epoll_busy(driver, fd, 0);
+    if (busy < 0 || (!busy && arm_once(self, fd) < 0))
         return -1;
-    PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
-    if (watch->sock == NULL || !is_weakly(watch->sock, sock)) {
-        struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.fd = fd};
-        PyObject *reference = PyWeakref_NewRef(sock, NULL);
-        if (reference == NULL)
-            return -1;
-        if (epoll_ctl(self->fd, EPOLL_CTL_ADD, fd, &event) < 0
-            && (errno != EEXIST || epoll_ctl(self->fd, EPOLL_CTL_MOD, fd, &event) < 0)) {
-            Py_DECREF(reference);
-            PyErr_SetFromErrno(PyExc_OSError);
-            return -1;
-        }
-        Py_XSETREF(watch->sock, reference);
-    }
     if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
         return -1;
-    Py_XSETREF(watch->op, Py_NewRef(op));
+    if (busy) /* since the question: it waits behind */
+        return wait_again(self, op) < 0 ? -1 : 1;
+    Py_XSETREF(self->sockets[fd].op, Py_NewRef(op));
     return 1;
 }
 
 /* The socket behind `fd` is ready. */
 static int receive_for_wait(EpollTurns *self, int fd)
 {
-    PyObject *op = self->sockets[fd].op; /* ours from here on, unless it goes on waiting */
+    PyObject *op = self->sockets[fd].op; /* ours from here on */
     self->sockets[fd].op = NULL;
     if (op == NULL || SLOT(op, operation_slots.state) != operation_slots.in_flight) {
         Py_XDECREF(op); /* nobody waits: the next who does looks first */
         return 0;
     }
-    PyObject *data = receive_now(socket_descriptor(SLOT(op, operation_slots.handle)),
-                                 PyLong_AsSize_t(SLOT(op, operation_slots.size)));
-    if (data == Py_None) {
+    PyObject *sock = SLOT(op, operation_slots.handle), *size = SLOT(op, operation_slots.size), *data; /* borrowed */
+    data = sock == NULL || size == NULL || !is_socket(sock)
+               ? PyErr_Format(PyExc_OSError, "the operation was changed in flight")
+               : receive_now(socket_descriptor(sock), PyLong_AsSize_t(size));
+    if (data == Py_None) { /* somebody else was faster: wait again, as the driver waits for whatever is not plain */
+        int failed = wait_again(self, op);
         Py_DECREF(data);
-        self->sockets[fd].op = op;
-        return 0;
+        Py_DECREF(op);
+        return failed;
     }
     self->completions++;
     if (data != NULL)
@@ -291,22 +353,35 @@ static PyObject *take_socket_wait(EpollTurns *self, PyObject *number)
     long fd = PyLong_AsLong(number);
     if (fd == -1 && PyErr_Occurred())
         return NULL;
-    if (fd < 0 || fd >= self->sockets_room || self->sockets[fd].sock == NULL)
+    if (fd < 0 || fd >= self->sockets_room)
         Py_RETURN_NONE;
     struct socket_watch *watch = &self->sockets[fd];
     PyObject *op = watch->op;
     watch->op = NULL;
-    Py_CLEAR(watch->sock);
+    watch->registered = 0;
     if (op != NULL && SLOT(op, operation_slots.state) != operation_slots.in_flight)
         Py_CLEAR(op);
     return op == NULL ? Py_NewRef(Py_None) : op;
 }
 
+/* _socket_waits(): the descriptors on which one waits. */
+static PyObject *socket_waits(EpollTurns *self, PyObject *ignored)
+{
+    PyObject *list = PyList_New(0);
+    for (int fd = 0; list != NULL && fd < self->sockets_room; fd++) {
+        PyObject *number = self->sockets[fd].op == NULL ? NULL : PyLong_FromLong(fd);
+        if (number != NULL && PyList_Append(list, number) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(number);
+    }
+    return list;
+}
+
 static void forget_sockets(EpollTurns *self)
 {
     for (int n = 0; n < self->sockets_room; n++) {
+        self->sockets[n].registered = 0;
         Py_CLEAR(self->sockets[n].op);
-        Py_CLEAR(self->sockets[n].sock);
     }
 }
 
@@ -315,51 +390,41 @@ static PyObject *forget_poller(EpollTurns *self, PyObject *ignored)
 {
     self->fd = -1;
     self->next = self->count = self->looked_at = 0;
+    Py_RETURN_NONE;
+}
+
+/* The driver is closed. */
+static PyObject *forget_socket_waits(EpollTurns *self, PyObject *ignored)
+{
     forget_sockets(self);
     Py_RETURN_NONE;
 }
 
 static int deliver(EpollTurns *self, struct epoll_event event)
 {
-    PyObject *fd = PyLong_FromLong(event.data.fd), *watch, *stream, *done;
-    int failed;
-    if (fd == NULL)
+    int fd = event.data.fd, failed;
+    PyObject *watch = watch_of(self, fd), *stream, *done;
+    if (watch == NULL && PyErr_Occurred())
         return -1;
-    watch = PyDict_GetItemWithError(self->watches, fd);
-    if (watch == NULL && PyErr_Occurred()) {
-        Py_DECREF(fd);
-        return -1;
-    }
-    if (watch == NULL && event.data.fd < self->sockets_room && self->sockets[event.data.fd].sock != NULL) {
-        Py_DECREF(fd);
-        return receive_for_wait(self, event.data.fd);
-    }
+    if (watch == NULL && fd < self->sockets_room && self->sockets[fd].registered)
+        return receive_for_wait(self, fd);
     watch = Py_NewRef(watch == NULL ? Py_None : watch);
-    if (watch != Py_None && self->stream_slot <= 0) {
-        self->stream_slot = slot_offset((PyObject *)Py_TYPE(watch), "stream");
-        if (self->stream_slot < 0) {
-            Py_DECREF(watch);
-            Py_DECREF(fd);
-            return -1;
-        }
-    }
-    stream = watch == Py_None ? NULL : SLOT(watch, self->stream_slot);
+    stream = watch == Py_None ? NULL : SLOT(watch, at.stream);
     if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
         self->completions++;
         Py_INCREF(stream);
         failed = receive(self, stream);
         Py_DECREF(stream);
     } else {
-        done = PyObject_CallMethod((PyObject *)self, "_dispatch_other", "OOI", fd, watch, (unsigned)event.events);
+        done = PyObject_CallMethod((PyObject *)self, "_dispatch_other", "iOI", fd, watch, (unsigned)event.events);
         Py_XDECREF(done);
         failed = done == NULL ? -1 : 0;
     }
     Py_DECREF(watch);
-    Py_DECREF(fd);
     return failed;
 }
 
-static int drain_ready(EpollTurns *self)
+int epoll_drain_ready(EpollTurns *self)
 {
     if (!has_items(self->ready))
         return 0;
@@ -374,19 +439,16 @@ static void look(EpollTurns *self)
     PyObject *ops[AHEAD], *watches[AHEAD]; /* borrowed */
     int events = self->count - self->next < AHEAD ? self->count - self->next : AHEAD, found = 0, count = 0;
     for (int n = 0; n < events; n++) {
-        PyObject *number = PyLong_FromLong(self->events[self->next + n].data.fd), *watch = NULL;
-        if (number != NULL)
-            watch = PyDict_GetItemWithError(self->watches, number);
+        PyObject *watch = watch_of(self, self->events[self->next + n].data.fd);
         if (watch == NULL)
             PyErr_Clear();
         else {
             watches[found++] = watch;
-            fetch(watch, (size_t)self->stream_slot + sizeof(PyObject *));
+            fetch(watch, (size_t)at.stream + sizeof(PyObject *));
         }
-        Py_XDECREF(number);
     }
     for (int n = 0; n < found; n++) {
-        PyObject *stream = SLOT(watches[n], self->stream_slot);
+        PyObject *stream = SLOT(watches[n], at.stream);
         if (stream != NULL && stream != Py_None)
             ops[count++] = stream;
     }
@@ -394,19 +456,26 @@ static void look(EpollTurns *self)
     self->looked_at = self->next + events;
 }
 
-static int dispatch(PyObject *driver)
+int epoll_deliver(EpollTurns *self)
 {
-    EpollTurns *self = (EpollTurns *)driver;
-    if (drain_ready(self) < 0)
-        return -1;
-    self->delivered = 0;
     while (self->next < self->count && self->delivered < DELIVER_MOST) {
-        if (self->next >= self->looked_at && self->stream_slot > 0)
+        if (self->next >= self->looked_at)
             look(self);
         if (deliver(self, self->events[self->next++]) < 0)
             return -1;
     }
-    return drain_ready(self);
+    return 0;
+}
+
+static int dispatch(PyObject *driver)
+{
+    EpollTurns *self = (EpollTurns *)driver;
+    if (epoll_drain_ready(self) < 0)
+        return -1;
+    self->delivered = 0;
+    if (epoll_deliver(self) < 0)
+        return -1;
+    return epoll_drain_ready(self);
 }
 
 static PyObject *epoll_turns_dispatch(PyObject *self, PyObject *ignored)
@@ -429,23 +498,21 @@ static PyObject *epoll_turns_new(PyTypeObject *type, PyObject *args, PyObject *k
     return (PyObject *)self;
 }
 
-static int epoll_turns_traverse(EpollTurns *self, visitproc visit, void *arg)
+int epoll_turns_traverse(EpollTurns *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->watches);
     Py_VISIT(self->fresh);
     Py_VISIT(self->in_flight);
     Py_VISIT(self->submissions);
-    for (int n = 0; n < self->sockets_room; n++) {
+    for (int n = 0; n < self->sockets_room; n++)
         Py_VISIT(self->sockets[n].op);
-        Py_VISIT(self->sockets[n].sock);
-    }
     Py_VISIT(self->ready);
     Py_VISIT(self->before_sleep);
     return 0;
 }
 
-static int epoll_turns_clear(EpollTurns *self)
+int epoll_turns_clear(EpollTurns *self)
 {
     Py_CLEAR(self->watches);
     Py_CLEAR(self->fresh);
@@ -457,21 +524,30 @@ static int epoll_turns_clear(EpollTurns *self)
     return 0;
 }
 
-static void epoll_turns_dealloc(EpollTurns *self)
+void epoll_turns_free(EpollTurns *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
     epoll_turns_clear(self);
     PyMem_Free(self->sockets);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
+static void epoll_turns_dealloc(EpollTurns *self)
+{
+    PyObject_GC_UnTrack(self);
+    epoll_turns_free(self);
+}
+
 static PyMethodDef epoll_turns_methods[] = {
     {"wait", epoll_turns_wait, METH_O, NULL},
     {"dispatch", epoll_turns_dispatch, METH_NOARGS, NULL},
+    {"busy", (PyCFunction)(void (*)(void))epoll_turns_busy, METH_FASTCALL, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
+    {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},
+    {"_forget_socket_waits", (PyCFunction)forget_socket_waits, METH_NOARGS, "The driver is closed."},
+    {"_use_watch", use_watch, METH_O | METH_STATIC, "Look up the slots of what the driver keeps for a descriptor."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -498,6 +574,7 @@ static PyMemberDef epoll_turns_members[] = {
     {"waits", T_ULONGLONG, offsetof(EpollTurns, waits), 0, NULL},
     {"completions", T_ULONGLONG, offsetof(EpollTurns, completions), 0, NULL},
     {"_sleeping", T_BOOL, offsetof(EpollTurns, sleeping), 0, NULL},
+    {"_unarmed_poller", T_BOOL, offsetof(EpollTurns, unarmed), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -525,7 +602,8 @@ int add_epoll(PyObject *module)
     EpollTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &epoll_turns_spec, NULL);
     if (EpollTurns_type == NULL)
         return -1;
-    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, wait, dispatch, submit_receive, 1};
+    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, wait, dispatch, epoll_submit_receive,
+                                                epoll_busy, 1};
     add_native_driver(&driver);
     return PyModule_AddObjectRef(module, "EpollTurns", (PyObject *)EpollTurns_type);
 }

@@ -44,12 +44,12 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 /* The names that are looked up again and again, made once. */
 extern struct names {
     PyObject *append, *arm, *end_with, *popleft, *take; /* of iocp.c */
-    PyObject *abandon, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
+    PyObject *abandon, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
         *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
-        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_ended,
+        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
         *receiving_failed, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
-        *when, *write, *write_otherwise, *write_to_self;
+        *wait_again, *when, *write, *write_otherwise, *write_to_self;
 } names;
 
 /* What native.py has set: functions in Python for what is rare. */
@@ -176,6 +176,9 @@ struct native_driver {
     /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
      * asked; -1: error.  NULL where sockets.c is not. */
     int (*submit_receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
+    /* Whether an earlier operation of that direction waits on `fd`, which is to be served first; -1: error.  NULL as
+     * above. */
+    int (*busy)(PyObject *driver, descriptor fd, int writing);
     int look_costs; /* a wait of 0 s is a system call even if there is nothing; then the loop asks less often */
 };
 
@@ -189,16 +192,13 @@ int land(PyObject *op, PyObject *in_flight);
 #ifndef _WIN32
 /* sockets.c.  Bytes, or None if there is nothing to receive just now. */
 PyObject *receive_now(descriptor fd, size_t size);
-/* Whether what sock_recv got of late was large; then the kernel's pool is the slower way. */
-int pieces_are_large(void);
-void note_piece(size_t size); /* one that came another way */
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* recv on `sock` into what `get_buffer()` lends; -1 with errno; NO_BUFFER if it lends nothing, with an exception or
- * without.  Both are held while that runs: it may do anything, to the socket too.  `filled`: the buffer is full, so that
+/* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner lends; -1 with
+ * errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full, so that
  * there may be more. */
-ssize_t receive_into(PyObject *sock, PyObject *get_buffer, int *filled);
+ssize_t receive_into(PyObject *op, int *filled);
 enum { NO_BUFFER = -2 };
 /* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
 enum { RECEIVES_IN_A_TURN = 8 };

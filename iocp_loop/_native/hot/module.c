@@ -42,7 +42,7 @@ PyMODINIT_FUNC PyInit__hot(void)
         || add_sockets(module) < 0 || add_datagrams(module) < 0
 #endif
 #ifdef __linux__
-        || add_uring(module) < 0 || add_epoll(module) < 0
+        || add_epoll(module) < 0 || add_uring(module) < 0
 #endif
 #ifdef _WIN32
         || add_iocp(module) < 0

@@ -212,9 +212,9 @@ void add_native_driver(const struct native_driver *driver)
 
 const struct native_driver *native_driver_of(PyObject *driver)
 {
-    for (size_t n = 0; n < driver_count; n++)
-        if (PyObject_TypeCheck(driver, *drivers[n]->type))
-            return drivers[n];
+    for (size_t n = driver_count; n > 0; n--) /* the last first: it may be a subtype of an earlier one */
+        if (PyObject_TypeCheck(driver, *drivers[n - 1]->type))
+            return drivers[n - 1];
     return NULL;
 }
 
@@ -322,6 +322,7 @@ int intern_names(void)
         {&names.abandon, "abandon"},
         {&names.append, "append"},
         {&names.arm, "_arm"},
+        {&names.arm_all, "_arm_all"},
         {&names.buffer_updated, "buffer_updated"},
         {&names.call_eof_received, "_call_eof_received"},
         {&names.callback, "callback"},
@@ -352,6 +353,7 @@ int intern_names(void)
         {&names.queue_leftovers, "_queue_leftovers"},
         {&names.read, "read"},
         {&names.reap, "_reap"},
+        {&names.receive_by_ring, "_receive_by_ring"},
         {&names.receive_ended, "_receive_ended"},
         {&names.receiving_failed, "_receiving_failed"},
         {&names.run, "run"},
@@ -361,6 +363,7 @@ int intern_names(void)
         {&names.take, "take"},
         {&names.time, "time"},
         {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
+        {&names.wait_again, "_wait_again"},
         {&names.when, "when"},
         {&names.write, "write"},
         {&names.write_otherwise, "_write_otherwise"},

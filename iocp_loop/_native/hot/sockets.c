@@ -80,14 +80,6 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
 
 static size_t expected; /* of all that sock_recv receives */
 
-void note_piece(size_t size)
-{
-    if (size >= DIRECT_FROM && expected < size)
-        expected = size < DIRECT_MOST ? size : DIRECT_MOST;
-}
-
-int pieces_are_large(void) { return expected >= DIRECT_FROM; }
-
 PyObject *receive_now(descriptor fd, size_t size)
 {
     PyObject *data;
@@ -106,19 +98,21 @@ PyObject *receive_now(descriptor fd, size_t size)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-ssize_t receive_into(PyObject *sock, PyObject *get_buffer, int *filled)
+/* Asking for the buffer may do anything: end the stream, close its socket. */
+ssize_t receive_into(PyObject *op, int *filled)
 {
+    PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
+    PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
     Py_buffer view;
     ssize_t count = NO_BUFFER;
     int code = 0;
     *filled = 0;
-    Py_INCREF(sock);
-    Py_INCREF(get_buffer);
-    PyObject *buffer = PyObject_CallNoArgs(get_buffer);
     if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
-        count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
-        code = errno;
-        *filled = count > 0 && count == view.len;
+        if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
+            count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
+            code = errno;
+            *filled = count > 0 && count == view.len;
+        }
         PyBuffer_Release(&view);
     }
     Py_XDECREF(buffer);
@@ -423,6 +417,11 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         PyErr_Clear(); /* too large; Python's way says what it thinks of that */
         Py_RETURN_NONE;
     }
+    int busy = self->native->busy(self->driver, fd, 0);
+    if (busy < 0)
+        return NULL;
+    if (busy) /* first come, first served */
+        Py_RETURN_NONE;
     PyObject *data = receive_now(fd, (size_t)size);
     if (data != Py_None)
         return data;
@@ -458,6 +457,11 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
     descriptor fd = plain_descriptor(self->loop, args[0]);
     if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
         Py_RETURN_NONE;
+    int busy = self->native->busy(self->driver, fd, 1);
+    if (busy < 0)
+        return NULL;
+    if (busy)
+        return PyLong_FromLong(0); /* it waits in line */
     ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), (size_t)PyBytes_GET_SIZE(args[1]), MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent >= 0)
         return PyLong_FromSsize_t(sent);

@@ -149,14 +149,21 @@ static PyObject *ask(struct stream *stream, PyObject *method, PyObject *argument
     return result;
 }
 
-/* Get a buffer of the protocol for `hint` bytes.  1: here it is, `view` of `buffer`, both to be released; 0: the protocol
- * has failed to give one, and was told; -1: error. */
+/* Get a buffer of the protocol for `hint` bytes.  1: here it is, `view` of `buffer`, both to be released; 0: there is none,
+ * as the protocol has closed or been replaced meanwhile, or has failed to give one, and was told; -1: error. */
 static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
 {
-    PyObject *size = PyLong_FromSsize_t(hint);
-    *buffer = size == NULL ? NULL : ask(stream_of(self), names.get_buffer, size);
-    int failed = *buffer == NULL || PyObject_GetBuffer(*buffer, view, PyBUF_SIMPLE) < 0;
+    struct stream *stream = stream_of(self);
+    PyObject *size = PyLong_FromSsize_t(hint), *protocol = Py_XNewRef(stream->protocol);
+    *buffer = size == NULL ? NULL : ask(stream, names.get_buffer, size);
+    int wanted = !stream->closing && stream->protocol == protocol;
     Py_XDECREF(size);
+    Py_XDECREF(protocol);
+    if (*buffer != NULL && !wanted) {
+        Py_CLEAR(*buffer);
+        return 0;
+    }
+    int failed = *buffer == NULL || PyObject_GetBuffer(*buffer, view, PyBUF_SIMPLE) < 0;
     if (!failed && (view->readonly || view->len == 0)) {
         if (view->readonly)
             PyErr_SetString(PyExc_TypeError, "a writable buffer is needed, this one is read-only");
@@ -215,23 +222,25 @@ static int buffer_updated(PyObject *self, Py_ssize_t count)
     return done == NULL ? fail(self, names.receiving_failed, "Fatal error: protocol.buffer_updated() call failed.") : 0;
 }
 
-/* Copy what has come into the protocol's buffer; what does not fit in goes the slower way, bit by bit. */
+/* Copy what has come into the protocol's buffer; what does not fit in, or is not taken now, goes the slower way. */
 static int copy_to_protocol(PyObject *self, PyObject *data)
 {
     PyObject *buffer;
     Py_buffer view;
-    Py_ssize_t size = PyBytes_GET_SIZE(data);
+    Py_ssize_t size = PyBytes_GET_SIZE(data), count = 0;
     int got = get_buffer(self, size, &buffer, &view);
-    if (got <= 0)
-        return got;
-    Py_ssize_t count = size < view.len ? size : view.len;
-    memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
-    PyBuffer_Release(&view);
-    Py_DECREF(buffer);
-    if (buffer_updated(self, count) < 0)
+    if (got < 0)
         return -1;
-    if (count == size)
-        return 0;
+    if (got) {
+        count = size < view.len ? size : view.len;
+        memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
+        PyBuffer_Release(&view);
+        Py_DECREF(buffer);
+        if (buffer_updated(self, count) < 0)
+            return -1;
+        if (count == size)
+            return 0;
+    }
     PyObject *whole = PyMemoryView_FromObject(data), *rest, *done;
     rest = whole == NULL ? NULL : PySequence_GetSlice(whole, count, size);
     done = rest == NULL ? NULL : PyObject_CallMethod(self, "_copy_to_protocol", "O", rest);

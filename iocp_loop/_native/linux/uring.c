@@ -43,12 +43,12 @@
 struct uring_sqe {
     uint8_t opcode;
     uint8_t flags; /* SQE_* */
-    uint16_t ioprio; /* multishot flags of accept and receive */
+    uint16_t ioprio; /* multishot flag of receive */
     int32_t fd;
     uint64_t offset; /* addr2: the length of connect's address */
     uint64_t addr;
     uint32_t len;
-    uint32_t op_flags; /* msg_flags, accept_flags, poll32_events, cancel_flags */
+    uint32_t op_flags; /* msg_flags, poll32_events, cancel_flags */
     uint64_t user_data;
     uint16_t buffer_group;
     uint16_t personality;
@@ -135,12 +135,9 @@ _Static_assert(sizeof(struct enter_argument) == 24, "the kernel's size of io_uri
 enum {
     OP_NOP = 0,
     OP_POLL_ADD = 6,
-    OP_SENDMSG = 9,
-    OP_ACCEPT = 13,
     OP_ASYNC_CANCEL = 14,
     OP_READ = 22,
     OP_WRITE = 23,
-    OP_SEND = 26,
     OP_RECV = 27,
 };
 
@@ -176,7 +173,6 @@ enum {
 #define SQE_CQE_SKIP_SUCCESS (1U << 6)
 
 #define RECV_MULTISHOT (1U << 1)
-#define ACCEPT_MULTISHOT (1U << 0)
 #define POLL_ADD_MULTI (1U << 0)
 #define CANCEL_ALL (1U << 0)
 #define CANCEL_ANY (1U << 2)
@@ -218,17 +214,11 @@ static int sys_register(int fd, unsigned opcode, void *argument, unsigned count)
 #define SQ_ENTRIES 256
 #define CQ_ENTRIES 4096 /* multishot requests complete more often than they are submitted */
 
-/* Streams: few large buffers where the kernel fills them bit by bit, many small ones where it spends one per receive. */
-#define STREAM_GROUP 0
-#define STREAM_COUNT_INCREMENTAL 16
-#define STREAM_COUNT 256
-#define STREAM_MEMORY (1U << 20)
-
-/* Single receives.  Never incremental: a request that moved to a worker thread would spoil the count of what is filled. */
-#define SINGLE_GROUP 1
-#define SINGLE_FIRST_ID 0x4000
-#define SINGLE_COUNT 128
-#define SINGLE_SIZE (32U << 10)
+/* Few large buffers where the kernel fills them bit by bit, many small ones where it spends one per receive. */
+#define POOL_GROUP 0
+#define POOL_COUNT_INCREMENTAL 16
+#define POOL_COUNT 256
+#define POOL_MEMORY (1U << 20)
 
 /* From here on recv into one hot buffer is no dearer than a walk through the pool, measured with 100 connections.  With a
  * thousand, a batch of larger pieces empties the pool, and what found no buffer is asked for again. */
@@ -293,8 +283,7 @@ static int map_queues(uring *ring, const struct setup_params *params)
 
 static int has_opcodes(int fd)
 {
-    static const uint8_t needed[] = {OP_NOP,  OP_POLL_ADD, OP_SENDMSG, OP_ACCEPT, OP_ASYNC_CANCEL,
-                                     OP_READ, OP_WRITE,    OP_SEND,    OP_RECV};
+    static const uint8_t needed[] = {OP_NOP, OP_POLL_ADD, OP_ASYNC_CANCEL, OP_READ, OP_WRITE, OP_RECV};
     struct probe *probe = calloc(1, sizeof(struct probe));
     if (probe == NULL)
         return -1;
@@ -310,12 +299,13 @@ static int has_opcodes(int fd)
 }
 
 /* Lend buffer `index` of the pool to the kernel; pool_publish makes it known. */
-static void pool_lend(uring *ring, struct uring_pool *pool, unsigned index)
+static void pool_lend(uring *ring, unsigned index)
 {
+    struct uring_pool *pool = &ring->pool;
     struct uring_buffer *entry = &pool->ring[pool->tail & (pool->count - 1)];
-    entry->addr = (uint64_t)(uintptr_t)(ring->memory + pool->base + (size_t)index * pool->size);
+    entry->addr = (uint64_t)(uintptr_t)(ring->memory + (size_t)index * pool->size);
     entry->len = pool->size;
-    entry->id = (uint16_t)(pool->first_id + index);
+    entry->id = (uint16_t)index;
     pool->tail++;
     if (pool->incremental)
         pool->filled[index] = 0;
@@ -326,67 +316,49 @@ static void pool_publish(struct uring_pool *pool)
     STORE(&pool->ring[0].tail, pool->tail);
 }
 
-static int pool_register(uring *ring, struct uring_pool *pool, unsigned group)
+static int pool_register(uring *ring, unsigned count, int incremental)
 {
+    struct uring_pool *pool = &ring->pool;
+    pool->count = count;
+    pool->size = POOL_MEMORY / count;
+    pool->incremental = incremental;
     struct buffer_registration registration = {
         .ring_addr = (uint64_t)(uintptr_t)pool->ring,
-        .ring_entries = pool->count,
-        .group = (uint16_t)group,
-        .flags = pool->incremental ? BUFFER_RING_INCREMENTAL : 0,
+        .ring_entries = count,
+        .group = POOL_GROUP,
+        .flags = incremental ? BUFFER_RING_INCREMENTAL : 0,
     };
     if (sys_register(ring->fd, REGISTER_BUFFER_RING, &registration, 1) < 0)
         return -1;
-    for (unsigned index = 0; index < pool->count; index++)
-        pool_lend(ring, pool, index);
+    for (unsigned index = 0; index < count; index++)
+        pool_lend(ring, index);
     pool_publish(pool);
     return 0;
 }
 
-static void pool_shape(struct uring_pool *pool, unsigned count, int incremental)
-{
-    pool->count = count;
-    pool->size = STREAM_MEMORY / count;
-    pool->incremental = incremental;
-}
-
 static int lend_memory(uring *ring, int *step)
 {
-    struct uring_pool *streams = &ring->streams, *singles = &ring->singles;
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t span = (STREAM_COUNT * sizeof(struct uring_buffer) + page - 1) / page * page;
+    struct uring_pool *pool = &ring->pool;
 
     *step = URING_STEP_MEMORY;
-    ring->memory_size = STREAM_MEMORY + SINGLE_COUNT * SINGLE_SIZE;
+    ring->memory_size = POOL_MEMORY;
     ring->memory = map_private(ring->memory_size);
-    ring->pool_rings_size = 2 * span; /* each of the two must begin a page */
-    ring->pool_rings = map_private(ring->pool_rings_size);
-    ring->spent = calloc(STREAM_COUNT + SINGLE_COUNT, sizeof(uint16_t));
-    streams->filled = calloc(STREAM_COUNT_INCREMENTAL, sizeof(uint32_t));
-    if (ring->memory == NULL || ring->pool_rings == NULL || ring->spent == NULL || streams->filled == NULL)
+    ring->pool_ring_size = POOL_COUNT * sizeof(struct uring_buffer);
+    pool->ring = map_private(ring->pool_ring_size);
+    ring->spent = calloc(POOL_COUNT, sizeof(uint16_t));
+    pool->filled = calloc(POOL_COUNT_INCREMENTAL, sizeof(uint32_t));
+    if (ring->memory == NULL || pool->ring == NULL || ring->spent == NULL || pool->filled == NULL)
         return -1;
 
     *step = URING_STEP_BUFFERS;
-    streams->ring = ring->pool_rings;
     if (ring->incremental) {
-        pool_shape(streams, STREAM_COUNT_INCREMENTAL, 1);
-        if (pool_register(ring, streams, STREAM_GROUP) < 0) {
-            if (errno != EINVAL)
-                return -1;
-            ring->incremental = 0; /* the flag is unknown */
-        }
-    }
-    if (!ring->incremental) {
-        pool_shape(streams, STREAM_COUNT, 0);
-        if (pool_register(ring, streams, STREAM_GROUP) < 0)
+        if (pool_register(ring, POOL_COUNT_INCREMENTAL, 1) == 0)
+            return 0;
+        if (errno != EINVAL)
             return -1;
+        ring->incremental = 0; /* the flag is unknown */
     }
-
-    singles->ring = (struct uring_buffer *)((char *)ring->pool_rings + span);
-    singles->first_id = SINGLE_FIRST_ID;
-    singles->count = SINGLE_COUNT;
-    singles->size = SINGLE_SIZE;
-    singles->base = STREAM_MEMORY;
-    return pool_register(ring, singles, SINGLE_GROUP);
+    return pool_register(ring, POOL_COUNT, 0);
 }
 
 static int set_up(uring *ring, int *step)
@@ -416,7 +388,7 @@ static int set_up(uring *ring, int *step)
     return lend_memory(ring, step);
 }
 
-uring *uring_open(int flags, int wake_fd, int *step)
+uring *uring_open(int flags, int wake_fd, int epoll_fd, int *step)
 {
     *step = URING_STEP_MEMORY;
     uring *ring = calloc(1, sizeof(*ring));
@@ -426,6 +398,7 @@ uring *uring_open(int flags, int wake_fd, int *step)
     ring->shared = (flags & URING_SHARED) != 0;
     ring->incremental = !(flags & URING_PLAIN);
     ring->wake_fd = wake_fd;
+    ring->epoll_fd = epoll_fd;
     pthread_mutex_init(&ring->lock, NULL);
     if (set_up(ring, step) < 0) {
         int error = errno;
@@ -442,7 +415,7 @@ static void free_structure(uring *ring)
         close(ring->fd);
     pthread_mutex_destroy(&ring->lock);
     free(ring->spent);
-    free(ring->streams.filled);
+    free(ring->pool.filled);
     free(ring);
 }
 
@@ -453,8 +426,8 @@ void uring_close(uring *ring, int keep_memory)
     if (ring->rings != NULL)
         munmap(ring->rings, ring->rings_size);
     if (!keep_memory) {
-        if (ring->pool_rings != NULL)
-            munmap(ring->pool_rings, ring->pool_rings_size);
+        if (ring->pool.ring != NULL)
+            munmap(ring->pool.ring, ring->pool_ring_size);
         if (ring->memory != NULL)
             munmap(ring->memory, ring->memory_size);
     }
@@ -560,65 +533,7 @@ int uring_prep_receive_stream(uring *ring, int fd, uint64_t token)
         .ioprio = RECV_MULTISHOT,
         .fd = fd,
         .user_data = token,
-        .buffer_group = STREAM_GROUP,
-    };
-    return push(ring, &sqe);
-}
-
-int uring_prep_receive(uring *ring, int fd, uint64_t token, uint32_t size)
-{
-    struct uring_sqe sqe = {
-        .opcode = OP_RECV,
-        .flags = SQE_BUFFER_SELECT,
-        .fd = fd,
-        .len = size < SINGLE_SIZE ? size : SINGLE_SIZE,
-        .user_data = token,
-        .buffer_group = SINGLE_GROUP,
-    };
-    return push(ring, &sqe);
-}
-
-int uring_prep_receive_into(uring *ring, int fd, uint64_t token, void *data, uint32_t size)
-{
-    struct uring_sqe sqe = {
-        .opcode = OP_RECV, .fd = fd, .addr = address_of(data), .len = size, .user_data = token};
-    return push(ring, &sqe);
-}
-
-int uring_prep_send(uring *ring, int fd, uint64_t token, const void *data, uint32_t size)
-{
-    struct uring_sqe sqe = {
-        .opcode = OP_SEND,
-        .fd = fd,
-        .addr = address_of(data),
-        .len = size,
-        .op_flags = MSG_NOSIGNAL,
-        .user_data = token,
-    };
-    return push(ring, &sqe);
-}
-
-int uring_prep_send_message(uring *ring, int fd, uint64_t token, const struct msghdr *message)
-{
-    struct uring_sqe sqe = {
-        .opcode = OP_SENDMSG,
-        .fd = fd,
-        .addr = address_of(message),
-        .len = 1,
-        .op_flags = MSG_NOSIGNAL,
-        .user_data = token,
-    };
-    return push(ring, &sqe);
-}
-
-int uring_prep_accept(uring *ring, int fd, uint64_t token, int stream)
-{
-    struct uring_sqe sqe = {
-        .opcode = OP_ACCEPT,
-        .ioprio = stream ? ACCEPT_MULTISHOT : 0,
-        .fd = fd,
-        .op_flags = SOCK_CLOEXEC | SOCK_NONBLOCK,
-        .user_data = token,
+        .buffer_group = POOL_GROUP,
     };
     return push(ring, &sqe);
 }
@@ -646,12 +561,6 @@ int uring_prep_write(uring *ring, int fd, uint64_t token, const void *data, uint
         .len = size,
         .user_data = token,
     };
-    return push(ring, &sqe);
-}
-
-int uring_prep_poll(uring *ring, int fd, uint64_t token, uint32_t events)
-{
-    struct uring_sqe sqe = {.opcode = OP_POLL_ADD, .fd = fd, .op_flags = poll_bits(events), .user_data = token};
     return push(ring, &sqe);
 }
 
@@ -692,36 +601,27 @@ int uring_cancel_all(uring *ring)
  * Waiting
  * ------------------------------------------------------------------------------------------------------------------ */
 
-static struct uring_pool *pool_of(uring *ring, unsigned id)
-{
-    return id < SINGLE_FIRST_ID ? &ring->streams : &ring->singles;
-}
-
 /* Give back the buffers of the last batch: their bytes have been copied by now. */
 static void recycle(uring *ring)
 {
     if (ring->spent_count == 0)
         return;
-    for (unsigned i = 0; i < ring->spent_count; i++) {
-        struct uring_pool *pool = pool_of(ring, ring->spent[i]);
-        pool_lend(ring, pool, ring->spent[i] - pool->first_id);
-    }
+    for (unsigned i = 0; i < ring->spent_count; i++)
+        pool_lend(ring, ring->spent[i]);
     ring->spent_count = 0;
-    pool_publish(&ring->streams);
-    pool_publish(&ring->singles);
+    pool_publish(&ring->pool);
 }
 
 /* Note that a completion used the buffer `id`; returns where in `memory` its bytes begin. */
 static size_t take_buffer(uring *ring, unsigned id, size_t size, uint32_t flags)
 {
-    struct uring_pool *pool = pool_of(ring, id);
-    unsigned index = id - pool->first_id;
-    size_t start = pool->base + (size_t)index * pool->size;
+    struct uring_pool *pool = &ring->pool;
+    size_t start = (size_t)id * pool->size;
 
     if (pool->incremental) {
         /* The kernel does not say where in the buffer it wrote: right behind what it wrote before. */
-        start += pool->filled[index];
-        pool->filled[index] += (uint32_t)size;
+        start += pool->filled[id];
+        pool->filled[id] += (uint32_t)size;
         if (flags & CQE_BUFFER_MORE)
             return start;
     }
@@ -744,6 +644,12 @@ static int gather(uring *ring)
                 ring->wake_armed = 0;
             continue;
         }
+        if (cqe.user_data == URING_TOKEN_EVENTS) {
+            if (!(cqe.flags & CQE_MORE))
+                ring->epoll_armed = 0;
+            ring->events_hold = 1;
+            continue;
+        }
         uint32_t flags = cqe.flags & CQE_MORE ? URING_MORE : 0;
         int64_t result = cqe.res, start = 0;
         if (cqe.flags & CQE_BUFFER) {
@@ -752,7 +658,7 @@ static int gather(uring *ring)
                 flags |= URING_DATA | (result >= BIG_RECEIVE ? URING_BIG : 0);
                 start = (int64_t)take_buffer(ring, id, (size_t)result, cqe.flags);
                 result += start;
-            } else if (!pool_of(ring, id)->incremental) {
+            } else if (!ring->pool.incremental) {
                 take_buffer(ring, id, 0, cqe.flags);
             }
         }
@@ -769,17 +675,18 @@ static int gather(uring *ring)
     return count;
 }
 
-static void arm_wake(uring *ring)
+/* Ask for a completion each time that `fd` becomes readable; whether that is queued.  Nobody reads the eventfd: the poll
+ * tells of each write, whatever the count. */
+static int arm_poll(uring *ring, int fd, uint64_t token)
 {
-    /* Nobody reads the eventfd: a multishot poll tells of each write, whatever the count. */
     struct uring_sqe sqe = {
         .opcode = OP_POLL_ADD,
-        .fd = ring->wake_fd,
+        .fd = fd,
         .len = POLL_ADD_MULTI,
         .op_flags = poll_bits(POLLIN),
-        .user_data = URING_TOKEN_WAKE,
+        .user_data = token,
     };
-    ring->wake_armed = push_locked(ring, &sqe) == 0;
+    return push_locked(ring, &sqe) == 0;
 }
 
 int uring_wait(uring *ring, int64_t timeout_ns, uint64_t taken)
@@ -790,8 +697,10 @@ int uring_wait(uring *ring, int64_t timeout_ns, uint64_t taken)
 
     int result = 0;
     lock(ring);
-    if (!ring->wake_armed)
-        arm_wake(ring);
+    if (!ring->wake_armed && ring->wake_fd >= 0)
+        ring->wake_armed = arm_poll(ring, ring->wake_fd, URING_TOKEN_WAKE);
+    if (!ring->epoll_armed && ring->epoll_fd >= 0)
+        ring->epoll_armed = arm_poll(ring, ring->epoll_fd, URING_TOKEN_EVENTS);
     unsigned queued = show_queued(ring);
     if (ring->shared && queued > 0) {
         /* Others may submit while we sleep, so this is not done together with the sleep. */

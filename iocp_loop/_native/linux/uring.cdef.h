@@ -6,6 +6,8 @@
 #define URING_MORE 1
 #define URING_DATA 2
 #define URING_BIG 4
+#define URING_SMALL 2048
+#define URING_IN_A_ROW 4
 
 typedef struct uring {
     int fd;
@@ -16,6 +18,7 @@ typedef struct uring {
     char *memory;
     size_t memory_size;
     int incremental;
+    int events_hold;
     ...;
 } uring;
 
@@ -28,7 +31,7 @@ enum uring_step {
     ...
 };
 
-uring *uring_open(int flags, int wake_fd, int *step);
+uring *uring_open(int flags, int wake_fd, int epoll_fd, int *step);
 void uring_close(uring *ring, int keep_memory);
 void uring_abandon(uring *ring);
 
@@ -37,25 +40,7 @@ int uring_submit(uring *ring);
 int uring_settle(uring *ring);
 
 int uring_prep_receive_stream(uring *ring, int fd, uint64_t token);
-int uring_prep_receive(uring *ring, int fd, uint64_t token, uint32_t size);
-int uring_prep_receive_into(uring *ring, int fd, uint64_t token, void *data, uint32_t size);
-int uring_prep_send(uring *ring, int fd, uint64_t token, const void *data, uint32_t size);
-int uring_prep_send_message(uring *ring, int fd, uint64_t token, const struct msghdr *message);
-int uring_prep_accept(uring *ring, int fd, uint64_t token, int stream);
 int uring_prep_read(uring *ring, int fd, uint64_t token, void *data, uint32_t size, int64_t offset);
 int uring_prep_write(uring *ring, int fd, uint64_t token, const void *data, uint32_t size, int64_t offset);
-int uring_prep_poll(uring *ring, int fd, uint64_t token, uint32_t events);
 int uring_cancel(uring *ring, uint64_t token);
 int uring_cancel_all(uring *ring);
-
-struct iovec {
-    void *iov_base;
-    size_t iov_len;
-    ...;
-};
-
-struct msghdr {
-    struct iovec *msg_iov;
-    size_t msg_iovlen;
-    ...;
-};

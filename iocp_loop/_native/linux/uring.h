@@ -9,8 +9,6 @@
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/socket.h>
-#include <sys/uio.h>
 
 /* At most so many completions come out of one uring_wait. */
 #define URING_BATCH 1024
@@ -20,9 +18,15 @@
 #define URING_DATA 2 /* received bytes lie in `memory` from `start` to `result` */
 #define URING_BIG 4  /* with URING_DATA: so many bytes that copying out of the pool is the slow way */
 
-/* The tokens that operations can't have.  Completions of both are consumed here. */
+/* A piece below so many bytes is a small one.  After so many in a row of them, or of big ones, a stream changes its way
+ * of receiving; ports/uring.py tells. */
+#define URING_SMALL 2048
+#define URING_IN_A_ROW 4
+
+/* The tokens that operations can't have.  Their completions are consumed here. */
 #define URING_TOKEN_NONE 0
 #define URING_TOKEN_WAKE UINT64_MAX
+#define URING_TOKEN_EVENTS (UINT64_MAX - 1)
 
 /* What uring_open is asked for. */
 #define URING_SHARED 1 /* any thread may use the ring; see uring_open */
@@ -40,10 +44,8 @@ enum uring_step {
 /* A set of buffers lent to the kernel, which picks one when data come. */
 struct uring_pool {
     struct uring_buffer *ring; /* shared with the kernel */
-    unsigned first_id;              /* the number of its first buffer */
     unsigned count;                 /* a power of two */
     unsigned size;                  /* bytes in each */
-    size_t base;                    /* where its first byte lies in `memory` */
     uint16_t tail;                  /* what was last stored in the shared tail */
     int incremental;                /* the kernel fills a buffer in several receives */
     uint32_t *filled;               /* if so: how far each is filled, bytes */
@@ -60,7 +62,7 @@ typedef struct uring {
     int count;       /* how many */
     uint64_t serial; /* the number of the batch; it grows with each that is not empty */
 
-    char *memory; /* where received bytes lie, both pools */
+    char *memory; /* where received bytes lie */
     size_t memory_size;
     int incremental; /* 1 where the kernel has incremental buffers (Linux 6.12) */
 
@@ -69,6 +71,9 @@ typedef struct uring {
 
     int wake_fd;
     int wake_armed;
+    int epoll_fd; /* an epoll instance, whose events end a wait too; -1: none */
+    int epoll_armed;
+    int events_hold; /* it may have events to tell; whoever takes them says whether some are left */
 
     /* The mapped queues; see io_uring(7). */
     void *rings;
@@ -82,19 +87,18 @@ typedef struct uring {
     unsigned cq_mask;
     struct uring_cqe *cqes;
 
-    struct uring_pool streams, singles;
-    void *pool_rings;
-    size_t pool_rings_size;
+    struct uring_pool pool;
+    size_t pool_ring_size;
     uint16_t *spent; /* numbers of the buffers in the batch that go back to the kernel with the next wait */
     unsigned spent_count;
 } uring;
 
 /*
  * Make a ring.  It is bound to the calling thread (io_uring_enter from another gives EEXIST), which makes it much
- * cheaper; with URING_SHARED every thread can use it.  `wake_fd` is an eventfd; writing to it ends a uring_wait.
- * NULL on failure, with errno set and *step telling where.
+ * cheaper; with URING_SHARED every thread can use it.  `wake_fd` is an eventfd; writing to it ends a uring_wait.  So does
+ * an event of the epoll instance `epoll_fd`.  Either may be -1.  NULL on failure, with errno set and *step telling where.
  */
-uring *uring_open(int flags, int wake_fd, int *step);
+uring *uring_open(int flags, int wake_fd, int epoll_fd, int *step);
 
 /* Free the ring.  The kernel then cancels what is in flight, in its own time; `keep_memory` leaves `memory` mapped. */
 void uring_close(uring *ring, int keep_memory);
@@ -109,6 +113,9 @@ void uring_abandon(uring *ring);
  *
  * `taken` is the serial of the last batch that the caller took.  If a batch got lost on the way (a signal's exception
  * struck the caller just after the call), the same batch comes again.
+ *
+ * `events_hold` is set when the epoll instance has news.  It tells of changes only: whoever finds events there asks again
+ * before the next wait that blocks, until there are none.
  */
 int uring_wait(uring *ring, int64_t timeout_ns, uint64_t taken);
 
@@ -126,14 +133,8 @@ int uring_settle(uring *ring);
  * What a pointer points to must live until the last completion with this token.
  */
 int uring_prep_receive_stream(uring *ring, int fd, uint64_t token);
-int uring_prep_receive(uring *ring, int fd, uint64_t token, uint32_t size);
-int uring_prep_receive_into(uring *ring, int fd, uint64_t token, void *data, uint32_t size);
-int uring_prep_send(uring *ring, int fd, uint64_t token, const void *data, uint32_t size);
-int uring_prep_send_message(uring *ring, int fd, uint64_t token, const struct msghdr *message);
-int uring_prep_accept(uring *ring, int fd, uint64_t token, int stream);
 int uring_prep_read(uring *ring, int fd, uint64_t token, void *data, uint32_t size, int64_t offset);
 int uring_prep_write(uring *ring, int fd, uint64_t token, const void *data, uint32_t size, int64_t offset);
-int uring_prep_poll(uring *ring, int fd, uint64_t token, uint32_t events);
 
 /*
  * Ask for the end of the request with this token.  1: it had not been submitted, and never will be; no completion will
