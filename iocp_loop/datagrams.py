@@ -216,7 +216,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         """Send one datagram now; False if that would block.  A failure is reported."""
         try:
             sent = None
-            if _send_natively is not None:
+            if _send_natively is not None and (addr is not None or self._connected):
                 sent = _send_natively(self._sock, self._family, data, None if self._connected else addr)
             if sent is False:
                 return False

@@ -73,14 +73,18 @@ def _describe(handle: Any) -> Any:
         return describe(handle._callback, handle._args)
 
 
-def run_in_debug(loop: Any, handle: Any) -> None:
-    """Run a handle as BaseEventLoop does it in debug mode, where slow ones are logged; or one of another kind."""
+def run_by_method(loop: Any, handle: Any) -> None:
+    """Run a handle by its ``_run``, as BaseEventLoop does.
+
+    For debug mode, where slow ones are logged; for handles of other kinds; and for all where a tool has put a function
+    of its own in the place of ``asyncio.Handle._run``.
+    """
     if handle._cancelled:
         return
-    if not loop.get_debug():
-        handle._run()
-        return
     try:
+        if not loop.get_debug():
+            handle._run()
+            return
         loop._current_handle = handle
         start = loop.time()
         handle._run()
@@ -89,9 +93,10 @@ def run_in_debug(loop: Any, handle: Any) -> None:
             _logger.warning("Executing %s took %.3f seconds", _format(handle), duration)
     finally:
         loop._current_handle = None
+        handle = None  # what a callback raises refers to this frame, and the handle may refer to what it raises
 
 
 _format: Any = asyncio.base_events._format_handle  # type: ignore[attr-defined]  # not in typeshed
 
 if hot is not None:
-    hot.set_helpers(report_error, run_in_debug)
+    hot.set_helpers(report_error, run_by_method)

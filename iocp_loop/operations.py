@@ -90,17 +90,14 @@ NEW, IN_FLIGHT, CANCELLING, DONE = State
 def fileno(handle: HandleLike) -> int:
     """The descriptor, SOCKET or HANDLE number of `handle`.
 
-    Raises ValueError where the object is closed or is no handle at all.
+    Raises ValueError, as :mod:`selectors` does, where the object is closed or is no handle at all.
     """
-    if isinstance(handle, int):
-        fd = handle
-    else:
-        try:
-            fd = handle.fileno()
-        except AttributeError:
-            raise ValueError(f"Invalid file object: {handle!r} is no number and has no fileno()") from None
+    try:
+        fd = handle if isinstance(handle, int) else int(handle.fileno())
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"Invalid file object: {handle!r} is no number and has no fileno()") from None
     if fd < 0:
-        raise ValueError(f"invalid file descriptor: {fd} (is it closed?)")
+        raise ValueError(f"Invalid file descriptor: {fd} (is it closed?)")
     return fd
 
 

@@ -111,10 +111,22 @@ class Proactor:
 
     # -- the turn of the loop ----------------------------------------------------------------------
 
-    def select(self, timeout: float | None) -> tuple[()]:
-        """Wait at most `timeout` seconds for completions (the name that BaseEventLoop calls)."""
+    @property
+    def select(self) -> Callable[[float | None], object]:
+        """Wait at most `timeout` seconds for completions; true if there are some (the name that BaseEventLoop calls).
+
+        Tools that play with time put a function of their own in its place, and call this one from there.
+        """
+        return self._select
+
+    @select.setter
+    def select(self, select: Callable[[float | None], object]) -> None:
+        self._select = select  # type: ignore[method-assign, assignment]  # on purpose
+        self._loop._select = select  # type: ignore[attr-defined]  # Turns'; the native one calls the driver otherwise
+
+    def _select(self, timeout: float | None = None) -> list[object]:
         self.driver.wait(timeout)
-        return ()
+        return [self.driver] if self.driver.gathered else []
 
     def dispatch(self) -> None:
         """Deliver the completions that ``select`` gathered."""

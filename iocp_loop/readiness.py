@@ -57,7 +57,11 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         self._watch(self._readers, READABLE, fd, callback, args)
 
     def remove_reader(self, fd: HandleLike) -> bool:
-        """Stop calling the reader of `fd`, also if it is due in this turn; False if there was none."""
+        """Stop calling the reader of `fd`, also if it is due in this turn; False if there was none.
+
+        A socket that was closed first can still be removed, once; after that, and where `fd` is neither a number nor an
+        object with ``fileno()``, ValueError is raised.
+        """
         return self._unwatch(self._readers, fd)
 
     def add_writer(self, fd: HandleLike, callback: Callable[[*_Args], Any], *args: *_Args) -> None:
@@ -65,7 +69,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         self._watch(self._writers, WRITABLE, fd, callback, args)
 
     def remove_writer(self, fd: HandleLike) -> bool:
-        """Stop calling the writer of `fd`, also if it is due in this turn; False if there was none."""
+        """Stop calling the writer of `fd`; see :meth:`remove_reader`."""
         return self._unwatch(self._writers, fd)
 
     def _watch(
@@ -105,8 +109,6 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         if self.get_debug():
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
         fd = _number_in(table, source)
-        if fd is None:
-            return False
         self._ensure_fd_no_transport(fd)
         watch = table.pop(fd, None)
         if watch is None:
@@ -132,7 +134,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
             )
 
 
-def _number_in(table: dict[int, _Watch], source: HandleLike) -> int | None:
+def _number_in(table: dict[int, _Watch], source: HandleLike) -> int:
     """The number that `source` is watched under.  A closed socket has lost its own, but may still be removed."""
     try:
         return fileno(source)
@@ -140,6 +142,4 @@ def _number_in(table: dict[int, _Watch], source: HandleLike) -> int | None:
         for fd, watch in table.items():
             if watch.source is source:
                 return fd
-        if isinstance(source, int) or hasattr(source, "fileno"):
-            return None
         raise

@@ -135,7 +135,7 @@ def open_pidfd(pid: int) -> int | None:
     if sys.platform == "linux":
         try:
             return os.pidfd_open(pid)
-        except OSError:
+        except (AttributeError, OSError):  # a Python that was built on an older system does not have it
             pass
     return None
 

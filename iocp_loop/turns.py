@@ -9,24 +9,32 @@ BaseEventLoop brings all of this but the completions.  The native tier has it in
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import heapq
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 from .native import hot
 from .ports.driver import Driver
 
 __all__ = ["PythonTurns", "Turns"]
 
+_Args = TypeVarTuple("_Args")
 
-class _Completions:
-    """Stands in the ready queue like a Handle: all that the wait of this turn has gathered, to be delivered."""
 
-    __slots__ = ("_callback", "_run")
-    _cancelled = False
+class _Completions(asyncio.Handle):
+    """Stands in the ready queue: all that the wait of this turn has gathered, to be delivered."""
 
-    def __init__(self, dispatch: Callable[[], None]) -> None:
-        self._callback = self._run = dispatch
+    __slots__ = ()
+
+    _callback: Callable[[], None]
+
+    def _run(self) -> None:
+        self._callback()  # in no context of its own: each operation has one, and a nested run comes here again
+
+    def cancel(self) -> None:
+        """Nothing: whoever cancels all that is ready does not mean the whole loop."""
 
     def __repr__(self) -> str:
         return "<the completions of a turn>"
@@ -41,13 +49,14 @@ class PythonTurns(asyncio.BaseEventLoop):
 
     _waited = False  # True: the wait of this turn has been already, see embedding.py; only the native turn looks at it
 
+    _select: Any = None  # what somebody has put in the place of the proactor's `select`; for the native turn as well
     _selector: Any  # what BaseEventLoop waits in: the proactor, whose `select` is the driver's `wait`
 
     def _use(self, driver: Driver) -> None:
         """Wait for and deliver the completions of `driver`, from now on."""
         driver.before_sleep = self._has_work
         self._dispatch = driver.dispatch
-        self._completions = _Completions(driver.dispatch)
+        self._completions = _Completions(driver.dispatch, (), self, contextvars.Context())
 
     def _has_work(self) -> bool:
         """True if a callback is ready to run."""
@@ -60,6 +69,22 @@ class PythonTurns(asyncio.BaseEventLoop):
             self._timer_cancelled_count -= 1
         return self._scheduled[0].when() if self._scheduled else None
 
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*_Args], object],
+        *args: *_Args,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Call ``callback(*args)`` when time() has come to `when`, seconds.  Raises ValueError for NaN."""
+        # Neither earlier nor later than anything: the heap would lose its order.
+        if when is not None and math.isnan(when):
+            raise ValueError("the time of a timer must be a number, not NaN")
+        timer: Any = super().call_at(when, callback, *args, context=context)
+        if timer._source_traceback:
+            del timer._source_traceback[-1]  # this frame, which nobody wants to know of
+        return timer  # type: ignore[no-any-return]  # it is one
+
     def _process_events(self, event_list: Any) -> None:
         if self._ready:
             self._ready.append(self._completions)
@@ -70,7 +95,12 @@ class PythonTurns(asyncio.BaseEventLoop):
         """Drop what is ready and every timer; here BaseEventLoop's close() does."""
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or hot is None:
     Turns = PythonTurns
 else:
-    Turns = PythonTurns if hot is None else hot.Turns
+
+    class Turns(hot.Turns):
+        """The native turn, which has to be told what stands for the completions."""
+
+        def _use(self, driver):
+            super()._use(driver, _Completions(driver.dispatch, (), self, contextvars.Context()))

@@ -19,6 +19,8 @@ from asyncio import base_events
 from collections.abc import Callable
 from typing import Any
 
+from .system import system
+
 __all__ = ["UnixMethods"]
 
 _logger = logging.getLogger("asyncio")
@@ -182,7 +184,7 @@ class UnixMethods(asyncio.BaseEventLoop):
         name = sock.getsockname()
         if _has_file(name):
             try:
-                self._socket_files[sock] = name, os.stat(name).st_ino
+                self._socket_files[sock] = name, system.stat(name).st_ino
             except FileNotFoundError:
                 pass
 
@@ -192,8 +194,8 @@ class UnixMethods(asyncio.BaseEventLoop):
         if name is None:
             return
         try:
-            if os.stat(name).st_ino == inode:
-                os.unlink(name)
+            if system.stat(name).st_ino == inode:
+                system.unlink(name)
         except FileNotFoundError:
             pass
         except OSError as exc:
@@ -259,8 +261,8 @@ def _is_socket_file(status: os.stat_result) -> bool:
 def _remove_stale_file(path: str | bytes) -> None:
     """Remove the socket file that stands where a server wants to bind; anything else that stands there is left."""
     try:
-        if _is_socket_file(os.stat(path)):
-            os.remove(path)
+        if _is_socket_file(system.stat(path)):
+            system.remove(path)
     except FileNotFoundError:
         pass
     except OSError as exc:

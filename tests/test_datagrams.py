@@ -159,9 +159,11 @@ async def test_only_bytes_can_be_sent(loop: Loop) -> None:
     await one.closed()
 
 
-async def test_a_senseless_address_ends_the_endpoint(loop: Loop, reports: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("address", ["nowhere", None, (), 7], ids=repr)
+async def test_a_senseless_address_ends_the_endpoint(loop: Loop, reports: list[dict[str, Any]], address: Any) -> None:
+    """As with asyncio's own loops; that there is none at all is no better."""
     one = await endpoint(loop)
-    one.transport.sendto(b"x", "nowhere")
+    one.transport.sendto(b"x", address)
     await until(lambda: one.calls[-1] == "connection_lost")
     assert isinstance(one.lost, TypeError)
     assert reports.pop()["exception"] is one.lost

@@ -1,7 +1,8 @@
 """Libraries that live on add_reader and add_writer run on this loop, without a thread or a second loop to help them.
 
-gh-81554: on Windows they refuse asyncio's ProactorEventLoop, or go around it.  They are no dependency of the tests:
-where one is not installed, its tests are skipped (``pip install iocp_loop[libraries]`` installs them all).
+gh-81554: on Windows they refuse asyncio's ProactorEventLoop, or go around it.  And tools that put functions of theirs
+into asyncio, each in a process of its own.  They are no dependency of the tests: where one is not installed, its tests
+are skipped (``pip install iocp_loop[libraries]`` installs them all).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 
 import iocp_loop
 
-from .support import LIMIT, fill, read_all
+from .support import LIMIT, WINDOWS, fill, read_all, run_python
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
@@ -122,3 +123,145 @@ async def test_psycopg_connects_on_this_loop(loop: Loop) -> None:
         await psycopg.AsyncConnection.connect(f"host=127.0.0.1 port={port} user=nobody dbname=none sslmode=disable")
     server.close()
     await server.wait_closed()
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+
+def test_nest_asyncio_nests(driver: str) -> None:
+    library("nest_asyncio")
+    run_python(
+        """
+        import asyncio, nest_asyncio, socket, sys, iocp_loop
+
+        loop = iocp_loop.new_event_loop(sys.argv[1])
+        asyncio.set_event_loop(loop)
+        nest_asyncio.apply(loop)
+        reports = []
+        loop.set_exception_handler(lambda loop, context: reports.append(context))
+        inside = []
+
+        async def echo(reader, writer):
+            writer.write(await reader.readline())
+            writer.close()
+
+        async def later(value):
+            await asyncio.sleep(0.005)
+            return value
+
+        def readable():
+            ours.recv(10)
+            inside.append(loop.run_until_complete(later("in a reader")))
+
+        async def main():
+            task = asyncio.ensure_future(later("beside"))
+            assert loop.run_until_complete(later("in a task")) == "in a task"
+            assert asyncio.get_event_loop().run_until_complete(later("again")) == "again"
+            assert await task == "beside"
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"hello\\n")
+            assert loop.run_until_complete(reader.readline()) == b"hello\\n"
+            writer.close()
+            loop.add_reader(ours, readable)
+            peer.send(b"x")
+            loop.call_later(0.001, lambda: inside.append(loop.run_until_complete(later("in a timer"))))
+            while len(inside) < 2:
+                await asyncio.sleep(0.001)
+            loop.remove_reader(ours)
+
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        server = loop.run_until_complete(asyncio.start_server(echo, "127.0.0.1", 0))
+        loop.run_until_complete(asyncio.wait_for(main(), 10))
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert sorted(inside) == ["in a reader", "in a timer"], inside
+        assert not reports, reports
+        server.close()
+        loop.run_until_complete(asyncio.sleep(0.01))
+        """,
+        driver,
+    )
+
+
+@pytest.mark.parametrize("debug", ["", "debug"])
+def test_aiodebug_sees_slow_callbacks(driver: str, debug: str) -> None:
+    library("aiodebug")
+    run_python(
+        """
+        import asyncio, sys, time, iocp_loop
+        from aiodebug import log_slow_callbacks
+
+        slow = []
+
+        def new_loop():
+            return iocp_loop.new_event_loop(sys.argv[1])
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            log_slow_callbacks.enable(0.05, lambda name, duration: slow.append(name))
+            await asyncio.sleep(0)
+            loop.call_soon(time.sleep, 0.06)
+            loop.call_later(0.01, time.sleep, 0.06)
+            await asyncio.sleep(0.1)
+
+        with asyncio.Runner(loop_factory=new_loop, debug=bool(sys.argv[2])) as runner:
+            runner.run(main())
+        assert len(slow) == 2 and all("sleep" in name for name in slow), slow
+        """,
+        driver,
+        debug,
+    )
+
+
+@pytest.mark.skipif(WINDOWS, reason="UNIX sockets and os.sendfile")
+def test_blockbuster_finds_no_blocking_call_of_the_loop(driver: str) -> None:
+    library("blockbuster")
+    run_python(
+        """
+        import asyncio, os, socket, sys, tempfile
+        from blockbuster import blockbuster_ctx  # before the loop, which must not take what it puts into os
+
+        size = 30_000_000
+
+        async def echo(reader, writer):
+            writer.write(await reader.readline())
+            writer.close()
+
+        async def main(folder, file):
+            loop = asyncio.get_running_loop()
+            server = await asyncio.start_unix_server(echo, folder + "/stale")
+            reader, writer = await asyncio.open_unix_connection(folder + "/stale")
+            writer.write(b"hello\\n")
+            assert await reader.readline() == b"hello\\n"
+            writer.close()
+            server.close()
+
+            got = asyncio.Queue()
+            async def swallow(reader, writer):
+                got.put_nowait(len(await reader.read()))
+                writer.close()
+
+            server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await loop.sendfile(writer.transport, file, fallback=False)
+            writer.close()
+            assert await got.get() == size
+            server.close()
+
+            process = await asyncio.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+            out, _ = await process.communicate(b"x" * 300_000)
+            assert len(out) == 300_000 and process.returncode == 0
+            await loop.getaddrinfo("127.0.0.1", 80)
+
+        with tempfile.TemporaryDirectory() as folder:
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(folder + "/stale")
+            with open(folder + "/file", "w+b") as file:
+                file.truncate(size)
+                with blockbuster_ctx():
+                    import iocp_loop
+                    with asyncio.Runner(loop_factory=lambda: iocp_loop.new_event_loop(sys.argv[1])) as runner:
+                        runner.run(main(folder, file))
+        """,
+        driver,
+    )

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import gc
+import math
 import os
 import signal
 import socket
@@ -130,6 +131,32 @@ async def test_callbacks_do_not_keep_completions_away(loop: Loop, pair: Pair) ->
     pair[1].send(b"x")
     assert await asyncio.wait_for(loop._proactor.recv(pair[0], 1), LIMIT) == b"x"
     busy = False
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+async def test_times_that_are_none(loop: Loop, debug: bool) -> None:
+    """asyncio takes NaN, and its timers lose their order; a number too large for a float ends its run."""
+    loop.set_debug(debug)
+    calls: list[int] = []
+    for number in range(20):
+        loop.call_later(number / 10_000, calls.append, number)
+        for method in (loop.call_later, loop.call_at):
+            with pytest.raises(ValueError, match="NaN"):
+                method(math.nan, calls.append, -1)
+            with pytest.raises(OverflowError):
+                method(10**400, calls.append, -1)
+            with pytest.raises(OverflowError):
+                method(-(10**400), calls.append, -1)
+    with pytest.raises(ValueError, match="NaN"):
+        await asyncio.sleep(math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        await asyncio.wait_for(loop.create_future(), math.nan)
+    never = loop.call_later(math.inf, calls.append, -1)
+    at_once = loop.call_at(-math.inf, calls.append, 20)
+    await until(lambda: len(calls) == 21)
+    assert calls == [20, *range(20)]
+    assert at_once.when() == -never.when() == -math.inf
+    never.cancel()
 
 
 async def test_what_was_ready_before_runs_before_the_completions(loop: Loop, pair: Pair) -> None:

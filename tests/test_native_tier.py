@@ -263,14 +263,6 @@ def test_calls_that_asyncio_refuses(driver: str, name: str, args: tuple[Any, ...
     assert messages[0] == messages[1]
 
 
-@natively
-@pytest.mark.parametrize("name", ["call_at", "call_later"])
-def test_not_a_number_is_no_time(driver: str, name: str) -> None:
-    """asyncio takes it, and its timers lose their order."""
-    loop = iocp_loop.new_event_loop(driver)
-    with pytest.raises(ValueError, match="NaN"):
-        getattr(loop, name)(float("nan"), nothing)
-    loop.close()
 
 
 async def test_times_of_any_kind_of_number(loop: Loop) -> None:

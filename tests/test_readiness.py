@@ -272,22 +272,26 @@ async def test_whatever_poll_takes(loop: Loop, tmp_path: Path, child: subprocess
 
 async def test_what_is_no_descriptor(loop: Loop) -> None:
     class Odd:
-        def fileno(self) -> int:
-            return -1
+        def __init__(self, number: Any) -> None:
+            self.number = number
 
-    for odd in (object(), -1, Odd(), "text", None):
-        with pytest.raises(ValueError):
-            loop.add_reader(odd, print)  # type: ignore[arg-type]  # what the test is about
-    with pytest.raises(ValueError):
-        loop.remove_writer(object())  # type: ignore[arg-type]  # what the test is about
-    assert not loop.remove_reader(-1)
+        def fileno(self) -> Any:
+            return self.number
+
+    methods: tuple[Any, ...] = (loop.add_reader, loop.add_writer, loop.remove_reader, loop.remove_writer)
+    for method in methods:
+        arguments = () if "remove" in method.__name__ else (print,)
+        for odd in (object(), -1, Odd(-1), Odd(None), Odd("number"), "text", None, 1.0):
+            with pytest.raises(ValueError, match="Invalid file"):
+                method(odd, *arguments)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what epoll refuses")
 async def test_what_is_always_ready_is_refused(loop: Loop, tmp_path: Path) -> None:
-    with (tmp_path / "file").open("wb") as file, pytest.raises(PermissionError):
-        loop.add_reader(file, print)
-    assert not loop.remove_reader(file)
+    with (tmp_path / "file").open("wb") as file:
+        with pytest.raises(PermissionError):
+            loop.add_reader(file, print)
+        assert not loop.remove_reader(file)
 
 
 @PIPES
@@ -368,7 +372,10 @@ async def test_a_closed_socket_can_still_be_removed(loop: Loop) -> None:
         await turns()
         one.close()
         assert loop.remove_reader(one)
-        assert not loop.remove_reader(one)
+        with pytest.raises(ValueError, match="Invalid file descriptor: -1"):
+            loop.remove_reader(one)
+        with pytest.raises(ValueError, match="Invalid file descriptor: -1"):
+            loop.remove_writer(one)
 
 
 async def test_an_error_of_the_callback_is_reported(loop: Loop, reports: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ import iocp_loop
 from iocp_loop import operations as ops
 from iocp_loop import subprocesses
 
-from .support import LIMIT, WINDOWS, open_handles, turns, until
+from .support import LIMIT, WINDOWS, open_handles, run_python, turns, until
 
 unix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has nothing like it")
 
@@ -56,7 +56,7 @@ def watched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if way == "handle":
         return way
     if way == "thread":
-        monkeypatch.setattr(subprocesses, "open_pidfd", lambda pid: None)
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
     else:
         pidfd = subprocesses.open_pidfd(os.getpid())
         if pidfd is None:
@@ -448,3 +448,55 @@ async def test_add_reader_and_a_process_on_one_loop(loop: iocp_loop.IocpEventLoo
     assert await process.wait() == 0
     os.close(reading)
     os.close(writing)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no pidfd_open elsewhere")
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EMFILE], ids=errno.errorcode.get)
+async def test_where_pidfd_open_is_refused(
+    loop: iocp_loop.IocpEventLoop, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(pid: int, flags: int = 0) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    process = await asyncio.create_subprocess_exec(*CAT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    out, _ = await process.communicate(b"data")
+    assert out == b"data"
+    assert process.returncode == 0
+    process = await asyncio.create_subprocess_exec(*SLEEP)
+    process.kill()
+    assert await process.wait() == KILLED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is neither elsewhere")
+def test_a_python_without_pidfd_open_and_eventfd(driver: str) -> None:
+    """As one that was built on an older system; io_uring can't be used there."""
+    run_python(
+        """
+        import os, sys
+        del os.pidfd_open
+        if sys.argv[1] == "poll":
+            del os.eventfd
+        import asyncio, iocp_loop
+
+        async def main():
+            process = await asyncio.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+            assert await process.communicate(b"data") == (b"data", None)
+            assert await asyncio.to_thread(len, "data") == 4
+            assert process.returncode == 0
+
+        with asyncio.Runner(loop_factory=lambda: iocp_loop.new_event_loop(sys.argv[1])) as runner:
+            runner.run(main())
+        if sys.argv[1] == "poll":
+            loop = iocp_loop.new_event_loop("auto")
+            assert loop.driver == "poll", loop
+            loop.close()
+            try:
+                iocp_loop.new_event_loop("uring")
+            except iocp_loop.DriverUnavailable as error:
+                assert "eventfd" in str(error)
+            else:
+                raise AssertionError
+        """,
+        driver,
+    )

@@ -230,6 +230,8 @@ class Driver(ABC):
         """Deliver what stands on the ready queue now; what is added meanwhile waits for the next dispatch."""
         ready = self.ready
         for _ in range(len(ready)):
+            if not ready:  # a completion has run the loop inside of itself (nest_asyncio), and that took the rest
+                break
             op, value, error = ready.popleft()
             self.completions += 1
             op.complete(value, error)

@@ -55,6 +55,8 @@ class PythonIocpTurns(_Base):
             self._drain_ready()
         at_once = self._at_once
         for _ in range(len(at_once)):
+            if not at_once:  # as in _drain_ready
+                break
             sub, count, code = at_once.popleft()
             sub.armed = False
             sub.finish(sub, count, code)

@@ -41,6 +41,7 @@ from typing import Any, cast
 
 from .. import operations as ops
 from ..operations import READABLE, WRITABLE, Operation
+from ..system import system
 from .driver import Driver, cancelled_error, receive_datagrams, receive_into
 from .poll_turns import PollTurns
 
@@ -507,7 +508,7 @@ def _send_to(op: ops.SendTo) -> Any:
 
 def _send_file(op: ops.SendFile) -> Any:
     # The descriptor is asked for anew: the socket may have been closed, and its number given to another.
-    return os.sendfile(op.handle.fileno(), op.file, op.offset, op.count)  # type: ignore[union-attr]  # as above
+    return system.sendfile(op.handle.fileno(), op.file, op.offset, op.count)  # type: ignore[union-attr]  # as above
 
 
 def _may_block(op: Operation) -> bool:

@@ -76,6 +76,8 @@ class PythonPollTurns(_Base):
 
     def wait(self, timeout: float | None) -> None:
         self._before_wait()
+        if length_hint(self._events):
+            return  # an exception has ended the dispatch, or this is a run inside of it: it goes on first
         self._sleeping = True
         try:
             if self.ready or (self.before_sleep is not None and self.before_sleep()):

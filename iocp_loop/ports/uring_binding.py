@@ -43,6 +43,8 @@ def probe() -> str | None:
         return None
     if lib is None:
         return _NOT_BUILT
+    if not hasattr(os, "eventfd"):
+        return "this Python was built without os.eventfd, by which the ring is woken; take one that has it"
     try:
         ring = open_ring(-1, -1, shared=False)
     except OSError as error:

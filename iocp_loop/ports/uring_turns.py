@@ -58,8 +58,8 @@ class PythonUringTurns(PythonPollTurns):
 
     def wait(self, timeout: float | None) -> None:
         self._before_wait()
-        if self._undispatched:
-            return
+        if self._undispatched or length_hint(self._events):
+            return  # an exception has ended the dispatch, or this is a run inside of it: it goes on first
         if self._ring is None:
             self._open_ring()
         self._events = iter(())

@@ -2,7 +2,8 @@
  * Handle and TimerHandle: subclasses of asyncio's own, so that they pass for them everywhere and print as they do.
  *
  * The C here fills their slots directly instead of running __init__, runs the callback without going through
- * Context.run, and keeps a few freed objects for the next.  A handle that is made from Python, as debug mode does to
+ * Context.run, and keeps a few freed objects for the next.  Whoever calls _run() himself calls asyncio's, or what a tool
+ * has put in its place.  A handle that is made from Python, as debug mode does to
  * note where that happened, is initialised by asyncio's code and then no different.
  *
  * The garbage collector.  Nearly every handle is dropped by whoever made it, runs once and is gone, and to let the
@@ -251,13 +252,6 @@ int handle_run(PyObject *handle)
     return result == NULL ? -1 : 0;
 }
 
-static PyObject *handle_run_method(PyObject *self, PyObject *ignored)
-{
-    if (handle_run(self) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 static int leave_heap(PyObject *timer, PyObject *loop)
 {
     if (PyObject_TypeCheck(loop, Turns_type)) {
@@ -300,7 +294,6 @@ static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
  * ------------------------------------------------------------------------------------------------------------------ */
 
 static PyMethodDef handle_methods[] = {
-    {"_run", handle_run_method, METH_NOARGS, NULL},
     {"cancel", handle_cancel, METH_NOARGS, "Cancel the callback; nothing happens if that was done, or if it has run."},
     {NULL, NULL, 0, NULL},
 };

@@ -55,7 +55,7 @@ extern struct names {
 /* What native.py has set: functions in Python for what is rare. */
 extern struct helpers {
     PyObject *report_error; /* (handle, exception): what a callback has raised */
-    PyObject *run_in_debug; /* (loop, handle): run it, and tell if it was slow */
+    PyObject *run_by_method; /* (loop, handle): run it by its method, and in debug mode tell if it was slow */
 } helpers;
 
 /* Where the slots of iocp_loop.operations.Operation are. */
@@ -71,6 +71,23 @@ extern struct operation_slots {
     Py_ssize_t all_buffers, all_sent, all_size;
     PyObject *new, *in_flight, *done; /* values of `state` */
 } operation_slots;
+
+/* A method of one of asyncio's classes that the C here stands in for, and that tools replace by one of their own (by
+ * assignment to the class): Handle._run to measure callbacks, BaseEventLoop.create_task to follow tasks. */
+struct asyncio_method {
+    PyTypeObject *type;
+    PyObject *name, *globals; /* its name, and the globals of asyncio's own function */
+    unsigned int seen;        /* the version of the type that was looked at last; 0 is none */
+    int replaced;
+};
+extern struct asyncio_method handle_run_method, create_task_method;
+int find_asyncio_methods(void);
+int look_at_method(struct asyncio_method *self);
+/* Whether it is not asyncio's own any more. */
+static inline int is_replaced(struct asyncio_method *self)
+{
+    return self->seen != 0 && self->type->tp_version_tag == self->seen ? self->replaced : look_at_method(self);
+}
 
 /* The exception that is set, taken away, as one object with its traceback. */
 PyObject *take_exception(void);
@@ -139,6 +156,8 @@ struct timers {
 int timers_add(struct timers *self, PyObject *handle, double when);
 /* Take out the one at `place`; its reference goes to the caller. */
 PyObject *timers_take(struct timers *self, size_t place);
+/* A new list of them, the earliest first. */
+PyObject *timers_list(const struct timers *self);
 /* Whether at least two beside the first are due before `end`; it may be missed. */
 int timers_crowded(const struct timers *self, double end);
 

@@ -487,7 +487,7 @@ static int deliver(IocpTurns *self, uintptr_t address, unsigned long count, long
 /* What was done without an entry, and stands in the queue now; what is added meanwhile waits for the next dispatch. */
 static int deliver_at_once(IocpTurns *self)
 {
-    for (Py_ssize_t left = Py_SIZE(self->at_once); left > 0; left--) {
+    for (Py_ssize_t left = Py_SIZE(self->at_once); left > 0 && has_items(self->at_once); left--) {
         PyObject *entry = PyObject_CallMethodNoArgs(self->at_once, names.popleft), *sub;
         unsigned long count;
         long code;

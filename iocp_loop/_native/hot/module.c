@@ -37,7 +37,7 @@ PyMODINIT_FUNC PyInit__hot(void)
     PyObject *module = PyModule_Create(&module_definition);
     if (module == NULL)
         return NULL;
-    if (intern_names() < 0 || check_sockets() < 0 || add_handles(module) < 0 || add_turns(module) < 0
+    if (intern_names() < 0 || check_sockets() < 0 || find_asyncio_methods() < 0 || add_handles(module) < 0 || add_turns(module) < 0
 #ifndef _WIN32
         || add_sockets(module) < 0 || add_datagrams(module) < 0
 #endif

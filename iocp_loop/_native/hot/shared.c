@@ -240,16 +240,53 @@ const struct native_driver *native_driver_of(PyObject *driver)
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+ * What of asyncio's was replaced
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+struct asyncio_method handle_run_method, create_task_method;
+
+static int find_method(struct asyncio_method *self, const char *module, const char *type, const char *name)
+{
+    PyObject *from = PyImport_ImportModule(module);
+    PyObject *class = from == NULL ? NULL : PyObject_GetAttrString(from, type);
+    if (class != NULL) {
+        self->type = (PyTypeObject *)class;
+        self->name = PyUnicode_InternFromString(name);
+        self->globals = Py_NewRef(PyModule_GetDict(from));
+    }
+    Py_XDECREF(from);
+    return class == NULL || self->name == NULL ? -1 : 0;
+}
+
+int find_asyncio_methods(void)
+{
+    return find_method(&handle_run_method, "asyncio.events", "Handle", "_run") < 0
+                   || find_method(&create_task_method, "asyncio.base_events", "BaseEventLoop", "create_task") < 0
+               ? -1
+               : 0;
+}
+
+int look_at_method(struct asyncio_method *self)
+{
+    PyObject *method = PyObject_GetAttr((PyObject *)self->type, self->name); /* gives the type a version again */
+    self->replaced = method == NULL || !PyFunction_Check(method) || PyFunction_GET_GLOBALS(method) != self->globals;
+    Py_XDECREF(method);
+    PyErr_Clear();
+    self->seen = self->type->tp_version_tag;
+    return self->replaced;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
  * What comes from Python
  * ------------------------------------------------------------------------------------------------------------------ */
 
 PyObject *set_helpers(PyObject *module, PyObject *args)
 {
-    PyObject *report_error, *run_in_debug;
-    if (!PyArg_ParseTuple(args, "OO", &report_error, &run_in_debug))
+    PyObject *report_error, *run_by_method;
+    if (!PyArg_ParseTuple(args, "OO", &report_error, &run_by_method))
         return NULL;
     Py_XSETREF(helpers.report_error, Py_NewRef(report_error));
-    Py_XSETREF(helpers.run_in_debug, Py_NewRef(run_in_debug));
+    Py_XSETREF(helpers.run_by_method, Py_NewRef(run_by_method));
     Py_RETURN_NONE;
 }
 

@@ -84,6 +84,33 @@ int timers_add(struct timers *self, PyObject *handle, double when)
     return 0;
 }
 
+static int compare(const void *one, const void *other)
+{
+    return earlier(one, other) ? -1 : earlier(other, one);
+}
+
+PyObject *timers_list(const struct timers *self)
+{
+    /* Of a copy: what the collector runs when the list is made may change the heap. */
+    size_t count = self->count;
+    struct timer *copy = PyMem_New(struct timer, count);
+    if (copy == NULL)
+        return PyErr_NoMemory();
+    for (size_t n = 0; n < count; n++) {
+        copy[n] = self->heap[n];
+        Py_INCREF(copy[n].handle);
+    }
+    qsort(copy, count, sizeof *copy, compare);
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t n = 0; n < count; n++)
+        if (list != NULL)
+            PyList_SET_ITEM(list, (Py_ssize_t)n, copy[n].handle);
+        else
+            Py_DECREF(copy[n].handle);
+    PyMem_Free(copy);
+    return list;
+}
+
 /* Two of those right beneath the first are enough to know. */
 int timers_crowded(const struct timers *self, double end)
 {

@@ -5,8 +5,11 @@
  * for BaseEventLoop's of the same names, and the attributes here (_debug, _closed, _stopping, ...) catch what
  * BaseEventLoop's other methods assign to them; everything else stays BaseEventLoop's.
  *
- * The ready queue is a ring of handles.  None in it stands for the completions that the wait of this turn has gathered:
- * what was ready before them is to run before them.
+ * The ready queue is a ring of handles.  One of them stands for the completions that the wait of this turn has gathered
+ * (turns.py has its class): what was ready before them is to run before them.
+ *
+ * Tools run turns of their own on what they find in _ready, _scheduled and _process_events (nest_asyncio does).  So these
+ * are there as BaseEventLoop has them, but for _scheduled, which is a copy.
  */
 
 #include "hot.h"
@@ -20,6 +23,8 @@ typedef struct {
     struct timers timers;
     double resolution; /* of the clock, seconds: a timer that is due within it is due */
     PyObject *driver, *wait, *dispatch;
+    PyObject *completions; /* the handle that stands for them */
+    PyObject *select;      /* what somebody has put in the place of the wait, or NULL */
     const struct native_driver *native; /* NULL: call the methods of the driver */
     PyObject *task_factory;
     char debug, closed, stopping, waited;
@@ -273,7 +278,7 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
     if (seconds == -1.0 && PyErr_Occurred())
         return NULL;
     if (isnan(seconds)) { /* neither earlier nor later than anything: the heap would lose its order */
-        PyErr_Format(PyExc_ValueError, "%s() needs a time, not NaN", method);
+        PyErr_SetString(PyExc_ValueError, "the time of a timer must be a number, not NaN");
         return NULL;
     }
     if (check(self, callback, method, 0) < 0)
@@ -396,7 +401,7 @@ static int wait(Turns *self)
     if (self->waited) /* by loop.poll(), see embedding.py */
         return 0;
     if (self->count > 0 || self->stopping) {
-        if (self->native != NULL)
+        if (self->native != NULL && self->select == NULL)
             return look(self);
         seconds = 0;
     }
@@ -412,12 +417,14 @@ static int wait(Turns *self)
         }
     }
     self->fruitless = 0;
-    if (self->native != NULL)
+    if (self->native != NULL && self->select == NULL)
         return self->native->wait(self->driver, seconds);
     timeout = seconds < 0 ? Py_NewRef(Py_None) : PyFloat_FromDouble(seconds);
     if (timeout == NULL)
         return -1;
-    done = PyObject_CallOneArg(self->wait, timeout);
+    PyObject *call = Py_NewRef(self->select == NULL ? self->wait : self->select);
+    done = PyObject_CallOneArg(call, timeout);
+    Py_DECREF(call);
     Py_DECREF(timeout);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
@@ -448,28 +455,18 @@ static int ripen(Turns *self)
     return 0;
 }
 
-/* Run one entry of the ready queue; takes over its reference. */
-static int run(Turns *self, PyObject *handle)
+/* Run one entry of the ready queue; takes over its reference.  `by_method`: by its method _run, which may not be ours. */
+static int run(Turns *self, PyObject *handle, int by_method)
 {
     int failed = 0;
-    PyObject *done;
-    if (handle == Py_None)
+    if (handle == self->completions)
         failed = dispatch(self);
-    else if (is_own_handle(handle)) {
-        if (handle_is_cancelled(handle))
-            failed = 0;
-        else if (!self->debug)
-            failed = handle_run(handle);
-        else {
-            done = PyObject_CallFunctionObjArgs(helpers.run_in_debug, self, handle, NULL);
-            failed = done == NULL ? -1 : 0;
-            Py_XDECREF(done);
-        }
-    } else { /* somebody else's idea of a handle */
-        done = PyObject_CallFunctionObjArgs(helpers.run_in_debug, self, handle, NULL);
+    else if (!is_own_handle(handle) || by_method || self->debug) {
+        PyObject *done = PyObject_CallFunctionObjArgs(helpers.run_by_method, self, handle, NULL);
         failed = done == NULL ? -1 : 0;
         Py_XDECREF(done);
-    }
+    } else if (!handle_is_cancelled(handle))
+        failed = handle_run(handle);
     handle_release(handle);
     return failed;
 }
@@ -483,21 +480,34 @@ static PyObject *turns_run_once(Turns *self, PyObject *ignored)
     if (wait(self) < 0)
         return NULL;
     if (self->count > 0) {
-        if (push(self, Py_NewRef(Py_None)) < 0)
+        if (push(self, Py_NewRef(self->completions)) < 0)
             return NULL;
     } else if (dispatch(self) < 0)
         return NULL;
     if (self->timers.count > 0 && ripen(self) < 0)
         return NULL;
     /* What they schedule runs in the next turn, after another look at the port. */
+    int by_method = is_replaced(&handle_run_method);
     for (size_t left = self->count; left > 0 && self->count > 0; left--)
-        if (run(self, pop(self)) < 0)
+        if (run(self, pop(self), by_method) < 0)
             return NULL;
     Py_RETURN_NONE;
 }
 
-static PyObject *turns_use(Turns *self, PyObject *driver)
+/* What BaseEventLoop calls after the wait.  Only a turn that is not ours comes here, and it has looked at the timers: the
+ * completions, which may set some, stand in the queue. */
+static PyObject *turns_process_events(Turns *self, PyObject *ignored)
 {
+    if (self->completions != NULL && push(self, Py_NewRef(self->completions)) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *turns_use(Turns *self, PyObject *args)
+{
+    PyObject *driver, *completions; /* borrowed */
+    if (!PyArg_ParseTuple(args, "OO", &driver, &completions))
+        return NULL;
     PyObject *wait = PyObject_GetAttrString(driver, "wait");
     PyObject *dispatch = wait == NULL ? NULL : PyObject_GetAttrString(driver, "dispatch");
     PyObject *has_work = dispatch == NULL ? NULL : PyObject_GetAttrString((PyObject *)self, "_has_work");
@@ -517,6 +527,7 @@ static PyObject *turns_use(Turns *self, PyObject *driver)
     Py_XSETREF(self->driver, Py_NewRef(driver));
     Py_XSETREF(self->wait, wait);
     Py_XSETREF(self->dispatch, dispatch);
+    Py_XSETREF(self->completions, Py_NewRef(completions));
     Py_RETURN_NONE;
 }
 
@@ -524,43 +535,57 @@ static PyObject *turns_use(Turns *self, PyObject *driver)
  * Futures and tasks: what is asked for with every request of a server
  * ------------------------------------------------------------------------------------------------------------------ */
 
-static PyObject *future_type, *task_type;           /* asyncio.Future and asyncio.Task */
+static PyObject *futures, *tasks;                   /* the modules, whose Future and Task may be replaced too */
+static PyObject *future_name, *task_name;           /* "Future" and "Task" */
 static PyObject *loop_keyword, *loop_name_keywords; /* ("loop",) and ("loop", "name") */
-static PyObject *slow_create_task;                       /* BaseEventLoop.create_task */
+
+static PyObject *call_type(PyObject *module, PyObject *name, PyObject *const *args, size_t count, PyObject *kwnames)
+{
+    PyObject *type = Py_XNewRef(PyDict_GetItemWithError(PyModule_GetDict(module), name)), *made;
+    if (type == NULL && !PyErr_Occurred())
+        PyErr_SetObject(PyExc_AttributeError, name);
+    made = type == NULL ? NULL : PyObject_Vectorcall(type, args, count, kwnames);
+    Py_XDECREF(type);
+    return made;
+}
 
 static PyObject *turns_create_future(Turns *self, PyObject *ignored)
 {
     PyObject *args[] = {(PyObject *)self};
-    return PyObject_Vectorcall(future_type, args, 0, loop_keyword);
+    return call_type(futures, future_name, args, 0, loop_keyword);
 }
 
-/* BaseEventLoop's way for all that is not plain: a task factory, debug mode, keywords that a later Python brings. */
+/* BaseEventLoop's way for all that is not plain: a task factory, debug mode, keywords that a later Python brings; or what
+ * somebody has put in its place. */
 static PyObject *create_task_slowly(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
     Py_ssize_t all = count + (kwnames == NULL ? 0 : PyTuple_GET_SIZE(kwnames));
-    PyObject **more = PyMem_New(PyObject *, all + 1), *task;
+    PyObject **more = PyMem_New(PyObject *, all + 1), *method, *task;
     if (more == NULL)
         return PyErr_NoMemory();
     more[0] = (PyObject *)self;
     for (Py_ssize_t n = 0; n < all; n++)
         more[n + 1] = args[n];
-    task = PyObject_Vectorcall(slow_create_task, more, (size_t)count + 1, kwnames);
+    method = PyObject_GetAttr((PyObject *)create_task_method.type, create_task_method.name);
+    task = method == NULL ? NULL : PyObject_Vectorcall(method, more, (size_t)count + 1, kwnames);
+    Py_XDECREF(method);
     PyMem_Free(more);
     return task;
 }
 
 static PyObject *turns_create_task(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    if (self->debug || self->closed || (self->task_factory != NULL && self->task_factory != Py_None) || count != 1)
+    if (self->debug || self->closed || (self->task_factory != NULL && self->task_factory != Py_None) || count != 1
+        || is_replaced(&create_task_method))
         return create_task_slowly(self, args, count, kwnames);
     if (kwnames == NULL) {
         PyObject *plain[] = {args[0], (PyObject *)self};
-        return PyObject_Vectorcall(task_type, plain, 1, loop_keyword);
+        return call_type(tasks, task_name, plain, 1, loop_keyword);
     }
     /* asyncio.create_task always brings a name. */
     if (PyTuple_GET_SIZE(kwnames) == 1 && PyTuple_GET_ITEM(kwnames, 0) == PyTuple_GET_ITEM(loop_name_keywords, 1)) {
         PyObject *named[] = {args[0], (PyObject *)self, args[1]};
-        return PyObject_Vectorcall(task_type, named, 1, loop_name_keywords);
+        return call_type(tasks, task_name, named, 1, loop_name_keywords);
     }
     return create_task_slowly(self, args, count, kwnames);
 }
@@ -591,8 +616,11 @@ typedef struct {
 
 static Py_ssize_t queue_length(Queue *self) { return (Py_ssize_t)self->loop->count; }
 
+/* A timer that somebody puts here, because it is due, is none any more. */
 static PyObject *queue_append(Queue *self, PyObject *handle)
 {
+    if (Py_IS_TYPE(handle, TimerHandle_type))
+        turns_forget_timer((PyObject *)self->loop, handle);
     handle_track(handle);
     if (push(self->loop, Py_NewRef(handle)) < 0)
         return NULL;
@@ -615,6 +643,15 @@ static PyObject *queue_clear(Queue *self, PyObject *ignored)
     while (self->loop->count > 0)
         handle_release(pop(self->loop));
     Py_RETURN_NONE;
+}
+
+static PyObject *queue_item(Queue *self, Py_ssize_t index)
+{
+    if (index < 0 || index >= queue_length(self)) {
+        PyErr_SetString(PyExc_IndexError, "nothing is ready there");
+        return NULL;
+    }
+    return Py_NewRef(self->loop->ring[(self->loop->first + (size_t)index) & (self->loop->room - 1)]);
 }
 
 static PyObject *queue_iterate(Queue *self)
@@ -659,6 +696,7 @@ static PyType_Slot queue_slots[] = {
     {Py_tp_methods, queue_methods},
     {Py_tp_iter, queue_iterate},
     {Py_sq_length, queue_length},
+    {Py_sq_item, queue_item},
     {0, NULL},
 };
 
@@ -679,15 +717,8 @@ static PyObject *get_ready(Turns *self, void *ignored)
     return (PyObject *)queue;
 }
 
-/* A copy: the timers, the earliest first and the others in no particular order. */
-static PyObject *get_scheduled(Turns *self, void *ignored)
-{
-    PyObject *list = PyList_New(0); /* not made at once with its size: what the collector runs may change that */
-    for (size_t n = 0; list != NULL && n < self->timers.count; n++)
-        if (PyList_Append(list, self->timers.heap[n].handle) < 0)
-            Py_CLEAR(list);
-    return list;
-}
+/* A copy, in order, which is what heapq wants too: what is taken from it and put into the ready queue leaves the timers. */
+static PyObject *get_scheduled(Turns *self, void *ignored) { return timers_list(&self->timers); }
 
 /* BaseEventLoop's constructor brings a queue and a list of its own. */
 static int ignore(Turns *self, PyObject *value, void *ignored) { return 0; }
@@ -726,6 +757,8 @@ static int turns_traverse(Turns *self, visitproc visit, void *arg)
     Py_VISIT(self->driver);
     Py_VISIT(self->wait);
     Py_VISIT(self->dispatch);
+    Py_VISIT(self->completions);
+    Py_VISIT(self->select);
     Py_VISIT(self->task_factory);
     int stop = 0;
     for (size_t n = 0; !stop && n < self->count; n++)
@@ -743,6 +776,8 @@ static int turns_clear(Turns *self)
     Py_CLEAR(self->dispatch);
     Py_CLEAR(self->task_factory);
     forget_everything(self);
+    Py_CLEAR(self->completions);
+    Py_CLEAR(self->select);
     return 0;
 }
 
@@ -780,7 +815,9 @@ static PyMethodDef turns_methods[] = {
      "create_future($self)\n--\n\nA Future of this loop."},
     {"get_debug", (PyCFunction)turns_get_debug, METH_NOARGS,
      "get_debug($self)\n--\n\nWhether debug mode is on."},
-    {"_use", (PyCFunction)turns_use, METH_O, "Wait for and deliver the completions of a driver, from now on."},
+    {"_process_events", (PyCFunction)turns_process_events, METH_O, NULL},
+    {"_use", (PyCFunction)turns_use, METH_VARARGS,
+     "Wait for and deliver the completions of a driver, for which a handle stands in the queue, from now on."},
     {"_has_work", (PyCFunction)turns_has_work, METH_NOARGS, "Whether a callback is ready to run."},
     {"_next_timer", (PyCFunction)turns_next_timer, METH_NOARGS, "When the earliest timer is due; None if there is none."},
     {"_forget_callbacks", (PyCFunction)turns_forget, METH_NOARGS, "Drop what is ready and every timer."},
@@ -792,6 +829,7 @@ static PyMethodDef turns_methods[] = {
 static PyMemberDef turns_members[] = {
     {"_closed", T_BOOL, offsetof(Turns, closed), 0, NULL},
     {"_waited", T_BOOL, offsetof(Turns, waited), 0, NULL},
+    {"_select", T_OBJECT, offsetof(Turns, select), 0, NULL},
     {"_task_factory", T_OBJECT, offsetof(Turns, task_factory), 0, NULL},
     {"_clock_resolution", T_DOUBLE, offsetof(Turns, resolution), 0, NULL},
     {NULL, 0, 0, 0, NULL},
@@ -836,15 +874,14 @@ static PyObject *attribute(const char *module, const char *name)
 static int describe_create_task(void)
 {
     static const char start[] = "(self", text[] = "\n--\n\nRun a coroutine as a Task of this loop.";
-    PyObject *loop_type = attribute("asyncio", "BaseEventLoop"), *function = attribute("inspect", "signature");
-    slow_create_task = loop_type == NULL ? NULL : PyObject_GetAttrString(loop_type, "create_task");
-    PyObject *signature =
-        slow_create_task == NULL || function == NULL ? NULL : PyObject_CallOneArg(function, slow_create_task);
+    PyObject *function = attribute("inspect", "signature");
+    PyObject *method = PyObject_GetAttr((PyObject *)create_task_method.type, create_task_method.name);
+    PyObject *signature = method == NULL || function == NULL ? NULL : PyObject_CallOneArg(function, method);
     PyObject *written = signature == NULL ? NULL : PyObject_Str(signature);
     const char *parameters = written == NULL ? NULL : PyUnicode_AsUTF8(written);
     if (parameters != NULL && strncmp(parameters, start, sizeof start - 1) == 0)
         snprintf(create_task_doc, sizeof create_task_doc, "create_task($self%s%s", parameters + sizeof start - 1, text);
-    Py_XDECREF(loop_type);
+    Py_XDECREF(method);
     Py_XDECREF(function);
     Py_XDECREF(signature);
     Py_XDECREF(written);
@@ -853,13 +890,15 @@ static int describe_create_task(void)
 
 int add_turns(PyObject *module)
 {
-    future_type = attribute("asyncio", "Future");
-    task_type = attribute("asyncio", "Task");
+    futures = PyImport_ImportModule("asyncio.futures");
+    tasks = PyImport_ImportModule("asyncio.tasks");
+    future_name = PyUnicode_InternFromString("Future");
+    task_name = PyUnicode_InternFromString("Task");
     PyObject *loop = PyUnicode_InternFromString("loop"), *name = PyUnicode_InternFromString("name");
     loop_keyword = Py_BuildValue("(O)", loop);
     loop_name_keywords = Py_BuildValue("(NN)", loop, name);
-    if (future_type == NULL || task_type == NULL || loop_keyword == NULL || loop_name_keywords == NULL
-        || describe_create_task() < 0)
+    if (futures == NULL || tasks == NULL || future_name == NULL || task_name == NULL || loop_keyword == NULL
+        || loop_name_keywords == NULL || describe_create_task() < 0)
         return -1;
     threadsafe_type = attribute("asyncio.events", "_ThreadSafeHandle");
     PyErr_Clear();
