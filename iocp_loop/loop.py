@@ -61,6 +61,7 @@ class IocpEventLoop(
             asyncio.BaseEventLoop.close(self)  # nothing was opened; without this __del__ would warn of an open loop
             raise
         self._proactor = Proactor(self, carrier)
+        carrier.exception_handler = self.call_exception_handler
         self._selector = self._proactor  # BaseEventLoop waits by self._selector.select(timeout)
         self._use(carrier)
         self._listeners: dict[socket.socket, Listener] = {}

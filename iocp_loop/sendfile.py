@@ -71,7 +71,7 @@ async def _sent_in_spite(op: SendFile, future: asyncio.Future[int]) -> int:
     count: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     complete = op.complete
 
-    def completed(value: Any, error: OSError | None) -> None:
+    def completed(value: Any, error: BaseException | None) -> None:
         complete(value, error)
         if not count.done():
             count.set_result(value or 0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import errno
 import logging
 import os
 import subprocess
@@ -23,7 +22,7 @@ import threading
 from asyncio import base_subprocess
 from typing import Any, overload
 
-from .operations import READABLE, Readiness, WaitForHandle
+from .operations import READABLE, Readiness, WaitForHandle, was_cancelled
 from .proactor import Proactor
 
 if sys.platform == "win32":
@@ -71,7 +70,7 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             self._watch_descriptor(proactor, process, context)
 
     def _watch_handle(self, proactor: Proactor, process: Any, context: contextvars.Context) -> None:
-        def exited(value: Any, error: OSError | None) -> None:
+        def exited(value: Any, error: BaseException | None) -> None:
             if error is None:
                 context.run(self._process_exited, process.poll())
             else:
@@ -89,7 +88,7 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             self._watch_by_thread(process, context)
             return
 
-        def exited(events: Any, error: OSError | None) -> None:
+        def exited(events: Any, error: BaseException | None) -> None:
             os.close(pidfd)
             if error is None:
                 context.run(self._process_exited, take_exit_status(process))
@@ -102,8 +101,10 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             os.close(pidfd)
             self._watch_by_thread(process, context)
 
-    def _wait_failed(self, error: OSError, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:
-        if error.errno != errno.ECANCELED:  # that one is the loop closing under us
+    def _wait_failed(
+        self, error: BaseException, process: subprocess.Popen[bytes], context: contextvars.Context
+    ) -> None:
+        if not was_cancelled(error):  # that would be the loop closing under us
             self._watch_by_thread(process, context)
 
     def _watch_by_thread(self, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:

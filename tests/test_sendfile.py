@@ -365,7 +365,7 @@ async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int]) -> None:
     (op,) = in_flight()
     complete = op.complete
 
-    def completed(value: Any, error: OSError | None) -> None:
+    def completed(value: Any, error: BaseException | None) -> None:
         complete(value, error)
         sending.cancel()
 

@@ -144,14 +144,17 @@ class PollDriver(PollTurns, Driver):
                 if _start_connect(op):  # type: ignore[arg-type]  # its kind was looked at
                     self._finish(op, None)
                     return
-            except OSError as error:
+            except (SystemExit, KeyboardInterrupt):
+                self._retract(op)
+                raise
+            except BaseException as error:
                 self._finish(op, None, error)
                 return
         elif kind in self._attempts and op.fd not in self._watches and self._attempt(op):
             return
         try:
             self._add(op, events)
-        except OSError:  # epoll refuses regular files too, but no call on one waits: it was made above
+        except BaseException:  # epoll refuses regular files too, but no call on one waits: it was made above
             self._retract(op)
             raise
 
@@ -171,7 +174,9 @@ class PollDriver(PollTurns, Driver):
             value = self._attempts[type(op)](op)
         except _AGAIN:
             return False
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # not only OSError: the argument may be wrong, the socket's class somebody's own
             self._finish(op, None, error)
             return True
         if value is NOT_YET:
@@ -190,7 +195,7 @@ class PollDriver(PollTurns, Driver):
             watch.writers += (op,)
         try:
             self._update(op.fd, watch)
-        except OSError:
+        except BaseException:
             watch.remove(op)
             if not watch.readers and not watch.writers:
                 self._watches.pop(op.fd, None)
@@ -290,7 +295,7 @@ class PollDriver(PollTurns, Driver):
                 events = held & op.events  # type: ignore[attr-defined]  # this kind has events
                 if direction == READABLE or not events & READABLE:  # else it was told as a reader
                     self.completions += 1
-                    op.complete(events, None)
+                    self._complete(op, events, None)
             elif kind is ops.Readiness:
                 self._finish(op, held & op.events)  # type: ignore[attr-defined]  # as above
                 watch.remove(op)
@@ -300,14 +305,14 @@ class PollDriver(PollTurns, Driver):
                 break
         self._settle(fd, watch)
 
-    def _end_stream(self, op: Operation, value: Any, error: OSError | None) -> None:
+    def _end_stream(self, op: Operation, value: Any, error: BaseException | None) -> None:
         watch = self._watches.get(op.fd)
         self._land(op)
         if watch is not None:
             watch.remove(op)
             self._settle(op.fd, watch)
         self.completions += 1
-        op.complete(value, error)
+        self._complete(op, value, error)
 
     def _receive_data(self, op: ops.ReceiveStream) -> None:
         """One receive of a stream, delivered at once: the hottest function of this driver."""
@@ -319,7 +324,9 @@ class PollDriver(PollTurns, Driver):
             count = op.handle.recv_into(scratch)
         except _AGAIN:
             return
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end_stream(op, None, error)
             return
         if count:
@@ -329,14 +336,16 @@ class PollDriver(PollTurns, Driver):
 
     def _receive_into_buffer(self, op: ops.ReceiveStream) -> None:
         """One receive of a stream whose owner lends the buffer."""
-        buffer = op.get_buffer()  # type: ignore[misc]  # its caller has looked
-        if buffer is None:
-            return
         try:
+            buffer = op.get_buffer()  # type: ignore[misc]  # its caller has looked
+            if buffer is None:
+                return
             count = op.handle.recv_into(buffer)
         except _AGAIN:
             return
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end_stream(op, None, error)
             return
         if count:
@@ -352,8 +361,10 @@ class PollDriver(PollTurns, Driver):
     def _receive_datagrams(self, op: ops.ReceiveFromStream) -> None:
         # A few per turn: one busy endpoint must not starve the others.
         try:
-            self.completions += receive_datagrams(op, 16, _receive_from)
-        except OSError as error:
+            self.completions += receive_datagrams(self, op, 16, _receive_from)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end_stream(op, None, error)
 
     def _accept_some(self, op: ops.AcceptStream) -> None:
@@ -364,11 +375,13 @@ class PollDriver(PollTurns, Driver):
                 value = _accept(op)
             except (*_AGAIN, ConnectionAbortedError):
                 return
-            except OSError as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
                 self._end_stream(op, None, error)
                 return
             self.completions += 1
-            op.complete(value, None)
+            self._complete(op, value, None)
 
     # -- waking and closing ------------------------------------------------------------------------
 

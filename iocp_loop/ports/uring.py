@@ -229,8 +229,13 @@ class UringDriver(UringTurns, Driver):
             stream = op.driver_data
             stream.armed = True
             stream.stopping = False
-        if self._kinds[type(op)][0](op) < 0:
-            self._unarmed.append(op)
+        try:
+            if self._kinds[type(op)][0](op) < 0:
+                self._unarmed.append(op)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # an argument that the request can't take
+            self._finish(op, None, error)
 
     def _arm_after_poll(self, op: Operation, events: int) -> None:
         """Wait until the descriptor is ready, and then queue the request for `op`."""
@@ -358,9 +363,16 @@ class UringDriver(UringTurns, Driver):
                     self._arm(op)
                     return
                 result = -errno.ECANCELED
-        self._kinds[type(op)][1](op, result, flags, start)
+        try:
+            self._kinds[type(op)][1](op, result, flags, start)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if op.stream or not op.in_flight:
+                raise  # its `complete` did it: dispatch reports that
+            self._end(op, None, error)
 
-    def _end(self, op: Operation, value: Any, error: OSError | None = None) -> None:
+    def _end(self, op: Operation, value: Any, error: BaseException | None = None) -> None:
         """The last completion of `op`; only ``dispatch`` may call this."""
         self._land(op)
         op.complete(value, error)
@@ -458,12 +470,12 @@ class UringDriver(UringTurns, Driver):
         except _WOULD_BLOCK:
             self._go_on(op)
             return
-        except OSError as error:
-            self._end(op, None, error)
-            return
-        except BaseException:  # of get_buffer, to end the loop; the stream goes on all the same
+        except (SystemExit, KeyboardInterrupt):  # the stream goes on all the same
             self._go_on(op)
             raise
+        except BaseException as error:
+            self._end(op, None, error)
+            return
         if count == 0:
             self._end(op, value)
             return
@@ -672,7 +684,10 @@ class UringDriver(UringTurns, Driver):
         except _WOULD_BLOCK:
             self._arm(op)
             return
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            self._arm(op)
+            raise
+        except BaseException as error:
             self._end(op, None, error)
             return
         self._end(op, value)
@@ -683,8 +698,10 @@ class UringDriver(UringTurns, Driver):
             self._fail_stream(op, result)
             return
         try:
-            receive_datagrams(op, _DATAGRAMS, _receive_from)
-        except OSError as error:
+            receive_datagrams(self, op, _DATAGRAMS, _receive_from)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end(op, None, error)
         finally:
             self._go_on(op)

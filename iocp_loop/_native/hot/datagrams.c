@@ -132,13 +132,13 @@ static PyObject *structure_of(int family, PyObject *tuple)
     return failed ? NULL : structure;
 }
 
-/* receive_datagrams(op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
+/* receive_datagrams(driver, op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
  * The number of them; None if its socket is not a plain one, for the way in Python.  OSError if receiving fails. */
 PyObject *receive_datagrams(PyObject *module, PyObject *args)
 {
-    PyObject *op;
+    PyObject *driver, *op;
     int most, count = 0;
-    if (!PyArg_ParseTuple(args, "Oi", &op, &most))
+    if (!PyArg_ParseTuple(args, "OOi", &driver, &op, &most))
         return NULL;
     if ((PyObject *)Py_TYPE(op) != operation_slots.receive_from_stream) {
         PyErr_SetString(PyExc_TypeError, "receive_datagrams() takes a ReceiveFromStream");
@@ -169,11 +169,12 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
             PyObject *arguments[] = {value, Py_None};
             done = PyObject_Vectorcall(complete, arguments, 2, NULL);
         }
+        int failed = done == NULL && (value == NULL || fail(driver, names.report, COMPLETE_FAILED) < 0);
         Py_XDECREF(complete);
         Py_XDECREF(value);
-        if (done == NULL)
+        Py_XDECREF(done);
+        if (failed)
             return NULL;
-        Py_DECREF(done);
     }
     return PyLong_FromLong(count);
 }

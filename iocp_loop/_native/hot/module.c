@@ -8,7 +8,7 @@ static PyMethodDef module_methods[] = {
 #ifndef _WIN32
     {"socket_calls", make_socket_calls, METH_VARARGS,
      "socket_calls(loop, proactor, driver, unclaimed, lines, transports)"},
-    {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(op, most)"},
+    {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(driver, op, most)"},
     {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
      "send_datagram(sock, family, data, address)"},
 #endif

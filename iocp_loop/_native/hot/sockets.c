@@ -230,7 +230,7 @@ int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
 {
     PyObject *error = NULL;
     if (data == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_OSError))
+        if (ends_the_loop())
             return -1;
         error = take_exception();
     }

@@ -315,12 +315,13 @@ static int go_on_failing(UringTurns *self, PyObject *op, PyObject *stream)
     return -1;
 }
 
-/* The stream has ended: with `value` that says so, or with the error in errno. */
+/* The stream has ended: with `value` that says so, or with the exception that is set, or else the error in errno. */
 static int end_bulk(UringTurns *self, PyObject *op, PyObject *value)
 {
     PyObject *error = NULL, *done;
     if (value == NULL) {
-        PyErr_SetFromErrno(PyExc_OSError);
+        if (!PyErr_Occurred())
+            PyErr_SetFromErrno(PyExc_OSError);
         error = take_exception();
     }
     done = PyObject_CallMethodObjArgs((PyObject *)self, names.end, op, value == NULL ? Py_None : value,
@@ -343,7 +344,9 @@ static int receive_bulk_once(UringTurns *self, PyObject *op, int *again)
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &value);
     if (count == NO_BUFFER)
-        failed = PyErr_Occurred() ? go_on_failing(self, op, stream) : go_on(self, op, stream);
+        failed = !PyErr_Occurred()  ? go_on(self, op, stream)
+                 : ends_the_loop() ? go_on_failing(self, op, stream)
+                                   : end_bulk(self, op, NULL);
     else if (count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
         failed = go_on(self, op, stream);
     else if (count < 0)
@@ -469,7 +472,7 @@ static int dispatch(PyObject *driver)
         PyObject *op = self->ops[self->taken_up++];
         int n = self->next++, failed = deliver(self, op, ring->result[n], ring->flags[n], ring->start[n]);
         Py_DECREF(op);
-        if (failed)
+        if (failed && fail(driver, names.report, COMPLETE_FAILED) < 0)
             return -1;
     }
     if ((has_items(self->unarmed) || has_items(self->uncancelled)) && call(self, names.queue_leftovers) < 0)
