@@ -50,7 +50,7 @@ from . import operations as ops
 from .debugging import DebugContext, context_for, unclosed
 from .native import hot
 from .proactor import Proactor, advance, fail
-from .sendfile import send_file
+from .sendfile import check_regular, copy_file, send_file
 
 __all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
 
@@ -549,30 +549,38 @@ class SocketTransport(Stream):
         if self._sending is None and not self._lost:
             if self._closing:
                 self._lose_connection(None)
-            elif self._eof_asked:
+            elif self._eof_asked and self._file is None:
                 self._shut_down_sending()
 
-    async def send_file(self, file: Any, offset: int, count: int | None) -> int:
+    async def send_file(self, file: Any, offset: int, count: int | None, *, copy: bool = False) -> int:
         """Send `count` bytes of `file` (None: all) from `offset` after what is queued; the number of bytes sent.
 
         ``loop.sendfile`` is the way to call it.  Raises RuntimeError while another file is sent, ConnectionError if the
-        transport is closed meanwhile, SendfileNotAvailableError if the system can't send this file by itself.
+        transport is closed meanwhile, and, unless it is to `copy`, SendfileNotAvailableError if the system can't send
+        this file by itself.
         """
         if self._file is not None:
             raise RuntimeError("another sendfile is in progress")
+        if not copy:
+            check_regular(file)  # before anybody can ask for the end of the stream, which would come before a copy
         self._direct = False
         self._file = drained = self._loop.create_future()
         if self._sending is None:
             drained.set_result(0)
         try:
             await drained
-            return await send_file(self._send_part, self._sock, file, offset, count)
+            send = copy_file if copy else send_file
+            return await send(self._send_part, self._sock, file, offset, count)
+        except ValueError as exc:
+            if self._sock.fileno() < 0:  # there is no operation on a closed socket
+                raise _closed_while_sending_file() from exc
+            raise
         finally:
             self._file = None
             if self._sending is None and not self._lost:
                 self._go_on_sending()
 
-    def _send_part(self, op: ops.SendFile) -> asyncio.Future[int]:
+    def _send_part(self, op: ops.SendAll | ops.SendFile) -> asyncio.Future[int]:
         if self._closing:
             raise _closed_while_sending_file()
         future: asyncio.Future[int] = self._loop.create_future()
@@ -603,13 +611,12 @@ class SocketTransport(Stream):
         return True
 
     def write_eof(self) -> None:
-        """Close the sending side once everything written has been sent; receiving goes on."""
+        """Close the sending side once everything written, or the file, has been sent; receiving goes on."""
         if self._closing or self._eof_asked:
             return
         self._eof_asked = True
         self._direct = False
-        if self._sending is None:
-            self._shut_down_sending()
+        self._end_writing_if_asked()
 
     def _shut_down_sending(self) -> None:
         try:
