@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from asyncio import base_subprocess
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from .operations import READABLE, Readiness, WaitForHandle, was_cancelled
 from .proactor import Proactor
@@ -37,6 +37,10 @@ _logger = logging.getLogger("asyncio")
 #: The exit status of a process whose real one somebody else has taken; as in asyncio's child watchers.
 UNKNOWN_STATUS = 255
 
+#: Seconds after the exit of a process in which its pipes should end too.  Who waits for the process waits no longer: it
+#: may have left them to a child of its own.
+PIPES_PATIENCE = 0.01
+
 #: Seconds between two looks at a process that neither the system nor a thread watches.
 _LOOK_INTERVAL = 0.05
 
@@ -47,8 +51,11 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
     _loop: asyncio.AbstractEventLoop
     _proc: subprocess.Popen[bytes] | None
     _pipes: dict[int, Any]
+    _returncode: int | None
+    _patience: asyncio.TimerHandle | None = None  # from the exit on
 
     def _start(self, args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any, bufsize: int, **kwargs: Any) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
         self._proc = popen.Popen(
             args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
         )
@@ -59,6 +66,35 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             # No loop is left to close pipes on; that of Python 3.11 would raise.  Each closes when it is collected.
             self._pipes.clear()
         super().close()
+
+    # Who waits for the process is woken here and not by the base class, which waits for the pipes too, or does not wait
+    # for them at all (which of the two depends on the version of Python).
+
+    async def _wait(self) -> int:
+        """Wait until the process has exited; its exit status."""
+        if self._returncode is None:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
+        return cast("int", self._returncode)
+
+    def _process_exited(self, returncode: int) -> None:
+        super()._process_exited(returncode)
+        self._patience = self._loop.call_later(PIPES_PATIENCE, self._wake_waiters)
+
+    def _call_connection_lost(self, exc: BaseException | None) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        try:
+            super()._call_connection_lost(exc)
+        finally:
+            self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
 
     def watch_exit(self, proactor: Proactor) -> None:
         """Have the loop told when the process exits.  Call it once, after the transport was made."""
