@@ -23,6 +23,7 @@ from typing import Any, cast
 from . import operations as ops
 from .debugging import context_for, unclosed
 from .native import hot
+from .operations import was_cancelled
 from .proactor import Proactor
 from .transports import FlowControl
 
@@ -153,10 +154,10 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         most = _MOST_INET if self._sock.family in (socket.AF_INET, socket.AF_INET6) else _MOST_UNIX
         try:
             self._receive = self._proactor.receive_from_stream(self._sock, most, self._received)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: somebody has closed it
             self._fatal_error(exc, "Fatal read error on datagram transport")
 
-    def _received(self, value: Any, error: OSError | None) -> None:
+    def _received(self, value: Any, error: BaseException | None) -> None:
         if error is not None:
             self._receive_ended(error)
         elif not self._closing:
@@ -167,15 +168,15 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             except BaseException as exc:
                 self._report(exc, "Exception in protocol.datagram_received()")
 
-    def _receive_ended(self, error: OSError) -> None:
+    def _receive_ended(self, error: BaseException) -> None:
         self._receive = None
         if self._closing:
             self._release_socket()
-        elif error.errno in _HOPELESS:
+        elif not isinstance(error, OSError) or error.errno in _HOPELESS:
             self._context.run(self._fatal_error, error, "Fatal read error on datagram transport")
         elif getattr(error, "winerror", None) == _WSA_INVALID:
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
-        elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
+        elif not was_cancelled(error):  # that would be the loop closing under us
             self._context.run(self._tell_error, error)
             if not self._closing:
                 self._arm_receive()
@@ -247,16 +248,15 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._retry = self._loop.call_later(_RETRY_DELAY, self._send_queue)
             return
         data, addr = self._queue[0]
-        op = ops.SendTo(self._sock, data, None if self._connected else addr)
-        self._sending = op
         run: Any = contextvars.copy_context().run  # in the context of whoever sends, as on asyncio's own loops
         try:
+            op = self._sending = ops.SendTo(self._sock, data, None if self._connected else addr)
             self._proactor.start(op, functools.partial(run, self._sent))
         except (OSError, ValueError) as exc:
             self._sending = None
             self._fatal_error(exc, "Fatal write error on datagram transport")
 
-    def _sent(self, value: Any, error: OSError | None) -> None:
+    def _sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of the datagram at the head of the queue."""
         self._sending = None
         if self._lost:
@@ -264,10 +264,13 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             return
         if error is None:
             self._after_sending()
-        elif error.errno == errno.ECANCELED:
+        elif was_cancelled(error):
             return  # the loop is closing under us
-        else:
+        elif isinstance(error, OSError):
             self._tell_error(error)
+        else:  # the address makes no sense
+            self._fatal_error(error, "Fatal write error on datagram transport")
+            return
         self._forget_head()
         self._send_queue()
 

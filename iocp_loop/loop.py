@@ -22,6 +22,7 @@ from .pipes import PipeMethods
 from .ports import make_driver
 from .proactor import Proactor
 from .readiness import ReadinessMethods
+from .sendfile import begin_at
 from .servers import Listener
 from .signals import SignalMethods
 from .sockets import SocketMethods
@@ -61,6 +62,7 @@ class IocpEventLoop(
             asyncio.BaseEventLoop.close(self)  # nothing was opened; without this __del__ would warn of an open loop
             raise
         self._proactor = Proactor(self, carrier)
+        carrier.exception_handler = self.call_exception_handler
         self._selector = self._proactor  # BaseEventLoop waits by self._selector.select(timeout)
         self._use(carrier)
         self._listeners: dict[socket.socket, Listener] = {}
@@ -140,8 +142,19 @@ class IocpEventLoop(
         return transport
 
     async def _sendfile_native(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
-        # What BaseEventLoop.sendfile tries first; it copies through memory if this is not available.
+        # What BaseEventLoop.sendfile tries first.
+        self._check_sendfile_params(transp._sock, file, offset, count)  # type: ignore[attr-defined]  # BaseEventLoop's
         sent: int = await transp.send_file(file, offset, count)
+        return sent
+
+    async def _sendfile_fallback(self, transp: Any, file: Any, offset: int, count: int | None) -> int:
+        # What it does if that is not available.
+        sock = transp.get_extra_info("socket")
+        self._check_sendfile_params(sock, file, offset, count)  # type: ignore[attr-defined]  # as above
+        if isinstance(transp, SocketTransport):
+            return await transp.send_file(file, offset, count, copy=True)
+        begin_at(file, offset)  # asyncio leaves it where it is if the offset is 0
+        sent: int = await super()._sendfile_fallback(transp, file, offset, count)  # type: ignore[misc]  # as above
         return sent
 
     # -- servers -----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ The pipes are in byte mode, so a message has no bounds and nothing cuts one; cli
 from __future__ import annotations
 
 import asyncio
-import errno
 import sys
 from asyncio import windows_utils
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any, TypeAlias
 
 from . import operations as ops
 from .debugging import context_for
+from .operations import was_cancelled
 from .proactor import Proactor
 from .servers import RETRY_DELAY
 
@@ -141,9 +141,9 @@ class PipeServer:
         else:
             self._in_shortage = False
 
-    def _accepted(self, pipe: _Pipe, error: OSError | None) -> None:
+    def _accepted(self, pipe: _Pipe, error: BaseException | None) -> None:
         del self._waiting[pipe]
-        if self._closed or (error is not None and error.errno == errno.ECANCELED):
+        if self._closed or (error is not None and was_cancelled(error)):
             pipe.close()
             return
         if self._retry is None:

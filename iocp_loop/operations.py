@@ -23,6 +23,7 @@ before the cancel reached it completes with its value.
 from __future__ import annotations
 
 import enum
+import errno
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -106,8 +107,11 @@ class Operation:
 
     `complete(value, error)` is called by the driver's ``dispatch`` with each completion; of value and error only one
     is meaningful.  Whoever submits the operation sets it: a :class:`~iocp_loop.CompletionPort` queues the completion
-    for its ``get``, the proactor resolves a Future, a transport takes its data.  It must not raise, except for
-    exceptions that are to end the loop (KeyboardInterrupt, SystemExit).
+    for its ``get``, the proactor resolves a Future, a transport takes its data.
+
+    The error is an OSError if the system has refused, else whatever a method of the handle or of a buffer has raised.
+    What `complete` raises is reported and reaches nobody else.  Only KeyboardInterrupt and SystemExit are neither: they
+    end the loop.
 
     The driver owns `token` (the operation's number in the in-flight table), `state` and `driver_data`.
     """
@@ -123,7 +127,7 @@ class Operation:
         self.key: object = None
         self.state = NEW
         self.token = 0
-        self.complete: Callable[[Any, OSError | None], object] = _nobody_listens
+        self.complete: Callable[[Any, BaseException | None], object] = _nobody_listens
         self.driver_data: Any = None
 
     @property
@@ -140,12 +144,17 @@ class Operation:
         return f"<{self.kind} fd={self.fd} {self.state.value}>"
 
 
-def _nobody_listens(value: Any, error: OSError | None) -> None:
+def _nobody_listens(value: Any, error: BaseException | None) -> None:
     """The `complete` of an operation that nobody has claimed."""
 
 
-def is_over(value: Any, error: OSError | None) -> None:
+def is_over(value: Any, error: BaseException | None) -> None:
     """The `complete` of an operation that has ended, set by an owner who refers to it."""
+
+
+def was_cancelled(error: BaseException) -> bool:
+    """Whether `error` tells of a cancel; one that nobody asked for is the loop closing."""
+    return isinstance(error, OSError) and error.errno == errno.ECANCELED
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,7 +436,7 @@ class Completion(NamedTuple):
     operation: Operation | None
     key: object
     value: Any
-    error: OSError | None = None
+    error: BaseException | None = None
 
     def result(self) -> Any:
         """The value; raises the error if there is one."""

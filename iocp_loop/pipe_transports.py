@@ -302,7 +302,7 @@ class WritingSide(PipeTransport, FlowControl):
         self._drop_unsent()
         self._lose_connection(exc)
 
-    def _write_failed(self, exc: OSError) -> None:
+    def _write_failed(self, exc: BaseException) -> None:
         self._drop_unsent()
         self._fatal_error(exc, "Fatal write error on pipe transport")
 

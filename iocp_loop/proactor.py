@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import socket
 import weakref
@@ -27,13 +26,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import operations as ops
-from .operations import READABLE, WRITABLE, Address, HandleLike, Operation
+from .operations import READABLE, WRITABLE, Address, HandleLike, Operation, was_cancelled
 from .ports.driver import Driver
 
 __all__ = ["Deliver", "Proactor"]
 
 #: What a stream calls with each completion: ``deliver(value, error)``.  The last call has an error or an empty value.
-Deliver = Callable[[Any, OSError | None], object]
+Deliver = Callable[[Any, BaseException | None], object]
 
 #: Kinds whose value would be lost if nobody took it.
 _PRECIOUS = (ops.Receive, ops.ReceiveInto, ops.Accept, ops.ReceiveFrom, ops.ReceiveFromInto)
@@ -59,25 +58,33 @@ class _OperationFuture(asyncio.Future[Any]):
             self._proactor._cancel_precious(self._op)
         return super().cancel(msg=msg)
 
-    def _completed(self, value: Any, error: OSError | None) -> None:
+    def _completed(self, value: Any, error: BaseException | None) -> None:
         self._op.complete = ops.is_over  # the Future and the operation refer to each other: part them
         if not self.take(value, error):
             self._proactor._ended_unawaited(self._op, value, error)
 
-    def take(self, value: Any, error: Exception | None) -> bool:
+    def take(self, value: Any, error: BaseException | None) -> bool:
         """Be done with a value or an error; False if nobody awaits that any more."""
         if self.done():
             return False
         try:
             if error is None:
                 self.set_result(value)
-            elif isinstance(error, OSError) and error.errno == errno.ECANCELED:
+            elif was_cancelled(error):
                 return super().cancel()
             else:
-                self.set_exception(error)
+                fail(self, error)
         except asyncio.InvalidStateError:  # a finalizer or a signal handler came in between
             return False
         return True
+
+
+def fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    """Give `future` the error of an operation."""
+    if isinstance(error, StopIteration):  # no Future takes this one
+        cause, error = error, RuntimeError("an operation raised StopIteration")
+        error.__cause__ = cause
+    future.set_exception(error)
 
 
 class _Line:
@@ -93,7 +100,7 @@ class _Line:
 class Proactor:
     """Starts operations on a driver, for one event loop.
 
-    Each method that returns a Future may raise OSError or ValueError at once when the operation is refused outright;
+    Each method that returns a Future may raise at once when the operation is refused outright, OSError or ValueError;
     else the error arrives in the Future.  Sockets must be non-blocking.
     """
 
@@ -278,7 +285,7 @@ class Proactor:
         if isinstance(op, _PRECIOUS) and op.state is not ops.NEW:  # new: it stands in line itself
             self._lines.setdefault(op.handle, _Line()).ending.add(op)
 
-    def _ended_unawaited(self, op: Operation, value: Any, error: OSError | None) -> None:
+    def _ended_unawaited(self, op: Operation, value: Any, error: BaseException | None) -> None:
         """The last completion of a cancelled operation: keep what it got, and let those behind it go on."""
         if not isinstance(op, _PRECIOUS):
             return
@@ -320,7 +327,9 @@ class Proactor:
             return
         try:
             self._submit_in_turn(future, op)
-        except (OSError, ValueError) as exc:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
             future.take(None, exc)
 
     def _deliver_unclaimed(self, op: ops.ReceiveStream) -> None:

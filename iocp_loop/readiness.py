@@ -88,7 +88,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         context: Any = context_for(self)  # in debug mode it is none, but measures as BaseEventLoop measures Handles
         watch = _Watch(source, asyncio.Handle(callback, args, self, context))
 
-        def ready(value: Any, error: OSError | None) -> None:
+        def ready(value: Any, error: BaseException | None) -> None:
             if error is None:
                 # Now, not with the next turn: whether the descriptor is still ready is looked at before that.
                 if not watch.handle.cancelled():
@@ -121,10 +121,10 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         if watch.stream is not None:
             self._proactor.cancel(watch.stream)
 
-    def _report_lost_watch(self, watch: _Watch, error: OSError) -> None:
+    def _report_lost_watch(self, watch: _Watch, error: BaseException) -> None:
         watch.handle.cancel()
         # The loop is closing, or the descriptor is closed: a selector forgets those in silence too.
-        if error.errno not in (errno.ECANCELED, errno.EBADF):
+        if not (isinstance(error, OSError) and error.errno in (errno.ECANCELED, errno.EBADF)):
             self.call_exception_handler(
                 {
                     "message": f"Watching {watch.source!r} failed",

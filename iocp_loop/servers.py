@@ -79,10 +79,12 @@ class Listener:
         self._retry = None
         try:
             self._arm()
-        except OSError as exc:  # refused outright
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:  # refused outright
             self._ended(exc)
 
-    def _accepted(self, value: Any, error: OSError | None) -> None:
+    def _accepted(self, value: Any, error: BaseException | None) -> None:
         if error is not None:
             self._ended(error)
             return
@@ -106,16 +108,17 @@ class Listener:
                 }
             )
 
-    def _ended(self, error: OSError) -> None:
+    def _ended(self, error: BaseException) -> None:
         """The accept stream has ended: because it was asked to, or because accepting failed."""
         if self._stopped:
             self._sock.close()
             return
-        if error.errno in _HOPELESS:
-            if error.errno != errno.ECANCELED:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in _HOPELESS:
+            if code != errno.ECANCELED:
                 self._report("socket.accept() failed, the listening socket is not usable any more", error)
             return
-        if error.errno in _SHORTAGE:
+        if code in _SHORTAGE:
             if not self._in_shortage:
                 self._in_shortage = True
                 self._report("socket.accept() out of system resource", error)
@@ -123,7 +126,7 @@ class Listener:
             self._report("Accept failed on a socket", error)
         self._retry = self._loop.call_later(RETRY_DELAY, self._arm_again)
 
-    def _report(self, message: str, error: OSError) -> None:
+    def _report(self, message: str, error: BaseException) -> None:
         self._loop.call_exception_handler(
             {"message": message, "exception": error, "socket": trsock.TransportSocket(self._sock)}
         )

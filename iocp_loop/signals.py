@@ -228,7 +228,7 @@ class SignalMethods(asyncio.BaseEventLoop):
             return
         wakeup = _Wakeup()
 
-        def received(data: bytes, error: OSError | None) -> None:
+        def received(data: bytes, error: BaseException | None) -> None:
             if error is None:
                 self._run_signal_handlers(data)
             elif not wakeup.held:

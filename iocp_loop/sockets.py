@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from .native import hot
 from .operations import READABLE, WRITABLE, HandleLike, fileno
 from .proactor import Proactor
-from .sendfile import send_file
+from .sendfile import copy_file, send_file
 
 __all__ = ["SocketMethods"]
 
@@ -220,5 +220,11 @@ class SocketMethods(asyncio.BaseEventLoop):
         return await self._keeping(self._proactor.accept(sock))
 
     async def _sock_sendfile_native(self, sock: socket.socket, file: Any, offset: int, count: int | None) -> int:
-        # What BaseEventLoop.sock_sendfile tries first; it copies through memory if this is not available.
+        # What BaseEventLoop.sock_sendfile tries first.
+        self._ensure_fd_no_transport(sock)
         return await send_file(self._proactor.submit, sock, file, offset, count)
+
+    async def _sock_sendfile_fallback(self, sock: socket.socket, file: Any, offset: int, count: int | None) -> int:
+        # What it does if that is not available.
+        self._ensure_fd_no_transport(sock)
+        return await copy_file(self._proactor.submit, sock, file, offset, count)

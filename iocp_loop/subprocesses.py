@@ -14,16 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import errno
 import logging
 import os
 import subprocess
 import sys
 import threading
 from asyncio import base_subprocess
-from typing import Any, overload
+from typing import Any, cast, overload
 
-from .operations import READABLE, Readiness, WaitForHandle
+from .operations import READABLE, Readiness, WaitForHandle, was_cancelled
 from .proactor import Proactor
 
 if sys.platform == "win32":
@@ -38,6 +37,10 @@ _logger = logging.getLogger("asyncio")
 #: The exit status of a process whose real one somebody else has taken; as in asyncio's child watchers.
 UNKNOWN_STATUS = 255
 
+#: Seconds after the exit of a process in which its pipes should end too.  Who waits for the process waits no longer: it
+#: may have left them to a child of its own.
+PIPES_PATIENCE = 0.01
+
 #: Seconds between two looks at a process that neither the system nor a thread watches.
 _LOOK_INTERVAL = 0.05
 
@@ -48,8 +51,11 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
     _loop: asyncio.AbstractEventLoop
     _proc: subprocess.Popen[bytes] | None
     _pipes: dict[int, Any]
+    _returncode: int | None
+    _patience: asyncio.TimerHandle | None = None  # from the exit on
 
     def _start(self, args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any, bufsize: int, **kwargs: Any) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
         self._proc = popen.Popen(
             args, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, bufsize=bufsize, **kwargs
         )
@@ -61,6 +67,35 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             self._pipes.clear()
         super().close()
 
+    # Who waits for the process is woken here and not by the base class, which waits for the pipes too, or does not wait
+    # for them at all (which of the two depends on the version of Python).
+
+    async def _wait(self) -> int:
+        """Wait until the process has exited; its exit status."""
+        if self._returncode is None:
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
+        return cast("int", self._returncode)
+
+    def _process_exited(self, returncode: int) -> None:
+        super()._process_exited(returncode)
+        self._patience = self._loop.call_later(PIPES_PATIENCE, self._wake_waiters)
+
+    def _call_connection_lost(self, exc: BaseException | None) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        try:
+            super()._call_connection_lost(exc)
+        finally:
+            self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
     def watch_exit(self, proactor: Proactor) -> None:
         """Have the loop told when the process exits.  Call it once, after the transport was made."""
         process: Any = self._proc
@@ -71,7 +106,7 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             self._watch_descriptor(proactor, process, context)
 
     def _watch_handle(self, proactor: Proactor, process: Any, context: contextvars.Context) -> None:
-        def exited(value: Any, error: OSError | None) -> None:
+        def exited(value: Any, error: BaseException | None) -> None:
             if error is None:
                 context.run(self._process_exited, process.poll())
             else:
@@ -89,7 +124,7 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             self._watch_by_thread(process, context)
             return
 
-        def exited(events: Any, error: OSError | None) -> None:
+        def exited(events: Any, error: BaseException | None) -> None:
             os.close(pidfd)
             if error is None:
                 context.run(self._process_exited, take_exit_status(process))
@@ -102,8 +137,10 @@ class SubprocessTransport(base_subprocess.BaseSubprocessTransport):
             os.close(pidfd)
             self._watch_by_thread(process, context)
 
-    def _wait_failed(self, error: OSError, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:
-        if error.errno != errno.ECANCELED:  # that one is the loop closing under us
+    def _wait_failed(
+        self, error: BaseException, process: subprocess.Popen[bytes], context: contextvars.Context
+    ) -> None:
+        if not was_cancelled(error):  # that would be the loop closing under us
             self._watch_by_thread(process, context)
 
     def _watch_by_thread(self, process: subprocess.Popen[bytes], context: contextvars.Context) -> None:

@@ -47,6 +47,7 @@ class PythonTls:
         _app_protocol_get_buffer: Any
         _app_protocol_is_buffer: bool
         _app_reading_paused: bool
+        _eof_received: bool
         _incoming: ssl.MemoryBIO
         _sslobj: ssl.SSLObject
         _state: Any
@@ -127,6 +128,8 @@ class PythonTls:
         try:
             while count < size:
                 more: int = self._sslobj.read(size - count, view[count:])  # type: ignore[assignment]  # given a buffer, a count
+                if not 0 <= more <= size - count:
+                    raise ValueError(f"an SSLObject has taken {more} of {size - count} bytes")
                 if not more:
                     return count, True, None
                 count += more
@@ -151,7 +154,9 @@ if TYPE_CHECKING:
 elif hot is None:
     Tls, TlsTransport = PythonTls, PythonTlsTransport
 else:
-    Tls, TlsTransport = hot.tls_types(_State.WRAPPED, _State.FLUSHING, _NOT_NOW, ssl.SSLObject)
+    from _ssl import _SSLSocket
+
+    Tls, TlsTransport = hot.tls_types(_State.WRAPPED, _State.FLUSHING, _NOT_NOW, ssl.SSLObject, _SSLSocket)
 
 
 class _SSLTransport(TlsTransport, sslproto._SSLProtocolTransport):
@@ -190,6 +195,19 @@ class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]
         """The transport beneath is lost.  The user's protocol is let go of, which may keep the transport above."""
         super().connection_lost(exc)
         self._app_protocol_get_buffer = self._app_protocol_buffer_updated = None
+
+    def _do_shutdown(self) -> None:
+        """End the connection with the peer's consent.  What it sends until it has consented is for nobody.
+
+        OpenSSL takes data in the middle of that for an error, unless they have been read before.
+        """
+        try:
+            while not self._eof_received and self._sslobj.read(_RECORD):
+                pass
+        except ssl.SSLError:
+            pass  # there are no more, or something is wrong, which the shutdown itself will meet
+        super()._do_shutdown()
+        self._control_ssl_reading()  # a full buffer has kept the transport beneath from reading on
 
     def get_buffer(self, n: int) -> memoryview:
         """A buffer for a transport that is not ours, and so takes this protocol for a BufferedProtocol."""

@@ -49,8 +49,8 @@ from typing import TYPE_CHECKING, Any, cast
 from . import operations as ops
 from .debugging import DebugContext, context_for, unclosed
 from .native import hot
-from .proactor import Proactor, advance
-from .sendfile import send_file
+from .proactor import Proactor, advance, fail
+from .sendfile import check_regular, copy_file, send_file
 
 __all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
 
@@ -114,7 +114,7 @@ class PythonStream(FlowControl):
         def _copy_to_protocol(self, data: memoryview) -> None: ...
         def _enqueue(self, buffers: Iterable[Any]) -> None: ...
         def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
-        def _receive_ended(self, error: OSError | None) -> None: ...
+        def _receive_ended(self, error: BaseException | None) -> None: ...
         def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
         def _write_otherwise(self, data: Any) -> None: ...
 
@@ -137,7 +137,7 @@ class PythonStream(FlowControl):
         if sent != len(data):
             self._enqueue((memoryview(data)[sent:],))
 
-    def _received(self, data: bytes, error: OSError | None) -> None:
+    def _received(self, data: bytes, error: BaseException | None) -> None:
         """A completion for a Protocol: data, the end (empty), or an error."""
         if not data:
             self._receive_ended(error)
@@ -149,7 +149,7 @@ class PythonStream(FlowControl):
         except BaseException as exc:
             self._receiving_failed(exc, "Fatal error: protocol.data_received() call failed.")
 
-    def _received_into(self, value: bytes | int, error: OSError | None) -> None:
+    def _received_into(self, value: bytes | int, error: BaseException | None) -> None:
         """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
         if not value:
             self._receive_ended(error)
@@ -248,7 +248,7 @@ class SocketTransport(Stream):
         self._queue: list[Any] | None = None  # written and not yet submitted
         self._queued = 0  # bytes in _queue
         self._direct = True  # write may send at once: nothing is queued, nothing has ended
-        self._held: tuple[tuple[Any, OSError | None], ...] = ()  # completions that came while paused
+        self._held: tuple[tuple[Any, BaseException | None], ...] = ()  # completions that came while paused
         self._paused = False
         self._eof_asked = False
         self._at_eof = False
@@ -349,23 +349,23 @@ class SocketTransport(Stream):
         else:
             receive.complete = self._received
 
-    def _received_while_paused(self, value: Any, error: OSError | None) -> None:
+    def _received_while_paused(self, value: Any, error: BaseException | None) -> None:
         if value and type(value) is int:
             self._received_into(value, error)  # get_buffer() has paused: what it lent is filled all the same
         else:
             self._held += ((value, error),)
 
-    def _received_while_closing(self, value: Any, error: OSError | None) -> None:
+    def _received_while_closing(self, value: Any, error: BaseException | None) -> None:
         if self._receive is not None and not self._receive.in_flight:
             self._receive = None
             self._release_socket()
 
-    def _receive_ended(self, error: OSError | None) -> None:
+    def _receive_ended(self, error: BaseException | None) -> None:
         self._receive = None
         self._at_eof = True
         if error is None:
             self._end_of_stream()
-        elif error.errno != errno.ECANCELED:  # that one is the loop closing under us
+        elif not ops.was_cancelled(error):  # that would be the loop closing under us
             self._receiving_failed(error, "Fatal read error on socket transport")
 
     def _receiving_failed(self, exc: BaseException, message: str) -> None:
@@ -526,22 +526,21 @@ class SocketTransport(Stream):
         if len(queue) > _WORTH_JOINING:
             queue = [b"".join(queue)]
         self._queue, self._queued = None, 0
-        op = ops.SendAll(self._sock, queue)
-        self._sending = op
         try:
+            op = self._sending = ops.SendAll(self._sock, queue)
             self._proactor.start(op, functools.partial(self._context_of_writing().run, self._sent))
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: somebody has closed it
             self._sending = None
             self._fatal_error(exc, "Fatal write error on socket transport")
 
-    def _sent(self, value: Any, error: OSError | None) -> None:
+    def _sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of the send that was in flight."""
         self._sending = None
         if self._lost:
             self._release_socket()
             return
         if error is not None:
-            if error.errno != errno.ECANCELED:
+            if not ops.was_cancelled(error):
                 self._fatal_error(error, "Fatal write error on socket transport")
             return
         self._go_on_sending()
@@ -563,30 +562,38 @@ class SocketTransport(Stream):
         if self._sending is None and not self._lost:
             if self._closing:
                 self._lose_connection(None)
-            elif self._eof_asked:
+            elif self._eof_asked and self._file is None:
                 self._shut_down_sending()
 
-    async def send_file(self, file: Any, offset: int, count: int | None) -> int:
+    async def send_file(self, file: Any, offset: int, count: int | None, *, copy: bool = False) -> int:
         """Send `count` bytes of `file` (None: all) from `offset` after what is queued; the number of bytes sent.
 
         ``loop.sendfile`` is the way to call it.  Raises RuntimeError while another file is sent, ConnectionError if the
-        transport is closed meanwhile, SendfileNotAvailableError if the system can't send this file by itself.
+        transport is closed meanwhile, and, unless it is to `copy`, SendfileNotAvailableError if the system can't send
+        this file by itself.
         """
         if self._file is not None:
             raise RuntimeError("another sendfile is in progress")
+        if not copy:
+            check_regular(file)  # before anybody can ask for the end of the stream, which would come before a copy
         self._direct = False
         self._file = drained = self._loop.create_future()
         if self._sending is None:
             drained.set_result(0)
         try:
             await drained
-            return await send_file(self._send_part, self._sock, file, offset, count)
+            send = copy_file if copy else send_file
+            return await send(self._send_part, self._sock, file, offset, count)
+        except ValueError as exc:
+            if self._sock.fileno() < 0:  # there is no operation on a closed socket
+                raise _closed_while_sending_file() from exc
+            raise
         finally:
             self._file = None
             if self._sending is None and not self._lost:
                 self._go_on_sending()
 
-    def _send_part(self, op: ops.SendFile) -> asyncio.Future[int]:
+    def _send_part(self, op: ops.SendAll | ops.SendFile) -> asyncio.Future[int]:
         if self._closing:
             raise _closed_while_sending_file()
         future: asyncio.Future[int] = self._loop.create_future()
@@ -596,7 +603,7 @@ class SocketTransport(Stream):
         future.add_done_callback(lambda future: self._proactor.cancel(op) if future.cancelled() else None)
         return future
 
-    def _part_sent(self, value: Any, error: OSError | None) -> None:
+    def _part_sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of a part of a file.  An error is for the sender; the connection may be in order."""
         self._sending = None
         future = self._file
@@ -604,7 +611,7 @@ class SocketTransport(Stream):
             if error is None:
                 future.set_result(value)
             else:
-                future.set_exception(error)
+                fail(future, error)
         if self._lost:
             self._release_socket()
         elif future is None:
@@ -617,13 +624,12 @@ class SocketTransport(Stream):
         return True
 
     def write_eof(self) -> None:
-        """Close the sending side once everything written has been sent; receiving goes on."""
+        """Close the sending side once everything written, or the file, has been sent; receiving goes on."""
         if self._closing or self._eof_asked:
             return
         self._eof_asked = True
         self._direct = False
-        if self._sending is None:
-            self._shut_down_sending()
+        self._end_writing_if_asked()
 
     def _shut_down_sending(self) -> None:
         try:

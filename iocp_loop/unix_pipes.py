@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import operations as ops
-from .operations import READABLE, WRITABLE
+from .operations import READABLE, WRITABLE, was_cancelled
 from .pipe_transports import PipeTransport, ReadingSide, WritingSide
 from .proactor import Proactor
 
@@ -79,7 +79,7 @@ class _Watching(PipeTransport):
             op.complete = ops.is_over  # `deliver` and the operation refer to each other: part them
             self._watches.discard(op)
 
-        def deliver(events: Any, error: OSError | None) -> None:
+        def deliver(events: Any, error: BaseException | None) -> None:
             if not op.in_flight:
                 over()
             if self._finished:
@@ -87,7 +87,7 @@ class _Watching(PipeTransport):
             elif error is None:
                 if not self._lost:
                     ready()
-            elif error.errno != errno.ECANCELED:
+            elif not was_cancelled(error):
                 self._run(self._fatal_error, error)
 
         self._watches.add(op)
@@ -253,10 +253,10 @@ class WritePipeTransport(WritingSide, _Watching):
 
     def _wait_until_writable(self) -> None:
         if self._writing is None:
-            self._writing = ops.Readiness(self._pipe, WRITABLE)
             try:
+                self._writing = ops.Readiness(self._pipe, WRITABLE)
                 watched = self._watch(self._writing, self._in_this_context(self._write_on))
-            except OSError as exc:
+            except (OSError, ValueError) as exc:  # ValueError: somebody has closed it
                 self._write_failed(exc)
                 return
             if not watched:

@@ -109,7 +109,7 @@ class OverlappedChannel(Channel):
         if handles.is_device(self.number):
             return  # it has input of its own, which somebody else may want to read
 
-        def look(data: bytes, error: OSError | None) -> None:
+        def look(data: bytes, error: BaseException | None) -> None:
             if data and not self._stopped:
                 self.watch(deliver)  # the words of the other end are not for us
             elif not isinstance(error, PermissionError):  # else this end can't be read; a failing write will tell
@@ -118,7 +118,7 @@ class OverlappedChannel(Channel):
         self.read(look)
 
     def _start(self, op: ops.Operation, deliver: Deliver) -> None:
-        def completed(value: Any, error: OSError | None) -> None:
+        def completed(value: Any, error: BaseException | None) -> None:
             op.complete = ops.is_over  # this and the operation refer to each other: part them
             self._in_flight.discard(op)
             deliver(value, error)
@@ -145,7 +145,7 @@ class SocketChannel(OverlappedChannel):
         self._start(ops.Send(self._handle, data), deliver)
 
     def watch(self, deliver: Deliver) -> None:
-        def look(events: Any, error: OSError | None) -> None:
+        def look(events: Any, error: BaseException | None) -> None:
             if error is not None or self._stopped or not self._peer_talks():
                 deliver(b"", error)
             # Else a failing write will tell; what the peer says is not for us.
@@ -184,14 +184,14 @@ class _Job:
         self.stopping = False
         self.over = threading.Event()
         self.value: Any = None
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
             if self.stopping:
                 raise cancelled_error()
             self.value = self._work(self)
-        except OSError as exc:
+        except BaseException as exc:
             self.error = exc
         finally:
             self.over.set()

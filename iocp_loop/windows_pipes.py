@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import sys
 from typing import Any
 
+from .operations import was_cancelled
 from .pipe_transports import PipeTransport, ReadingSide, WritingSide
 
 if sys.platform != "win32":
@@ -88,12 +88,12 @@ class _Reading(ReadingSide, _Channelled):
             return
         try:
             self._channel.read(self._was_read)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: somebody has closed it
             self._fatal_error(exc, "Fatal read error on pipe transport")
         else:
             self._reading = True
 
-    def _was_read(self, data: bytes, error: OSError | None) -> None:
+    def _was_read(self, data: bytes, error: BaseException | None) -> None:
         """The completion of the read that was in flight."""
         self._reading = False
         if self._lost:
@@ -101,7 +101,7 @@ class _Reading(ReadingSide, _Channelled):
         elif self._closing:
             pass  # what is still to be written goes first; nobody wants what comes
         elif error is not None:
-            if error.errno != errno.ECANCELED:  # that one is the loop closing under us
+            if not was_cancelled(error):  # that would be the loop closing under us
                 self._run(self._fatal_error, error, "Fatal read error on pipe transport")
         elif self._paused:
             self._held = data
@@ -147,19 +147,19 @@ class _Writing(WritingSide, _Channelled):
             self._unsent = memoryview(queue[0] if len(queue) == 1 else b"".join(queue))
         try:
             self._channel.write(self._unsent, self._in_this_context(self._was_written))
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             self._write_failed(exc)
         else:
             self._writing = True
 
-    def _was_written(self, count: int, error: OSError | None) -> None:
+    def _was_written(self, count: int, error: BaseException | None) -> None:
         """The completion of the write that was in flight."""
         self._writing = False
         if self._lost:
             self._release_pipe()
             return
         if error is not None:
-            if error.errno != errno.ECANCELED:
+            if not was_cancelled(error):
                 self._write_failed(error)
             return
         self._unsent = self._unsent[count:]
@@ -191,12 +191,12 @@ class WritePipeTransport(_Writing):
             with contextlib.suppress(OSError):  # a failing write will tell
                 self._channel.watch(self._look_at_peer)
 
-    def _look_at_peer(self, _: bytes, error: OSError | None) -> None:
+    def _look_at_peer(self, _: bytes, error: BaseException | None) -> None:
         """The other end is gone."""
         if self._lost:
             self._release_pipe()
             return
-        if error is not None and error.errno == errno.ECANCELED:
+        if error is not None and was_cancelled(error):
             return  # the loop is closing under us
         self._run(self._peer_left)
 

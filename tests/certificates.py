@@ -13,10 +13,15 @@ def _authority() -> trustme.CA:
     return trustme.CA()
 
 
+@cache
+def _certificate(*names: str) -> trustme.LeafCert:
+    return _authority().issue_cert(*names)
+
+
 def server_context(*names: str, ask_client: bool = False) -> ssl.SSLContext:
     """A server's context, with a certificate for `names` (default: localhost); `ask_client`: want one in return."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    _authority().issue_cert(*(names or ("localhost",))).configure_cert(context)
+    _certificate(*(names or ("localhost",))).configure_cert(context)
     if ask_client:
         _authority().configure_trust(context)
         context.verify_mode = ssl.CERT_REQUIRED
@@ -28,5 +33,5 @@ def client_context(name: str | None = None) -> ssl.SSLContext:
     context = ssl.create_default_context()
     _authority().configure_trust(context)
     if name is not None:
-        _authority().issue_cert(name).configure_cert(context)
+        _certificate(name).configure_cert(context)
     return context

@@ -25,12 +25,12 @@ class Rig:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.delivered: list[tuple[Operation, Any, OSError | None]] = []
+        self.delivered: list[tuple[Operation, Any, Any]] = []
 
-    def submit(self, op: Operation, then: Callable[[Any, OSError | None], object] | None = None) -> Any:
+    def submit(self, op: Operation, then: Callable[[Any, BaseException | None], object] | None = None) -> Any:
         """Submit `op`; its completions are noted, and given to `then`."""
 
-        def complete(value: Any, error: OSError | None) -> None:
+        def complete(value: Any, error: BaseException | None) -> None:
             self.delivered.append((op, value, error))
             if then is not None:
                 then(value, error)
@@ -58,13 +58,13 @@ class Rig:
             self.turn(A_MOMENT)
         return len(self.delivered) == before
 
-    def completions(self, op: Operation) -> list[tuple[Any, OSError | None]]:
+    def completions(self, op: Operation) -> list[tuple[Any, Any]]:
         return [(value, error) for each, value, error in self.delivered if each is op]
 
     def values(self, op: Operation) -> list[Any]:
         return [value for value, error in self.completions(op) if error is None]
 
-    def outcome(self, op: Operation) -> tuple[Any, OSError | None]:
+    def outcome(self, op: Operation) -> tuple[Any, Any]:
         """Wait for the one completion of an ordinary operation."""
         self.until(lambda: not op.in_flight)
         self.until(lambda: self.completions(op))
@@ -85,7 +85,7 @@ class Rig:
         """Wait for the end of a stream; the error that ended it."""
         self.until(lambda: not op.in_flight and self.completions(op) and self.completions(op)[-1][1])
         error = self.completions(op)[-1][1]
-        assert error is not None
+        assert isinstance(error, OSError)
         return error
 
     def end(self, op: Operation) -> None:

@@ -39,7 +39,7 @@ def test_what_is_done_at_once_comes_with_the_next_dispatch_and_not_by_recursion(
     pair[1].send(b"already here")
     deep: list[int] = []
 
-    def receive_again(value: Any, error: OSError | None) -> None:
+    def receive_again(value: Any, error: BaseException | None) -> None:
         # A driver that completed within submit would get here before the line after it.
         count = len(deep)
         if count < 200:
@@ -55,7 +55,7 @@ def test_what_is_done_at_once_comes_with_the_next_dispatch_and_not_by_recursion(
 
 
 def test_completions_that_lead_to_more_do_not_hold_dispatch_for_ever(rig: Rig, pair: Pair) -> None:
-    def send_again(value: Any, error: OSError | None) -> None:
+    def send_again(value: Any, error: BaseException | None) -> None:
         if len(rig.delivered) < 1000:
             rig.submit(ops.Send(pair[0], b"x"), send_again)
 
@@ -244,7 +244,7 @@ def test_dispatch_survives_an_exception_that_ends_the_loop(rig: Rig, count: int)
     pairs = [tcp_pair() for _ in range(count)]
     streams = []
 
-    def interrupt(value: Any, error: OSError | None) -> None:
+    def interrupt(value: Any, error: BaseException | None) -> None:
         if len(rig.delivered) == 2:
             raise KeyboardInterrupt
 
@@ -268,7 +268,7 @@ def test_dispatch_survives_an_exception_that_ends_the_loop(rig: Rig, count: int)
 def test_an_exception_leaves_what_is_ready_for_the_next_dispatch(rig: Rig, pair: Pair) -> None:
     pair[1].send(b"abc")
 
-    def interrupt(value: Any, error: OSError | None) -> None:
+    def interrupt(value: Any, error: BaseException | None) -> None:
         raise KeyboardInterrupt
 
     one = rig.submit(ops.Receive(pair[0], 1), interrupt)

@@ -80,7 +80,7 @@ def test_operations_may_cancel_each_other_while_they_are_delivered(rig: Rig, cou
     pairs = [tcp_pair() for _ in range(count)]
     streams = [ops.ReceiveStream(ours) for ours, _ in pairs]
 
-    def cancel_all(value: Any, error: OSError | None) -> None:
+    def cancel_all(value: Any, error: BaseException | None) -> None:
         for op in streams:
             rig.driver.cancel(op)
 

@@ -37,7 +37,7 @@ class OneSocket(RuleBasedStateMachine):
         self.rig.submit(op)
 
     def receive(self, op: Operation) -> None:
-        def take(value: Any, error: OSError | None) -> None:
+        def take(value: Any, error: BaseException | None) -> None:
             if error is None:
                 self.got += op.buffer[:value] if isinstance(op, ops.ReceiveInto) else value
 

@@ -127,7 +127,7 @@ def test_a_receive_stream_into_buffers_given_just_before(rig: Rig, pair: Pair) -
     got = bytearray()
     ends: list[Any] = []
 
-    def take(value: Any, error: OSError | None) -> None:
+    def take(value: Any, error: BaseException | None) -> None:
         assert error is None
         got.extend(buffer[:value] if isinstance(value, int) else value)
         if not value:

@@ -337,7 +337,7 @@ def test_an_exception_in_dispatch_loses_no_other_completion() -> None:
     pairs = [socket.socketpair() for _ in range(3)]
     seen: list[bytes] = []
 
-    def complete(value: bytes, error: OSError | None) -> None:
+    def complete(value: bytes, error: BaseException | None) -> None:
         if error is None:
             seen.append(value)
             raise KeyboardInterrupt

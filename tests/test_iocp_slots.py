@@ -41,7 +41,7 @@ class Receiving:
         self.turn()
         assert self.take() == [first]
 
-    def complete(self, value: Any, error: OSError | None) -> None:
+    def complete(self, value: Any, error: BaseException | None) -> None:
         self.got.append(error.errno if error is not None else value)
 
     def turn(self) -> None:
@@ -161,7 +161,7 @@ def test_who_stands_in_line_may_be_paused_and_cancelled(small: Receiving, pair: 
 def test_a_stream_may_be_stopped_while_it_delivers_from_a_slot(
     small: Receiving, pair: Pair, size: int, action: str
 ) -> None:
-    def complete(value: Any, error: OSError | None) -> None:
+    def complete(value: Any, error: BaseException | None) -> None:
         small.complete(value, error)
         small.op.complete = small.complete
         if action == "cancel":

@@ -49,7 +49,7 @@ def driver_of(rig: Rig) -> IocpDriver:
     return rig.driver
 
 
-def small_stream(rig: Rig, pair: Pair, then: Callable[[Any, OSError | None], object] | None = None) -> Any:
+def small_stream(rig: Rig, pair: Pair, then: Callable[[Any, BaseException | None], object] | None = None) -> Any:
     """A receive stream that has been lent a slot."""
     op = rig.submit(ops.ReceiveStream(pair[0]))
     pair[1].sendall(b"first")
@@ -58,7 +58,7 @@ def small_stream(rig: Rig, pair: Pair, then: Callable[[Any, OSError | None], obj
     if then is not None:
         noted = op.complete
 
-        def complete(value: Any, error: OSError | None) -> None:
+        def complete(value: Any, error: BaseException | None) -> None:
             noted(value, error)
             then(value, error)
 
@@ -130,7 +130,7 @@ def test_a_dispatch_that_an_exception_ended_goes_on_with_the_rest(rig: Rig, smal
     pairs = [tcp_pair() for _ in range(5)]
     streams = [small_stream(rig, pair) if small else rig.submit(ops.ReceiveStream(pair[0])) for pair in pairs]
 
-    def interrupt(value: Any, error: OSError | None) -> None:
+    def interrupt(value: Any, error: BaseException | None) -> None:
         rig.delivered.append((streams[0], value, error))
         streams[0].complete = noted
         raise KeyboardInterrupt
@@ -178,7 +178,7 @@ def test_a_completion_may_cancel_another_of_the_same_batch(rig: Rig) -> None:
     pairs = [tcp_pair() for _ in range(2)]
     streams: list[Any] = []
 
-    def cancel_both(value: Any, error: OSError | None) -> None:
+    def cancel_both(value: Any, error: BaseException | None) -> None:
         for op in streams:
             rig.driver.cancel(op)
 
@@ -200,7 +200,7 @@ def test_a_completion_may_cancel_another_of_the_same_batch(rig: Rig) -> None:
 def test_a_submission_may_serve_another_before_its_completion_is_over(rig: Rig, pair: Pair, size: int) -> None:
     successors: list[Any] = []
 
-    def succeed(value: Any, error: OSError | None) -> None:
+    def succeed(value: Any, error: BaseException | None) -> None:
         if error is None:
             rig.driver.cancel(first)
             successors.append(rig.submit(ops.ReceiveStream(pair[0])))

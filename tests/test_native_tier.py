@@ -263,8 +263,6 @@ def test_calls_that_asyncio_refuses(driver: str, name: str, args: tuple[Any, ...
     assert messages[0] == messages[1]
 
 
-
-
 async def test_times_of_any_kind_of_number(loop: Loop) -> None:
     calls: list[int] = []
     handles = [

@@ -144,7 +144,7 @@ def test_an_interrupt_right_after_the_wait_loses_no_completion(
 
 @needs_uring
 def test_wait_does_not_block_while_something_is_not_dispatched(rig: Rig, pair: Pair) -> None:
-    def interrupt(value: Any, error: OSError | None) -> None:
+    def interrupt(value: Any, error: BaseException | None) -> None:
         raise KeyboardInterrupt
 
     pair[1].send(b"data")
@@ -220,7 +220,7 @@ def test_large_pieces_change_the_way_of_receiving_and_small_ones_change_it_back(
     buffer = bytearray(100_000)
     got = bytearray()
 
-    def take(value: Any, error: OSError | None) -> None:
+    def take(value: Any, error: BaseException | None) -> None:
         if error is None:
             got.extend(buffer[:value] if isinstance(value, int) else value)
 

@@ -169,9 +169,9 @@ class Sink:
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
-    def __call__(self, value: Any, error: OSError | None) -> None:
+    def __call__(self, value: Any, error: BaseException | None) -> None:
         if error is None:
             self.values.append(value)
         else:
@@ -200,7 +200,7 @@ async def test_accept_stream(loop: Loop, proactor: Proactor, listener: socket.so
     assert {address for _, address in sink.values} == {client.getsockname() for client in clients}
     proactor.cancel(op)
     await until(lambda: sink.error)
-    assert sink.error is not None
+    assert isinstance(sink.error, OSError)
     assert sink.error.errno == errno.ECANCELED
     for sock in [*clients, *(sock for sock, _ in sink.values)]:
         sock.close()
@@ -379,7 +379,7 @@ class SlowDriver(Driver):
     def let_go(self) -> bool:
         return False
 
-    def finish(self, op: Operation, value: Any, error: OSError | None = None) -> None:
+    def finish(self, op: Operation, value: Any, error: BaseException | None = None) -> None:
         self._finish(op, value, error)
         self.dispatch()
 
@@ -618,7 +618,7 @@ async def test_a_task_cancelled_in_the_turn_in_which_its_bytes_come_loses_none(
     (op,) = loop._proactor.in_flight.values()
     resolve = op.complete
 
-    def complete(value: Any, error: OSError | None) -> None:
+    def complete(value: Any, error: BaseException | None) -> None:
         resolve(value, error)
         task.cancel()
 
@@ -635,7 +635,7 @@ async def test_an_accepted_connection_survives_its_cancelled_task(loop: Loop, li
     (op,) = loop._proactor.in_flight.values()
     resolve = op.complete
 
-    def complete(value: Any, error: OSError | None) -> None:
+    def complete(value: Any, error: BaseException | None) -> None:
         resolve(value, error)
         task.cancel()
 

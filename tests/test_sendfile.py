@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import os
+import select
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -15,9 +17,10 @@ from typing import Any, BinaryIO
 import pytest
 
 import iocp_loop
+from iocp_loop import sendfile
 
 from .certificates import client_context, server_context
-from .support import Recorder, in_thread, read_all, read_exactly, reset, tcp_pair, turns, until
+from .support import Recorder, in_thread, read_all, read_exactly, reset, tcp_pair, turns, udp_socket, until
 
 Loop = iocp_loop.IocpEventLoop
 
@@ -39,6 +42,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(path: Path) -> Any:
     with path.open("rb") as file:
         yield file
+
+
+@pytest.fixture(params=["sent", "copied"])
+def source(request: pytest.FixtureRequest, file: BinaryIO) -> Any:
+    """A file that the system sends, and one that has to be copied."""
+    return file if request.param == "sent" else io.BytesIO(DATA)
 
 
 def small_pair() -> tuple[socket.socket, socket.socket]:
@@ -96,35 +105,27 @@ async def test_it_is_done_by_the_system(loop: Loop, file: BinaryIO) -> None:
 
 
 @pytest.mark.parametrize("kind", [io.BytesIO, io.BufferedReader])
-async def test_what_the_system_can_not_send_is_copied(loop: Loop, kind: Callable[..., Any]) -> None:
-    """An object without a descriptor, and a pipe: sendfile() wants something that can be mapped."""
+@pytest.mark.parametrize("over", ["socket", "transport"])
+async def test_what_the_system_can_not_send_is_copied(loop: Loop, kind: Callable[..., Any], over: str) -> None:
+    """An object without a descriptor; and a pipe, which has no position: that is no error either."""
     reader, writer = os.pipe()
     with open(reader, "rb") as pipe, open(writer, "wb") as feed:
         data = DATA[:4000]  # no more than a pipe holds on any system
         feed.write(data)
         feed.close()
-        source: Any = io.BytesIO(data) if kind is io.BytesIO else Unseekable(pipe)
-        ours, peer = tcp_pair()
-        with ours, peer:
-            with pytest.raises(asyncio.SendfileNotAvailableError):
-                await loop.sock_sendfile(ours, source, fallback=False)
-            reading = asyncio.create_task(received(peer, len(data)))
-            assert await loop.sock_sendfile(ours, source) == len(data)
-            assert await reading == data
-
-
-class Unseekable:
-    """A pipe that pretends that it can seek, so that asyncio accepts it as a source to copy from."""
-
-    mode = "rb"
-
-    def __init__(self, pipe: BinaryIO) -> None:
-        self._pipe = pipe
-        self.fileno = pipe.fileno
-        self.readinto = pipe.readinto  # type: ignore[attr-defined]  # of a BufferedReader
-
-    def seek(self, position: int) -> None:
-        assert position >= 0
+        source: Any = io.BytesIO(data) if kind is io.BytesIO else pipe
+        async with connected(loop) as (protocol, peer):
+            transport, sock = protocol.transport, tcp_pair()
+            with sock[0], sock[1]:
+                if over == "socket":
+                    send, peer = functools.partial(loop.sock_sendfile, sock[0]), sock[1]
+                else:
+                    send = functools.partial(loop.sendfile, transport)
+                with pytest.raises(asyncio.SendfileNotAvailableError):
+                    await send(source, fallback=False)
+                reading = asyncio.create_task(received(peer, len(data)))
+                assert await send(source) == len(data)
+                assert await reading == data
 
 
 async def test_an_empty_file(loop: Loop, tmp_path: Path) -> None:
@@ -133,16 +134,47 @@ async def test_an_empty_file(loop: Loop, tmp_path: Path) -> None:
         assert await loop.sock_sendfile(ours, empty) == 0
 
 
-async def test_wrong_arguments(loop: Loop, file: BinaryIO, path: Path) -> None:
+#: What is wrong with a mode, an offset and a count; of two mistakes, the one that asyncio tells of.
+WRONG: list[tuple[str, Any, Any, type[Exception], str]] = [
+    ("r", 0, None, ValueError, "binary mode"),
+    ("r", "x", 1.5, ValueError, "binary mode"),
+    ("rb", 0, 0, ValueError, "count must be"),
+    ("rb", 0, -5, ValueError, "count must be"),
+    ("rb", 0, 1.5, TypeError, "count must be"),
+    ("rb", 0, "all", TypeError, "count must be"),
+    ("rb", "x", 0, ValueError, "count must be"),
+    ("rb", -1, None, ValueError, "offset must be"),
+    ("rb", 1.5, None, TypeError, "offset must be"),
+    ("rb", "x", 10, TypeError, "offset must be"),
+]
+
+
+async def refuses(send: Callable[..., Any], path: Path) -> None:
+    """`send` refuses each wrong argument, and says what is wrong with it."""
+    for mode, offset, count, error, message in WRONG:
+        with path.open(mode) as file, pytest.raises(error, match=message):
+            await send(file, offset, count)
+    with pytest.raises((OverflowError, ValueError)), path.open("rb") as file:
+        await send(file, 1 << 70, 10)
+
+
+async def test_wrong_arguments_for_a_socket(loop: Loop, path: Path) -> None:
     ours, peer = tcp_pair()
     with ours, peer:
-        for arguments in ((-1, None), (0, 0), (0, -1)):
-            with pytest.raises(ValueError):
-                await loop.sock_sendfile(ours, file, *arguments)
-        with pytest.raises(TypeError):
-            await loop.sock_sendfile(ours, file, 0, "all")  # type: ignore[arg-type]  # what the test is about
-        with path.open() as text, pytest.raises(ValueError, match="binary mode"):
-            await loop.sock_sendfile(ours, text)  # type: ignore[arg-type]  # what the test is about
+        await refuses(functools.partial(loop.sock_sendfile, ours), path)
+        reading = asyncio.create_task(received(peer, 1000))
+        with path.open("rb") as file:
+            assert await loop.sock_sendfile(ours, file, 0, 1000) == 1000
+        assert await reading == DATA[:1000]
+    with udp_socket() as sock, path.open("rb") as file, pytest.raises(ValueError, match="SOCK_STREAM"):
+        await loop.sock_sendfile(sock, file)
+
+
+async def test_a_socket_that_a_transport_uses(loop: Loop, source: BinaryIO) -> None:
+    async with connected(loop) as (protocol, _):
+        sock = protocol.transport._sock  # type: ignore[attr-defined]  # our transport's
+        with pytest.raises(RuntimeError, match="is used by transport"):
+            await loop.sock_sendfile(sock, source)
 
 
 async def test_cancelling_stops_it(loop: Loop, file: BinaryIO) -> None:
@@ -218,14 +250,14 @@ async def test_sendfile(loop: Loop, file: BinaryIO, offset: int, count: int | No
         assert await reading == expected
 
 
-async def test_between_writes(loop: Loop, file: BinaryIO) -> None:
+async def test_between_writes(loop: Loop, source: BinaryIO) -> None:
     """What was written before goes first, also if the kernel has not taken it yet; what is written after, last."""
     before = os.urandom(2_000_000)
     async with connected(loop) as (protocol, peer):
         transport = protocol.transport
         transport.write(before)
         assert transport.get_write_buffer_size() > 0
-        sending = asyncio.create_task(loop.sendfile(transport, file))
+        sending = asyncio.create_task(loop.sendfile(transport, source))
         reading = asyncio.create_task(received(peer, len(before) + SIZE + 5))
         assert await sending == SIZE
         transport.write(b"after")
@@ -234,23 +266,23 @@ async def test_between_writes(loop: Loop, file: BinaryIO) -> None:
         assert protocol.calls[-1] == "resume_writing"
 
 
-async def test_no_writes_meanwhile(loop: Loop, file: BinaryIO) -> None:
+async def test_no_writes_meanwhile(loop: Loop, source: BinaryIO) -> None:
     async with connected(loop) as (protocol, peer):
         transport = protocol.transport
-        sending = asyncio.create_task(loop.sendfile(transport, file))
+        sending = asyncio.create_task(loop.sendfile(transport, source))
         await turns(1)
         for write in (lambda: transport.write(b"x"), lambda: transport.writelines([b"x"])):
             with pytest.raises(RuntimeError, match="sendfile is in progress"):
                 write()
         with pytest.raises(RuntimeError, match="another sendfile is in progress"):
-            await loop.sendfile(transport, file)
+            await loop.sendfile(transport, source)
         assert await received(peer, SIZE) == DATA
         assert await sending == SIZE
 
 
-async def test_receiving_goes_on_meanwhile(loop: Loop, file: BinaryIO) -> None:
+async def test_receiving_goes_on_meanwhile(loop: Loop, source: BinaryIO) -> None:
     async with connected(loop) as (protocol, peer):
-        sending = asyncio.create_task(loop.sendfile(protocol.transport, file))
+        sending = asyncio.create_task(loop.sendfile(protocol.transport, source))
         await turns()
         peer.sendall(b"are you there?")
         await until(lambda: protocol.data)
@@ -259,30 +291,51 @@ async def test_receiving_goes_on_meanwhile(loop: Loop, file: BinaryIO) -> None:
         assert await sending == SIZE
 
 
-async def test_write_eof_afterwards(loop: Loop, file: BinaryIO) -> None:
+async def test_write_eof_afterwards(loop: Loop, source: BinaryIO) -> None:
     async with connected(loop) as (protocol, peer):
         reading = asyncio.create_task(received(peer, 10 * SIZE))
-        await loop.sendfile(protocol.transport, file)
+        await loop.sendfile(protocol.transport, source)
         protocol.transport.write_eof()
         assert await reading == DATA
 
 
-async def test_write_eof_meanwhile(loop: Loop, file: BinaryIO, reports: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("queued", [True, False])
+async def test_write_eof_meanwhile(loop: Loop, source: BinaryIO, queued: bool) -> None:
+    """The end of the stream comes after the file."""
     async with connected(loop) as (protocol, peer):
-        sending = asyncio.create_task(loop.sendfile(protocol.transport, file))
+        before = os.urandom(2_000_000) if queued else b""
+        protocol.transport.write(before)
+        sending = asyncio.create_task(loop.sendfile(protocol.transport, source))
         await turns()
         protocol.transport.write_eof()
-        got = await received(peer, 10 * SIZE)
-        assert DATA.startswith(got)
-        with pytest.raises((OSError, AssertionError)):
-            await sending
-            assert len(got) < SIZE
+        with pytest.raises(RuntimeError, match="write_eof"):
+            protocol.transport.write(b"more")
+        assert await received(peer, 10 * SIZE) == before + DATA
+        assert await sending == SIZE
+        peer.sendall(b"the other way is open")
+        await until(lambda: protocol.data == b"the other way is open")
+
+
+async def test_write_eof_between_two_parts(loop: Loop, source: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sendfile, "_CHUNK", 1000)
+    monkeypatch.setattr(sendfile, "_BLOCK", 1000)
+    async with connected(loop) as (protocol, peer):
+        transport: Any = protocol.transport
+        part_sent = transport._part_sent
+
+        def then_end(value: Any, error: BaseException | None) -> None:
+            part_sent(value, error)
+            transport.write_eof()
+
+        transport._part_sent = then_end
+        assert await loop.sendfile(transport, source, 0, 10_000) == 10_000
+        assert await received(peer, SIZE) == DATA[:10_000]
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-async def test_closed_meanwhile(loop: Loop, file: BinaryIO, how: str) -> None:
+async def test_closed_meanwhile(loop: Loop, source: BinaryIO, how: str) -> None:
     async with connected(loop) as (protocol, peer):
-        sending = asyncio.create_task(loop.sendfile(protocol.transport, file))
+        sending = asyncio.create_task(loop.sendfile(protocol.transport, source))
         await turns()
         assert not sending.done()
         getattr(protocol.transport, how)()
@@ -304,11 +357,11 @@ async def test_closed_before(loop: Loop, file: BinaryIO) -> None:
             await loop.sendfile(protocol.transport, file)
 
 
-async def test_a_peer_that_resets_a_transport(loop: Loop, file: BinaryIO) -> None:
+async def test_a_peer_that_resets_a_transport(loop: Loop, source: BinaryIO) -> None:
     async with connected(loop) as (protocol, peer):
         # The system tells of a reset once: if the sender has heard it, the receiver meets but the end of the stream.
         protocol.keep_open_at_eof = False
-        sending = asyncio.create_task(loop.sendfile(protocol.transport, file))
+        sending = asyncio.create_task(loop.sendfile(protocol.transport, source))
         await received(peer, 1000)
         reset(peer)
         with pytest.raises(ConnectionError):
@@ -317,20 +370,20 @@ async def test_a_peer_that_resets_a_transport(loop: Loop, file: BinaryIO) -> Non
 
 
 @pytest.mark.parametrize("queued", [True, False])
-async def test_cancelling_leaves_the_transport_in_order(loop: Loop, file: BinaryIO, queued: bool) -> None:
+async def test_cancelling_leaves_the_transport_in_order(loop: Loop, source: BinaryIO, queued: bool) -> None:
     async with connected(loop) as (protocol, peer):
         transport = protocol.transport
         before = b""
         if queued:
             before = os.urandom(5_000_000)
             transport.write(before)
-        sending = asyncio.create_task(loop.sendfile(transport, file))
-        await asyncio.sleep(0.02)
+        sending = asyncio.create_task(loop.sendfile(transport, source))
+        await (turns() if queued else until(lambda: select.select([peer], [], [], 0)[0]))
         assert not sending.done()
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sending
-        sent = file.tell()
+        sent = source.tell()
         transport.write(b"end")
         assert await received(peer, len(before) + sent + 3) == before + DATA[:sent] + b"end"
         assert bool(sent) != queued
@@ -365,7 +418,7 @@ async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int]) -> None:
     (op,) = in_flight()
     complete = op.complete
 
-    def completed(value: Any, error: OSError | None) -> None:
+    def completed(value: Any, error: BaseException | None) -> None:
         complete(value, error)
         sending.cancel()
 
@@ -374,23 +427,65 @@ async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int]) -> None:
         await sending
 
 
-async def test_tls_copies(loop: Loop, file: BinaryIO) -> None:
-    served: list[Recorder] = []
+async def test_wrong_arguments_for_a_transport(loop: Loop, path: Path) -> None:
+    async with connected(loop) as (protocol, peer):
+        await refuses(functools.partial(loop.sendfile, protocol.transport), path)
+        with path.open("rb") as file:
+            reading = asyncio.create_task(received(peer, 1000))
+            assert await loop.sendfile(protocol.transport, file, 0, 1000) == 1000
+        assert await reading == DATA[:1000]
 
-    def factory() -> Recorder:
-        served.append(Recorder())
-        return served[-1]
 
-    server = await loop.create_server(factory, "127.0.0.1", 0, ssl=server_context())
+@asynccontextmanager
+async def encrypted(loop: Loop) -> AsyncIterator[tuple[Recorder, Recorder]]:
+    """The protocols at both ends of a TLS connection."""
+    served = Recorder()
+    served.keep_open_at_eof = False
+    server = await loop.create_server(lambda: served, "127.0.0.1", 0, ssl=server_context())
     transport, protocol = await loop.create_connection(
         Recorder, *server.sockets[0].getsockname(), ssl=client_context(), server_hostname="localhost"
     )
-    with pytest.raises(RuntimeError, match="fallback is disabled"):
-        await loop.sendfile(transport, file, fallback=False)
-    assert await loop.sendfile(transport, file, 10) == SIZE - 10
-    await until(lambda: len(served[0].data) == SIZE - 10)
-    assert served[0].data == DATA[10:]
-    transport.close()
-    await until(lambda: protocol.finished and served[0].finished)
-    server.close()
-    await server.wait_closed()
+    try:
+        yield protocol, served
+    finally:
+        transport.close()
+        await until(lambda: protocol.finished and served.finished)
+        server.close()
+        await server.wait_closed()
+
+
+async def test_wrong_arguments_for_tls(loop: Loop, path: Path) -> None:
+    async with encrypted(loop) as (protocol, served):
+        await refuses(functools.partial(loop.sendfile, protocol.transport), path)
+        with path.open("rb") as file:
+            assert await loop.sendfile(protocol.transport, file, 0, 1000) == 1000
+        await until(lambda: len(served.data) == 1000)
+
+
+@pytest.mark.parametrize(("offset", "count"), PARTS)
+async def test_tls_copies_from_the_offset(loop: Loop, file: BinaryIO, offset: int, count: int | None) -> None:
+    """Also from the beginning, wherever the file stands."""
+    expected = DATA[offset:] if count is None else DATA[offset : offset + count]
+    async with encrypted(loop) as (protocol, served):
+        file.seek(100)
+        with pytest.raises(RuntimeError, match="fallback is disabled"):
+            await loop.sendfile(protocol.transport, file, offset, count, fallback=False)
+        assert await loop.sendfile(protocol.transport, file, offset, count) == len(expected)
+        assert file.tell() == offset + len(expected)
+        await until(lambda: len(served.data) == len(expected))
+        assert served.data == expected
+
+
+@pytest.mark.parametrize("over", ["socket", "transport"])
+async def test_a_copy_begins_at_the_offset(loop: Loop, over: str) -> None:
+    memory = io.BytesIO(DATA)
+    memory.seek(100)
+    ours, peer = tcp_pair()
+    async with connected(loop) as (protocol, other):
+        with ours, peer:
+            sends = functools.partial(loop.sock_sendfile, ours)
+            if over == "transport":
+                sends, peer = functools.partial(loop.sendfile, protocol.transport), other
+            assert await sends(memory, 0, 1000) == 1000
+            assert memory.tell() == 1000
+            assert await received(peer, 1000) == DATA[:1000]

@@ -425,8 +425,11 @@ async def test_50_processes_at_once(loop: iocp_loop.IocpEventLoop, watched: str)
 
 
 @unix_only
-async def test_a_process_that_leaves_its_pipe_to_a_grandchild(loop: iocp_loop.IocpEventLoop) -> None:
-    transport, protocol = await loop.subprocess_shell(Watcher, "exec 3<&0; (read x <&3; echo late) & exit 0")
+@pytest.mark.parametrize("watched", ["pidfd", "thread"], indirect=True)
+async def test_a_process_that_leaves_its_pipe_to_a_grandchild(loop: iocp_loop.IocpEventLoop, watched: str) -> None:
+    """The process is over when it has exited, the transport when its pipes have ended too."""
+    transport, protocol = await loop.subprocess_shell(Watcher, "exec 3<&0; (read x <&3; echo late) & exit 5")
+    assert await transport._wait() == 5  # type: ignore[attr-defined]  # what Process.wait() awaits
     await until(lambda: "exited" in protocol.calls)
     assert "lost" not in protocol.calls
     stdin: Any = transport.get_pipe_transport(0)
@@ -434,6 +437,34 @@ async def test_a_process_that_leaves_its_pipe_to_a_grandchild(loop: iocp_loop.Io
     await until(lambda: "lost" in protocol.calls)
     assert protocol.output[1] == b"late\n"
     transport.close()
+
+
+@unix_only
+async def test_wait_does_not_wait_for_a_grandchild(loop: iocp_loop.IocpEventLoop) -> None:
+    process = await asyncio.create_subprocess_shell("(sleep 1000 & echo $!); exit 5", stdout=PIPE)
+    assert process.stdout is not None
+    grandchild = int(await process.stdout.readline())
+    try:
+        waits = [asyncio.create_task(process.wait()) for _ in range(3)]
+        waits[0].cancel()
+        assert await asyncio.gather(*waits[1:]) == [5, 5]
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+    assert await process.stdout.read() == b""
+    assert await process.wait() == 5
+
+
+async def test_wait_returns_when_the_pipes_have_ended(
+    loop: iocp_loop.IocpEventLoop, watched: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing is left for a loop that is closed at once."""
+    monkeypatch.setattr(subprocesses, "PIPES_PATIENCE", LIMIT)
+    process = await asyncio.create_subprocess_exec(*CAT, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    transport: Any = process._transport  # type: ignore[attr-defined]  # not in typeshed
+    assert process.stdin is not None
+    process.stdin.close()
+    assert await process.wait() == 0
+    assert transport._finished
 
 
 @pytest.mark.skipif(WINDOWS, reason="only sockets have readers there; see test_readiness.py for both on one loop")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -22,13 +24,16 @@ Loop = iocp_loop.IocpEventLoop
 RECORD = 16 * 1024
 
 
+_peers_context = functools.cache(client_context)
+
+
 class Peer:
     """A client without a loop: a blocking socket, and TLS of which every record can be had before it is sent."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = client_context().wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+        self._tls = _peers_context().wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
 
     def handshake(self) -> None:
         while True:
@@ -217,26 +222,139 @@ async def test_no_read_is_tried_for_nothing(loop: Loop, connect: Connect) -> Non
     await finish(protocol, peer)
 
 
-async def test_what_an_sslobject_was_lent_is_its_own_no_longer(loop: Loop, connect: Connect) -> None:
+def with_read(read: Callable[..., Any]) -> ssl.SSLContext:
+    """A server's context whose SSLObjects read by ``read(its own read, size, buffer)``."""
+
+    class Reading(ssl.SSLObject):
+        def read(self, len: int = 1024, buffer: Any = None) -> Any:
+            return super().read(len) if buffer is None else read(super().read, len, buffer)
+
+    context = server_context()
+    context.sslobject_class = Reading
+    return context
+
+
+@pytest.mark.parametrize("view", [lambda it: it, lambda it: it[:], memoryview], ids=["itself", "slice", "view"])
+@pytest.mark.parametrize("make", [Pieces, lambda: Buffered(100_000)], ids=["Protocol", "BufferedProtocol"])
+async def test_what_an_sslobject_was_lent_is_its_own_no_longer(
+    loop: Loop, connect: Connect, make: Callable[[], Any], view: Callable[[memoryview], memoryview]
+) -> None:
     """The memory of a piece of data is the protocol's once it is delivered; a view that was kept does not reach it."""
     kept: list[memoryview] = []
 
-    class Keeping(ssl.SSLObject):
-        def read(self, *args: Any) -> Any:
-            kept.append(args[1])
-            return super().read(*args)
+    def keep(read: Callable[..., Any], size: int, buffer: memoryview) -> Any:
+        kept.append(view(buffer))
+        return read(size, buffer)
 
-    context = server_context()
-    context.sslobject_class = Keeping
-    protocol = Pieces()
-    peer = await connect(protocol, context)
+    protocol = make()
+    peer = await connect(protocol, with_read(keep))
     kept.clear()
-    peer.sock.sendall(peer.records(b"hello"))
-    await until(lambda: protocol.pieces)
-    with contextlib.suppress(ValueError):  # it was released
-        kept[0][0] = 0
-    assert protocol.pieces == [b"hello"]
+    for number in range(1, 6):
+        peer.sock.sendall(peer.records(b"hello"))
+        await until(lambda number=number: len(protocol.data) == 5 * number)  # type: ignore[misc]  # a default binds it
+        for each in kept:
+            with contextlib.suppress(ValueError):  # it was released
+                bytes(each)
+                each[:] = bytes(len(each))
+    assert protocol.data == b"hello" * 5
+    if isinstance(protocol, Pieces):
+        assert protocol.pieces == [b"hello"] * 5
+    kept.clear()
     await finish(protocol, peer)
+
+
+@pytest.mark.parametrize("answer", [-1, -2, -10, 1 << 30, 1 << 70, "many", None, b"bytes"])
+@pytest.mark.parametrize("make", [Pieces, lambda: Buffered(1000)], ids=["Protocol", "BufferedProtocol"])
+async def test_an_sslobject_that_counts_wrong(
+    loop: Loop, connect: Connect, reports: list[dict[str, Any]], make: Callable[[], Any], answer: Any
+) -> None:
+    protocol = make()
+    peer = await connect(protocol, with_read(lambda read, size, buffer: answer))
+    peer.sock.sendall(peer.records(b"hello"))
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, (ValueError, TypeError, OverflowError))
+    assert not protocol.data
+    assert [report["exception"] for report in reports] == [protocol.lost]
+    reports.clear()
+
+
+async def test_an_sslobject_that_shrinks_what_it_was_lent(
+    loop: Loop, connect: Connect, reports: list[dict[str, Any]]
+) -> None:
+    def shrink(read: Callable[..., Any], size: int, buffer: memoryview) -> Any:
+        count, memory = read(size, buffer), buffer.obj
+        buffer.release()
+        with contextlib.suppress(BufferError):  # it is held
+            memory.clear()  # type: ignore[attr-defined]  # of a bytearray
+        return count
+
+    protocol = Pieces()
+    peer = await connect(protocol, with_read(shrink))
+    peer.sock.sendall(peer.records(b"hello"))
+    await until(lambda: protocol.data or protocol.finished)
+    assert protocol.data == b"hello" or isinstance(protocol.lost, BufferError)
+    reports.clear()
+    await finish(protocol, peer)
+
+
+#: What the way of a message looks at.
+MEMBERS = ["_app_protocol", "_incoming", "_outgoing", "_sslobj", "_state", "_transport", "_write_backlog"]
+MEMBERS_FOR_BUFFERS = ["_app_protocol_get_buffer", "_app_protocol_buffer_updated"]
+
+
+@pytest.mark.parametrize("where", ["read", "protocol", "writing"])
+@pytest.mark.parametrize("name", [*MEMBERS, *MEMBERS_FOR_BUFFERS])
+async def test_a_member_that_goes_missing(
+    loop: Loop, connect: Connect, reports: list[dict[str, Any]], where: str, name: str
+) -> None:
+    """Whatever is called may take it away.  That is an error, and nothing worse."""
+    taken: list[Any] = []
+
+    def take() -> None:
+        if not taken and armed:
+            taken.append(getattr(tls, name))
+            delattr(tls, name)
+
+    def read(read: Callable[..., Any], size: int, buffer: memoryview) -> Any:
+        count = read(size, buffer)
+        if where == "read":
+            take()
+        return count
+
+    class Taking(Pieces):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if where == "protocol":
+                self.transport.write(b"answer")
+                take()
+                self.transport.write(b"answer")
+
+    class TakingBuffered(Buffered):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            if where == "protocol":
+                take()
+            return super().get_buffer(sizehint)
+
+    armed = False
+    protocol: Any = TakingBuffered(3) if name in MEMBERS_FOR_BUFFERS else Taking()
+    peer = await connect(protocol, with_read(read))
+    tls = protocol.transport._ssl_protocol
+    below = tls._transport
+    armed = True
+    if where == "writing":
+        below.write = lambda data: take()
+        protocol.transport.write(b"hello")
+        del below.write
+    peer.sock.sendall(peer.records(b"hello") + peer.records(b"again"))
+    await until(lambda: taken)
+    await turns()
+    gc.collect()
+    if not hasattr(tls, name):
+        setattr(tls, name, taken[0])
+    reports.clear()
+    below.abort()
+    await until(lambda: below._finished)
+    reports.clear()
 
 
 async def test_no_buffer_is_kept_for_a_connection(loop: Loop, connect: Connect) -> None:
@@ -349,6 +467,55 @@ async def test_what_comes_before_an_invalid_record_is_delivered(
     await until(lambda: protocol.finished)
     assert protocol.data == b"authentic"
     assert isinstance(protocol.lost, ssl.SSLError)
+
+
+class Closing(Pieces):
+    """Closes its transport in the callback that is named so."""
+
+    def __init__(self, where: str, how: str) -> None:
+        super().__init__()
+        self.where = where
+        self.how = how
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.where == "connection_made":
+            getattr(transport, self.how)()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.where == "data_received":
+            getattr(self.transport, self.how)()
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+@pytest.mark.parametrize("where", ["connection_made", "data_received"])
+async def test_closing_while_the_peer_sends(loop: Loop, connect: Connect, where: str, how: str) -> None:
+    """To close a connection of one's own accord is no error, whatever is still coming in; nor need anybody read it."""
+    protocol = Closing(where, how)
+    peer = await connect(protocol)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(3):
+            peer.sock.sendall(peer.records(b"x" * 10_000))
+            await turns()
+        peer.sock.sendall(peer.records(b"last words") + peer.goodbye())
+    await until(lambda: protocol.finished)
+    assert protocol.lost is None
+
+
+async def test_closing_while_reading_is_paused(loop: Loop, connect: Connect) -> None:
+    """What nobody has read is dropped, so that the peer's goodbye is heard."""
+    protocol = Pieces()
+    peer = await connect(protocol)
+    protocol.transport.pause_reading()
+    much = bytes(4 << 20)  # the buffer is full long before, and the transport beneath paused
+    sending = loop.run_in_executor(None, lambda: peer.sock.sendall(peer.records(much) + peer.goodbye()))
+    await until(lambda: protocol.transport._ssl_protocol._ssl_reading_paused)  # type: ignore[attr-defined]  # SSLProtocol's
+    protocol.transport.close()
+    await sending
+    await until(lambda: protocol.finished)
+    assert protocol.lost is None
+    assert not protocol.data
 
 
 async def test_an_exception_of_the_protocol(loop: Loop, connect: Connect, reports: list[dict[str, Any]]) -> None:

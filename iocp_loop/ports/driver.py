@@ -11,7 +11,8 @@ A driver turns operations into completions.  It has four verbs that matter:
     gathers what has completed.  It calls nobody.
 ``dispatch()``
     Hand each gathered completion to its operation's ``complete``.  If one of them raises (only what is to end the
-    loop does), the rest stay for the next dispatch.
+    loop does), the rest stay for the next dispatch.  Anything else that is raised on the way ends its own operation,
+    or, if `complete` raised it, is reported.
 ``cancel(op)``
     A request.  The operation stays in flight until its last completion.
 
@@ -28,6 +29,7 @@ knows of Futures, transports or loops.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import threading
@@ -42,6 +44,8 @@ from ..native import hot
 from ..operations import CANCELLING, DONE, IN_FLIGHT, NEW, HandleLike, Operation
 
 __all__ = ["Driver", "DriverUnavailable", "cancelled_error"]
+
+_logger = logging.getLogger("iocp_loop")
 
 
 class DriverUnavailable(RuntimeError):
@@ -67,7 +71,7 @@ class Driver(ABC):
         #: token -> operation, from submission until the last completion is reaped.
         self.in_flight: dict[int, Operation] = {}
         #: Completions that need no kernel: (operation, value, error).
-        self.ready: deque[tuple[Operation, Any, OSError | None]] = deque()
+        self.ready: deque[tuple[Operation, Any, BaseException | None]] = deque()
         self.submissions: Counter[type[Operation]] = Counter()
         self.completions = 0
         self.waits = 0
@@ -76,6 +80,8 @@ class Driver(ABC):
         #: Asked by ``wait`` once it counts as sleeping: True keeps it from blocking.  Closes the gap between the last
         #: look at a queue and the sleep, in which another thread would see no sleeper to wake.
         self.before_sleep: Callable[[], bool] | None = None
+        #: Called with what a `complete` has raised, as asyncio's ``call_exception_handler`` is; None: it is logged.
+        self.exception_handler: Callable[[dict[str, Any]], object] | None = None
         self._sleeping = False
         self._waking = threading.RLock()  # held around `_wake`; again by a signal handler that comes in between
         self._tokens = 0
@@ -85,7 +91,7 @@ class Driver(ABC):
 
     @abstractmethod
     def submit(self, op: Operation) -> None:
-        """Put `op` in flight.  Raises OSError or ValueError if it is refused outright."""
+        """Put `op` in flight.  Raises OSError, ValueError or the like if it is refused outright."""
 
     @abstractmethod
     def cancel(self, op: Operation) -> None:
@@ -179,9 +185,9 @@ class Driver(ABC):
         self._release(timeout)
         self.ready.clear()
         for op, value, error in done:
-            op.complete(value, error)
+            self._complete(op, value, error)
         for op in remaining:
-            op.complete(None, cancelled_error())
+            self._complete(op, None, cancelled_error())
 
     def _launch(self, op: Operation) -> None:
         """Enter `op` in the in-flight table."""
@@ -210,7 +216,7 @@ class Driver(ABC):
         op.state = DONE
         return landed
 
-    def _finish(self, op: Operation, value: Any, error: OSError | None = None) -> None:
+    def _finish(self, op: Operation, value: Any, error: BaseException | None = None) -> None:
         """Land `op` and put its last completion on the ready queue."""
         if self._land(op):
             self.ready.append((op, value, error))
@@ -218,6 +224,22 @@ class Driver(ABC):
             for place, (other, _, _) in enumerate(self.ready):
                 if other is op:
                     self.ready[place] = (op, value, None)
+
+    def _complete(self, op: Operation, value: Any, error: BaseException | None) -> None:
+        """Deliver a completion.  What that raises is reported and reaches nobody else, unless it is to end the loop."""
+        try:
+            op.complete(value, error)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
+            self.report(exc)
+
+    def report(self, error: BaseException, message: str = "Exception in the completion of an operation") -> None:
+        """Tell the exception handler, or else the log, of what a `complete` has raised."""
+        if self.exception_handler is None:
+            _logger.error(message, exc_info=error)
+        else:
+            self.exception_handler({"message": message, "exception": error})
 
     def _begin_cancel(self, op: Operation) -> bool:
         """Note the request; False if there is nothing to cancel, or it was asked for already."""
@@ -234,14 +256,14 @@ class Driver(ABC):
                 break
             op, value, error = ready.popleft()
             self.completions += 1
-            op.complete(value, error)
+            self._complete(op, value, error)
 
 
 def receive_into(op: Any, *flags: int) -> int | None:
     """Receive once for a stream whose owner lends the buffer: how many bytes; None if nothing is to be received now.
 
     Asking for the buffer may have ended the stream: what there is stays in the socket then.  The buffer is let go of
-    before the owner is told, who may give it another size.  OSError if receiving fails.
+    before the owner is told, who may give it another size.  Raises what `get_buffer` or receiving raises.
     """
     lent = op.get_buffer()
     if lent is None or op.state is not IN_FLIGHT:
@@ -251,14 +273,14 @@ def receive_into(op: Any, *flags: int) -> int | None:
         return cast("int", op.handle.recv_into(view, 0, *flags))
 
 
-def receive_datagrams(op: Any, most: int, receive: Callable[[Any], Any]) -> int:
+def receive_datagrams(driver: Driver, op: Any, most: int, receive: Callable[[Any], Any]) -> int:
     """Receive for a stream what there is, up to `most` datagrams, and deliver each; how many they were.
 
-    `receive(op)` makes one attempt: ``(data, address)``, or it raises.  OSError if receiving fails.  The native tier
-    does this in C for the datagrams of the Internet (``_native/hot/datagrams.c``).
+    `receive(op)` makes one attempt: ``(data, address)``, or it raises, and so does this if receiving fails.  The native
+    tier does this in C for the datagrams of the Internet (``_native/hot/datagrams.c``).
     """
     if op.internet and _receive_natively is not None:
-        received = _receive_natively(op, most)
+        received = _receive_natively(driver, op, most)
         if received is not None:
             return cast("int", received)
     count = 0
@@ -267,7 +289,7 @@ def receive_datagrams(op: Any, most: int, receive: Callable[[Any], Any]) -> int:
             value = receive(op)
         except (BlockingIOError, InterruptedError):
             break
-        op.complete(value, None)
+        driver._complete(op, value, None)
         count += 1
     return count
 

@@ -72,7 +72,9 @@ class DatagramRequests(IocpRequests):
                 datagram = op.handle.recvfrom(op.size)
         except BlockingIOError:
             pass
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             if op.state is IN_FLIGHT:
                 self._end_with(sub, None, error)
         finally:

@@ -62,7 +62,10 @@ class ReceiveRequests(DatagramRequests):
                 self._end(sub, None, ABORTED)
             else:
                 self._arm_receive(sub, self._associations[op.fd])
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            self._arm_receive(sub, self._associations[op.fd])
+            raise
+        except BaseException as error:
             self._end_with(sub, None, error)
         else:
             self._end(sub, value)
@@ -108,29 +111,33 @@ class ReceiveRequests(DatagramRequests):
         if op.paused:
             return  # what there is stays in the socket; resume() asks again
         again = False
+        value: Any = None
         try:
             if op.get_buffer is None:
                 scratch = self._scratch
                 count = op.handle.recv_into(scratch)
-                if count:
-                    again = count == SCRATCH_SIZE
-                    sub.small = count < SLOT_SIZE
-                    self.completions += 1
-                    op.complete(scratch[:count], None)
-                else:
-                    self._end(sub, b"")
-            elif (lent := receive_into(op)) is not None:
-                if lent:
-                    self.completions += 1
-                    op.complete(lent, None)
-                else:
-                    self._end(sub, 0)
+                value = scratch[:count]
+                again = count == SCRATCH_SIZE
+                sub.small = count < SLOT_SIZE
+            else:
+                value = receive_into(op)
         except BlockingIOError:
             pass
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            self._arm(op)  # another run of the loop may follow
+            raise
+        except BaseException as error:
+            if op.state is not IN_FLIGHT:  # get_buffer has ended it, and the submission may serve another
+                raise
             self._end_with(sub, None, error)
+            return
+        try:
+            if value:
+                self.completions += 1
+                op.complete(value, None)
+            elif value is not None:
+                self._end(sub, value)
         finally:
-            # Also when an exception is on its way that ends the loop's run: another run may follow.
             if again and op.state is IN_FLIGHT and not op.paused and not sub.armed:
                 self._next_dispatch(sub)  # the buffer was full: there is more
             else:

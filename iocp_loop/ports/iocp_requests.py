@@ -166,7 +166,7 @@ class IocpRequests(Driver):
             return False
         try:
             return bool(fileno(op.handle) == op.fd)
-        except ValueError:  # closed meanwhile
+        except Exception:  # closed meanwhile, or an object of the user's that has other things to say
             return False
 
     def _end(self, sub: Submission, value: Any, code: int = 0) -> None:
@@ -176,7 +176,7 @@ class IocpRequests(Driver):
         else:
             self._end_with(sub, value, None)
 
-    def _end_with(self, sub: Submission, value: Any, error: OSError | None) -> None:
+    def _end_with(self, sub: Submission, value: Any, error: BaseException | None) -> None:
         op = sub.op
         self._give_back(sub)
         self._land(op)

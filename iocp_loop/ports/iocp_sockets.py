@@ -130,14 +130,16 @@ class SocketRequests(IocpRequests):
         if value is not None and type(op) is ops.Accept:
             self._end(sub, value)
             return
-        error: OSError | None = None
+        error: BaseException | None = None
         if op.state is IN_FLIGHT:
             try:
                 if op.handle.fileno() != op.fd:
                     raise error_of(WSA_NOT_A_SOCKET)
                 self._arm_accept(sub, self._associations[op.fd])
                 self._arm_accepts(op, self._associations[op.fd])  # those that a shortage has cost
-            except OSError as exc:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as exc:
                 error = exc
         if sub.armed:
             if value is not None:

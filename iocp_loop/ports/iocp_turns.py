@@ -57,9 +57,7 @@ class PythonIocpTurns(_Base):
         for _ in range(len(at_once)):
             if not at_once:  # as in _drain_ready
                 break
-            sub, count, code = at_once.popleft()
-            sub.armed = False
-            sub.finish(sub, count, code)
+            self._finish_submission(*at_once.popleft())
         if self._undispatched:  # what a dispatch that an exception ended has left
             self._deliver_reaped()
         port = self._port
@@ -77,10 +75,17 @@ class PythonIocpTurns(_Base):
     def _deliver_reaped(self) -> None:
         outstanding = self._outstanding
         for address, count, code in self._reaped:
-            sub = outstanding.pop(address)
-            sub.armed = False
-            sub.finish(sub, count, code)
+            self._finish_submission(outstanding.pop(address), count, code)
         self._undispatched = False
+
+    def _finish_submission(self, sub: Submission, count: int, code: int) -> None:
+        sub.armed = False
+        try:
+            sub.finish(sub, count, code)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:  # of a `complete`
+            self.report(exc)
 
     @property
     def gathered(self) -> bool:

@@ -163,14 +163,17 @@ class PollDriver(PollTurns, Driver):
                 if _start_connect(op):  # type: ignore[arg-type]  # its kind was looked at
                     self._finish(op, None)
                     return
-            except OSError as error:
+            except (SystemExit, KeyboardInterrupt):
+                self._retract(op)
+                raise
+            except BaseException as error:
                 self._finish(op, None, error)
                 return
         elif kind in self._attempts and op.fd not in self._watches and not _may_block(op) and self._attempt(op):
             return
         try:
             self._add(op, events)
-        except OSError:  # epoll refuses regular files too, but no call on one waits: it was made above
+        except BaseException:  # epoll refuses regular files too, but no call on one waits: it was made above
             self._retract(op)
             raise
 
@@ -190,7 +193,9 @@ class PollDriver(PollTurns, Driver):
             value = self._attempts[type(op)](op)
         except _AGAIN:
             return False
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # not only OSError: the argument may be wrong, the socket's class somebody's own
             self._finish(op, None, error)
             return True
         if value is NOT_YET:
@@ -209,7 +214,7 @@ class PollDriver(PollTurns, Driver):
             watch.writers += (op,)
         try:
             self._update(op.fd, watch)
-        except OSError:
+        except BaseException:
             watch.remove(op)
             if not watch.readers and not watch.writers:
                 self._watches.pop(op.fd, None)
@@ -323,7 +328,7 @@ class PollDriver(PollTurns, Driver):
                 events = held & op.events  # type: ignore[attr-defined]  # this kind has events
                 if direction == READABLE or not events & READABLE:  # else it was told as a reader
                     self.completions += 1
-                    op.complete(events, None)
+                    self._complete(op, events, None)
             elif kind is ops.Readiness:
                 self._finish(op, held & op.events)  # type: ignore[attr-defined]  # as above
             elif not self._attempt(op):
@@ -331,17 +336,15 @@ class PollDriver(PollTurns, Driver):
         watch.sweep()
         self._settle(fd, watch)
 
-    def _end_stream(self, op: Operation, value: Any, error: OSError | None) -> None:
-        if not op.in_flight:
-            return  # a finalizer has cancelled it since it was looked at
+    def _end_stream(self, op: Operation, value: Any, error: BaseException | None) -> None:
         if not self._land(op):
-            return
+            return  # a finalizer has cancelled it since it was looked at
         watch = self._watches.get(op.fd)
         if watch is not None:
             watch.remove(op)
             self._settle(op.fd, watch)
         self.completions += 1
-        op.complete(value, error)
+        self._complete(op, value, error)
 
     def _receive_data(self, op: ops.ReceiveStream) -> int:
         """One receive of a stream, delivered at once: the hottest function of this driver.  The number of bytes."""
@@ -352,7 +355,9 @@ class PollDriver(PollTurns, Driver):
             count = op.handle.recv_into(scratch)
         except _AGAIN:
             return 0
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end_stream(op, None, error)
             return 0
         if count:
@@ -367,7 +372,9 @@ class PollDriver(PollTurns, Driver):
             count = receive_into(op)
         except _AGAIN:
             return 0
-        except OSError as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end_stream(op, None, error)
             return 0
         if count:
@@ -384,8 +391,10 @@ class PollDriver(PollTurns, Driver):
     def _receive_datagrams(self, op: ops.ReceiveFromStream) -> None:
         # A few per turn: one busy endpoint must not starve the others.
         try:
-            self.completions += receive_datagrams(op, 16, _receive_from)
-        except OSError as error:
+            self.completions += receive_datagrams(self, op, 16, _receive_from)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._end_stream(op, None, error)
 
     def _accept_some(self, op: ops.AcceptStream) -> None:
@@ -403,11 +412,13 @@ class PollDriver(PollTurns, Driver):
             except _AGAIN:
                 op.driver_data = 1
                 return
-            except OSError as error:
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
                 self._end_stream(op, None, error)
                 return
             self.completions += 1
-            op.complete(value, None)
+            self._complete(op, value, None)
 
     # -- waking and closing ------------------------------------------------------------------------
 

@@ -104,12 +104,17 @@ class PythonPollTurns(_Base):
         try:
             for fd, events in self._events:
                 watch = watches.get(fd)
-                if events == READABLE and watch is not None and watch.stream is not None:
-                    # Without a look at _new: a receive that finds nothing does no harm.
-                    received += 1
-                    self._receive_data(watch.stream)
-                else:
-                    self._dispatch_other(fd, watch, events)
+                try:
+                    if events == READABLE and watch is not None and watch.stream is not None:
+                        # Without a look at _new: a receive that finds nothing does no harm.
+                        received += 1
+                        self._receive_data(watch.stream)
+                    else:
+                        self._dispatch_other(fd, watch, events)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as exc:  # of a `complete`
+                    self.report(exc)
         finally:
             self.completions += received
 

@@ -87,12 +87,12 @@ class CompletionPort:
     def submit(self, operation: Operation) -> None:
         """Start `operation`.  Its completion comes out of ``get``, in whichever thread asks next.
 
-        Raises OSError or ValueError if it is refused outright; there is no completion then.
+        Raises OSError, ValueError or the like if it is refused outright; there is no completion then.
         """
         self._check_open()
         completed = self._completed
 
-        def complete(value: Any, error: OSError | None) -> None:
+        def complete(value: Any, error: BaseException | None) -> None:
             completed.append(Completion(operation, operation.key, value, error))
 
         with self._tables:

@@ -197,7 +197,11 @@ class UringDriver(UringTurns, PollDriver):
             op.driver_data.stopping = False
             code = lib.uring_prep_receive_stream(self._ring, op.fd, op.token)
         else:
-            code = self._queue_file_request(op)
+            try:
+                code = self._queue_file_request(op)
+            except (TypeError, ValueError, OverflowError) as error:  # an argument that the request can't take
+                self._finish(op, None, error)
+                return
         if code < 0:
             self._unsubmitted.append(op)
 
@@ -301,7 +305,7 @@ class UringDriver(UringTurns, PollDriver):
         else:
             self._reap_file(op, result)
 
-    def _end(self, op: Operation, value: Any, error: OSError | None = None) -> None:
+    def _end(self, op: Operation, value: Any, error: BaseException | None = None) -> None:
         """The last completion of `op`; only ``dispatch`` may call this."""
         if self._land(op):
             op.complete(value, error)
@@ -336,6 +340,8 @@ class UringDriver(UringTurns, PollDriver):
             cookie = op.handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
         except OSError as error:  # it is closed; or the system has no such thing
             cookie = error.errno
+        except AttributeError:  # the handle was replaced in flight
+            cookie = False
         stream: _Stream = op.driver_data
         if stream.cookie is None:
             stream.cookie = cookie

@@ -112,13 +112,18 @@ class PythonUringTurns(PythonPollTurns):
         if self._undispatched:
             in_flight = self.in_flight
             memory = self._memory
-            # An iterator: if a completion raises, the rest is still there for the next dispatch.
+            # An iterator: if a completion is to end the loop, the rest is still there for the next dispatch.
             for token, result, flags, start in self._batch:
                 op: Any = in_flight[token]
-                if flags == _STREAM_DATA:
-                    op.complete(memory[start:result], None)
-                else:
-                    self._reap(op, result, flags, start)
+                try:
+                    if flags == _STREAM_DATA:
+                        op.complete(memory[start:result], None)
+                    else:
+                        self._reap(op, result, flags, start)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as exc:  # of a `complete`
+                    self.report(exc)
             self._undispatched = False
         self._deliver_events()
         if self._unsubmitted or self._uncancelled:

@@ -144,13 +144,13 @@ static Py_ssize_t size_wanted(PyObject *op)
     return wanted < SCRATCH_SIZE ? wanted : SCRATCH_SIZE;
 }
 
-/* receive_datagrams(op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
+/* receive_datagrams(driver, op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
  * The number of them; None if its socket or size is not a plain one, for the way in Python.  OSError if receiving fails. */
 PyObject *receive_datagrams(PyObject *module, PyObject *args)
 {
-    PyObject *op;
+    PyObject *driver, *op;
     int most, count = 0;
-    if (!PyArg_ParseTuple(args, "Oi", &op, &most))
+    if (!PyArg_ParseTuple(args, "OOi", &driver, &op, &most))
         return NULL;
     if ((PyObject *)Py_TYPE(op) != operation_slots.receive_from_stream) {
         PyErr_SetString(PyExc_TypeError, "receive_datagrams() takes a ReceiveFromStream");
@@ -177,7 +177,8 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
         PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
         Py_XDECREF(data);
         Py_XDECREF(address);
-        int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
+        int failed = value == NULL
+                     || (complete_operation(op, value, Py_None) < 0 && fail(driver, names.report, COMPLETE_FAILED) < 0);
         Py_XDECREF(value);
         if (failed)
             return NULL;

@@ -172,12 +172,15 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
         count = receive_into(op, filled);
     else
         count = receive_bytes(socket_descriptor(sock), SIZE_MAX, &self->expected, &data);
-    if (count == NO_BUFFER)
-        return PyErr_Occurred() ? -1 : 0;
+    if (count == NO_BUFFER && !PyErr_Occurred())
+        return 0;
     if (count < 0) {
-        if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        if (count != NO_BUFFER && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
             return 0;
-        PyErr_SetFromErrno(PyExc_OSError);
+        if (count != NO_BUFFER)
+            PyErr_SetFromErrno(PyExc_OSError);
+        else if (ends_the_loop())
+            return -1;
         PyObject *error = take_exception();
         done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_stream, op, Py_None, error, NULL);
         Py_XDECREF(error);
@@ -458,7 +461,7 @@ int epoll_deliver(EpollTurns *self)
     while (self->next < self->count && self->delivered < DELIVER_MOST) {
         if (self->next >= self->looked_at)
             look(self);
-        if (deliver(self, self->events[self->next++]) < 0)
+        if (deliver(self, self->events[self->next++]) < 0 && fail((PyObject *)self, names.report, COMPLETE_FAILED) < 0)
             return -1;
     }
     return 0;

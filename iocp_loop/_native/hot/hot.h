@@ -48,7 +48,7 @@ extern struct names {
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
         *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
         *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
-        *receiving_failed, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
+        *receiving_failed, *report, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
         *wait_again, *when, *write, *write_otherwise, *write_to_self;
 } names;
 
@@ -98,6 +98,9 @@ int ends_the_loop(void);
 /* self.METHOD(exception, message) with the exception that is set, which counts as being handled meanwhile, as in an
  * except clause: the log of debug mode shows it.  -1 if that fails, or if the exception is one that ends the loop. */
 int fail(PyObject *self, PyObject *method, const char *message);
+
+/* What a driver reports of an exception that comes out of a `complete` (Driver.report). */
+#define COMPLETE_FAILED "Exception in the completion of an operation"
 
 /* context.run(callable, *args), by the short way for a real Context. */
 PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const *args, size_t count);

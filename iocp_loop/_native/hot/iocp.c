@@ -303,17 +303,16 @@ static int deliver_some(IocpTurns *self, PyObject *op, PyObject *sub, PyObject *
     return go_on(self, op, sub, more);
 }
 
-/* self._end_with(sub, value, None), or with the error `code`. */
+/* self._end_with(sub, value, None), or with the error `code`, or with the exception that is set; `value` may be NULL then. */
 static int end_stream(IocpTurns *self, PyObject *sub, PyObject *value, int code)
 {
     PyObject *error = Py_NewRef(Py_None);
-    if (code) {
+    if (code)
         PyErr_SetExcFromWindowsErr(PyExc_OSError, code);
+    if (PyErr_Occurred())
         Py_SETREF(error, take_exception());
-    }
-    PyObject *done = value == NULL || error == NULL ? NULL
-                                                    : PyObject_CallMethodObjArgs((PyObject *)self, names.end_with, sub,
-                                                                                 value, error, NULL);
+    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_with, sub, value == NULL ? Py_None : value,
+                                                error, NULL);
     Py_XDECREF(error);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
@@ -373,7 +372,9 @@ static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
     if (count == SOCKET_ERROR)
         code = WSAGetLastError();
     if (PyErr_Occurred())
-        failed = go_on_failing(self, op, sub, 0);
+        failed = ends_the_loop() || SLOT(op, operation_slots.state) != operation_slots.in_flight
+                     ? go_on_failing(self, op, sub, 0)
+                     : end_stream(self, sub, NULL, 0);
     else if (count > 0)
         failed = deliver_some(self, op, sub, Py_NewRef(value), !lent && count == SCRATCH_SIZE);
     else if (count == NOTHING || code == WSAEWOULDBLOCK || code == WSAEINTR)
@@ -498,7 +499,7 @@ static int deliver_at_once(IocpTurns *self)
             Py_DECREF(sub);
         }
         Py_XDECREF(entry);
-        if (failed)
+        if (failed && fail((PyObject *)self, names.report, COMPLETE_FAILED) < 0)
             return -1;
     }
     return 0;
@@ -521,7 +522,8 @@ static int dispatch(PyObject *driver)
     /* The port is looked at each time: what is called may close it. */
     while (self->port != NULL && self->next < self->port->count) {
         const uintptr_t *entry = &self->port->batch[3 * self->next++];
-        if (deliver(self, entry[0], (unsigned long)entry[1], (long)entry[2]) < 0)
+        if (deliver(self, entry[0], (unsigned long)entry[1], (long)entry[2]) < 0
+            && fail(driver, names.report, COMPLETE_FAILED) < 0)
             return -1;
     }
     if (self->port != NULL)

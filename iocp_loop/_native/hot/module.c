@@ -8,11 +8,11 @@ static PyMethodDef module_methods[] = {
 #ifndef _WIN32
     {"socket_calls", make_socket_calls, METH_VARARGS,
      "socket_calls(loop, proactor, driver, unclaimed, lines, transports)"},
-    {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(op, most)"},
+    {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(driver, op, most)"},
     {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
      "send_datagram(sock, family, data, address)"},
 #endif
-    {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class)"},
+    {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
     {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
     {NULL, NULL, 0, NULL},
 };

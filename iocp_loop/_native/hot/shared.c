@@ -387,6 +387,7 @@ int intern_names(void)
         {&names.receive_by_ring, "_receive_by_ring"},
         {&names.receive_ended, "_receive_ended"},
         {&names.receiving_failed, "_receiving_failed"},
+        {&names.report, "report"},
         {&names.run, "run"},
         {&names.set_result, "set_result"},
         {&names.ssl_protocol, "_ssl_protocol"},

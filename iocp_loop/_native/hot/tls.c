@@ -17,8 +17,9 @@
  *   - The records of one piece of data are decrypted into one bytes object, as large as what they are made of.
  *   - The transport beneath hands over bytes (data_received); no connection keeps a buffer for them.
  *
- * Ownership: as in hot.h.  Protocols may do anything when they are called, to this object too; so each call is made with
- * a reference of its own, and the state is looked at anew afterwards.
+ * Ownership: as in hot.h.  Whatever is called may do anything, to this object too: protocols, an SSLObject of the user's
+ * own class, callbacks of an SSLContext, finalizers.  So each call is made with references of its own, the state is looked
+ * at anew afterwards, and any member may be missing then.  Raw memory is lent to nobody but OpenSSL's own object.
  */
 
 #include "hot.h"
@@ -29,13 +30,15 @@ struct tls {
         *write_backlog;
     PyObject *read, *write; /* methods of `sslobj`, or of what it wraps; NULL until they are needed */
     Py_ssize_t write_buffer_size, incoming_high_water, incoming_low_water, outgoing_high_water;
+    char direct; /* they are those of OpenSSL's own object, which keeps nothing of what it is given */
     char app_protocol_is_buffer, app_reading_paused, app_writing_paused, ssl_reading_paused, ssl_writing_paused;
 };
 
 static PyTypeObject *Tls_type, *TlsTransport_type;
 
-/* What tls.py has set: states of the connection; the errors that mean "not now"; the class ssl.SSLObject. */
-static PyObject *wrapped, *flushing, *again, *sslobject_class;
+/* What tls.py has set: states of the connection; the errors that mean "not now"; the class ssl.SSLObject, and that of the
+ * object in C which it wraps. */
+static PyObject *wrapped, *flushing, *again, *sslobject_class, *wrapped_class;
 
 /* The plain text of a record, at most (RFC 8446, 5.1). */
 enum { RECORD = 1 << 14 };
@@ -44,21 +47,29 @@ enum { RECORD = 1 << 14 };
  * OpenSSL, by way of the ssl module
  * ------------------------------------------------------------------------------------------------------------------ */
 
+/* The object in `member`; NULL with an AttributeError if it was deleted. */
+static PyObject *get(PyObject *member, const char *name)
+{
+    if (member == NULL)
+        PyErr_SetString(PyExc_AttributeError, name);
+    return Py_XNewRef(member);
+}
+
 /* Find `read` and `write`.  A plain SSLObject only passes its calls on, to an object in C. */
 static int find_methods(struct tls *self)
 {
-    PyObject *object = NULL;
-    if (self->sslobj == NULL) {
-        PyErr_SetString(PyExc_AttributeError, "_sslobj");
+    PyObject *object = get(self->sslobj, "_sslobj"), *beneath = NULL;
+    if (object == NULL)
         return -1;
-    }
-    if (Py_IS_TYPE(self->sslobj, (PyTypeObject *)sslobject_class)) {
-        object = PyObject_GetAttrString(self->sslobj, "_sslobj");
-        if (object == NULL)
+    if (Py_IS_TYPE(object, (PyTypeObject *)sslobject_class)) {
+        beneath = PyObject_GetAttrString(object, "_sslobj");
+        if (beneath == NULL)
             PyErr_Clear();
     }
-    if (object == NULL)
-        object = Py_NewRef(self->sslobj);
+    int direct = beneath != NULL && Py_IS_TYPE(beneath, (PyTypeObject *)wrapped_class);
+    if (direct)
+        Py_SETREF(object, Py_NewRef(beneath));
+    Py_XDECREF(beneath);
     PyObject *read = PyObject_GetAttrString(object, "read");
     PyObject *write = read == NULL ? NULL : PyObject_GetAttrString(object, "write");
     Py_DECREF(object);
@@ -66,24 +77,29 @@ static int find_methods(struct tls *self)
         Py_XDECREF(read);
         return -1;
     }
+    self->direct = direct && PyCFunction_Check(read);
     Py_XSETREF(self->read, read);
     Py_XSETREF(self->write, write);
     return 0;
 }
 
 /* How many bytes a MemoryBIO holds. */
-static Py_ssize_t pending_in(PyObject *bio)
+/* How many bytes there are in the MemoryBIO that is `member`; -1 with an exception. */
+static Py_ssize_t pending_in(PyObject *member, const char *name)
 {
-    PyObject *pending = PyObject_GetAttr(bio, names.pending);
+    PyObject *bio = get(member, name), *pending = bio == NULL ? NULL : PyObject_GetAttr(bio, names.pending);
     Py_ssize_t size = pending == NULL ? -1 : PyLong_AsSsize_t(pending);
     Py_XDECREF(pending);
+    Py_XDECREF(bio);
+    if (size < 0 && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "%s has a negative number of bytes", name);
     return size;
 }
 
 enum { NOT_NOW = -2 };
 
-/* The count that a call of read or write has returned; NOT_NOW; or -1 with an exception. */
-static Py_ssize_t count_of(PyObject *result)
+/* The count, at most `most`, that a call of read or write has returned; NOT_NOW; or -1 with an exception. */
+static Py_ssize_t count_of(PyObject *result, Py_ssize_t most)
 {
     if (result == NULL) {
         if (!PyErr_ExceptionMatches(again))
@@ -93,27 +109,49 @@ static Py_ssize_t count_of(PyObject *result)
     }
     Py_ssize_t count = PyLong_AsSsize_t(result);
     Py_DECREF(result);
+    if (count > most || (count < 0 && !PyErr_Occurred())) {
+        PyErr_Format(PyExc_ValueError, "an SSLObject has taken %zd of %zd bytes", count, most);
+        return -1;
+    }
     return count;
 }
 
-/* Decrypt at most `size` bytes, of one record, into `memory`.  The count, which is 0 if the peer has ended the
+/* self.read(size, view), for at most `size` bytes of one record.  The count, which is 0 if the peer has ended the
  * connection; NOT_NOW; or -1 with an exception. */
+static Py_ssize_t read_into(struct tls *self, PyObject *view, Py_ssize_t size)
+{
+    PyObject *args[] = {NULL, PyLong_FromSsize_t(size), view}, *read = Py_NewRef(self->read), *result = NULL;
+    if (args[1] != NULL)
+        result = PyObject_Vectorcall(read, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    Py_XDECREF(args[1]);
+    Py_DECREF(read);
+    return count_of(result, size);
+}
+
+/* Decrypt at most `size` bytes, of one record, into `memory`.  Returns what read_into does. */
 static Py_ssize_t decrypt(struct tls *self, char *memory, Py_ssize_t size)
 {
-    PyObject *args[3] = {NULL, PyLong_FromSsize_t(size), PyMemoryView_FromMemory(memory, size, PyBUF_WRITE)};
-    PyObject *read = Py_NewRef(self->read), *result = NULL;
-    if (args[1] != NULL && args[2] != NULL)
-        result = PyObject_Vectorcall(read, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-    Py_DECREF(read);
-    if (result != NULL && Py_REFCNT(args[2]) > 1) { /* an SSLObject of the user's keeps it: the memory goes on without */
-        PyObject *released = PyObject_CallMethod(args[2], "release", NULL);
-        Py_XDECREF(released);
-        if (released == NULL)
-            Py_CLEAR(result);
+    Py_ssize_t count = -1;
+    if (self->direct) {
+        PyObject *view = PyMemoryView_FromMemory(memory, size, PyBUF_WRITE);
+        if (view != NULL)
+            count = read_into(self, view, size);
+        Py_XDECREF(view);
+        return count;
     }
-    Py_XDECREF(args[1]);
-    Py_XDECREF(args[2]);
-    return count_of(result);
+    /* An SSLObject of the user's may keep what it is given, or views of it: they have memory of their own. */
+    PyObject *lent = PyByteArray_FromStringAndSize(NULL, size);
+    PyObject *view = lent == NULL ? NULL : PyMemoryView_FromObject(lent);
+    if (view != NULL)
+        count = read_into(self, view, size);
+    if (count > 0 && count > PyByteArray_GET_SIZE(lent)) { /* they may have given it another size too */
+        PyErr_SetString(PyExc_BufferError, "an SSLObject has shrunk the buffer that it was given");
+        count = -1;
+    } else if (count > 0)
+        memcpy(memory, PyByteArray_AS_STRING(lent), (size_t)count);
+    Py_XDECREF(view);
+    Py_XDECREF(lent);
+    return count;
 }
 
 enum filled { FAILED = -1, DRY, FULL, ENDED };
@@ -129,7 +167,7 @@ static enum filled fill(struct tls *self, char *memory, Py_ssize_t size, Py_ssiz
         *count += more;
         if (*count == size)
             break;
-        Py_ssize_t pending = pending_in(self->incoming);
+        Py_ssize_t pending = pending_in(self->incoming, "_incoming");
         if (pending <= 0)
             return pending == 0 ? DRY : FAILED;
     }
@@ -153,21 +191,22 @@ static enum filled with_error(enum filled filled, PyObject *error)
 /* One piece of data for a Protocol. */
 static enum filled read_for_protocol(struct tls *self)
 {
-    Py_ssize_t size = pending_in(self->incoming), count;
+    Py_ssize_t size = pending_in(self->incoming, "_incoming"), count;
     if (size < 0)
         return FAILED;
     /* A record of which OpenSSL has the beginning already may be larger than what is left of it here. */
-    PyObject *data = PyBytes_FromStringAndSize(NULL, size + RECORD);
+    size = size < PY_SSIZE_T_MAX - RECORD ? size + RECORD : PY_SSIZE_T_MAX;
+    PyObject *data = PyBytes_FromStringAndSize(NULL, size);
     if (data == NULL)
         return FAILED;
-    enum filled filled = fill(self, PyBytes_AS_STRING(data), size + RECORD, &count);
+    enum filled filled = fill(self, PyBytes_AS_STRING(data), size, &count);
     if (count == 0) {
         Py_DECREF(data);
         return filled;
     }
     PyObject *error = filled == FAILED ? take_exception() : NULL; /* it comes after the data */
-    PyObject *protocol = Py_XNewRef(self->app_protocol), *result = NULL;
-    if (_PyBytes_Resize(&data, count) == 0 && protocol != NULL)
+    PyObject *protocol = get(self->app_protocol, "_app_protocol"), *result = NULL;
+    if (protocol != NULL && _PyBytes_Resize(&data, count) == 0)
         result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
     Py_XDECREF(protocol);
     Py_XDECREF(data);
@@ -182,10 +221,10 @@ static enum filled read_for_protocol(struct tls *self)
 /* The same for a BufferedProtocol, into what it lends. */
 static enum filled read_for_buffered_protocol(struct tls *self)
 {
-    Py_ssize_t size = pending_in(self->incoming), count;
-    PyObject *hint = size < 0 ? NULL : PyLong_FromSsize_t(size);
-    PyObject *get_buffer = Py_XNewRef(self->app_get_buffer), *buffer = NULL;
-    if (hint != NULL && get_buffer != NULL)
+    Py_ssize_t size = pending_in(self->incoming, "_incoming"), count;
+    PyObject *hint = size < 0 ? NULL : PyLong_FromSsize_t(size), *buffer = NULL;
+    PyObject *get_buffer = hint == NULL ? NULL : get(self->app_get_buffer, "_app_protocol_get_buffer");
+    if (get_buffer != NULL)
         buffer = PyObject_CallOneArg(get_buffer, hint);
     Py_XDECREF(get_buffer);
     Py_XDECREF(hint);
@@ -205,9 +244,9 @@ static enum filled read_for_buffered_protocol(struct tls *self)
     PyObject *error = filled == FAILED ? take_exception() : NULL;
     PyBuffer_Release(&view); /* before the protocol is called, which may give its buffer another size */
     if (count > 0) {
-        PyObject *number = PyLong_FromSsize_t(count), *buffer_updated = Py_XNewRef(self->app_buffer_updated);
-        PyObject *result =
-            number == NULL || buffer_updated == NULL ? NULL : PyObject_CallOneArg(buffer_updated, number);
+        PyObject *buffer_updated = get(self->app_buffer_updated, "_app_protocol_buffer_updated");
+        PyObject *number = buffer_updated == NULL ? NULL : PyLong_FromSsize_t(count);
+        PyObject *result = number == NULL ? NULL : PyObject_CallOneArg(buffer_updated, number);
         Py_XDECREF(buffer_updated);
         Py_XDECREF(number);
         if (result == NULL) {
@@ -241,7 +280,7 @@ static int read_all(struct tls *self)
             || (has_items(self->write_backlog) ? call(self, names.do_write) : process_outgoing(self)) < 0)
             return -1;
     }
-    Py_ssize_t pending = pending_in(self->incoming);
+    Py_ssize_t pending = pending_in(self->incoming, "_incoming");
     if (pending < 0)
         return -1;
     if (self->ssl_reading_paused ? pending <= self->incoming_low_water : pending >= self->incoming_high_water)
@@ -261,7 +300,7 @@ static PyObject *tls_do_read(PyObject *object, PyObject *unused)
     struct tls *self = (struct tls *)object;
     if (self->state != wrapped && self->state != flushing)
         Py_RETURN_NONE;
-    if (self->incoming == NULL || self->outgoing == NULL || (self->read == NULL && find_methods(self) < 0))
+    if (self->read == NULL && find_methods(self) < 0)
         return NULL;
     if (read_all(self) < 0 && fail_connection(self) < 0)
         return NULL;
@@ -271,12 +310,9 @@ static PyObject *tls_do_read(PyObject *object, PyObject *unused)
 static PyObject *tls_data_received(PyObject *object, PyObject *data)
 {
     struct tls *self = (struct tls *)object;
-    PyObject *args[] = {self->incoming, data};
-    if (self->incoming == NULL) {
-        PyErr_SetString(PyExc_AttributeError, "_incoming");
-        return NULL;
-    }
-    PyObject *written = PyObject_VectorcallMethod(names.write, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    PyObject *incoming = get(self->incoming, "_incoming");
+    PyObject *written = incoming == NULL ? NULL : PyObject_CallMethodOneArg(incoming, names.write, data);
+    Py_XDECREF(incoming);
     if (written == NULL)
         return NULL;
     Py_DECREF(written);
@@ -290,18 +326,20 @@ static PyObject *tls_data_received(PyObject *object, PyObject *data)
 /* Hand what has been encrypted to the transport, and let the protocol know if that is too much for it. */
 static int process_outgoing(struct tls *self)
 {
-    Py_ssize_t pending = pending_in(self->outgoing);
+    Py_ssize_t pending = pending_in(self->outgoing, "_outgoing");
     if (pending > 0 && !self->ssl_writing_paused) {
-        PyObject *data = PyObject_CallMethodNoArgs(self->outgoing, names.read), *written = NULL;
-        PyObject *transport = Py_NewRef(self->transport == NULL ? Py_None : self->transport);
-        if (data != NULL)
+        PyObject *outgoing = get(self->outgoing, "_outgoing"), *written = NULL;
+        PyObject *data = outgoing == NULL ? NULL : PyObject_CallMethodNoArgs(outgoing, names.read);
+        PyObject *transport = data == NULL ? NULL : get(self->transport, "_transport");
+        if (transport != NULL)
             written = PyObject_CallMethodOneArg(transport, names.write, data);
-        Py_DECREF(transport);
+        Py_XDECREF(transport);
         Py_XDECREF(data);
+        Py_XDECREF(outgoing);
         Py_XDECREF(written);
         if (written == NULL)
             return -1;
-        pending = self->app_writing_paused ? 0 : pending_in(self->outgoing);
+        pending = self->app_writing_paused ? 0 : pending_in(self->outgoing, "_outgoing");
     }
     if (pending < 0)
         return -1;
@@ -314,14 +352,16 @@ static int process_outgoing(struct tls *self)
 static int write_now(struct tls *self, PyObject *data)
 {
     PyObject *write = Py_NewRef(self->write);
-    Py_ssize_t size = PyBytes_GET_SIZE(data), count = count_of(PyObject_CallOneArg(write, data));
+    Py_ssize_t size = PyBytes_GET_SIZE(data), count = count_of(PyObject_CallOneArg(write, data), size);
     Py_DECREF(write);
     if (count == -1)
         return -1;
     if (count < size) {
         PyObject *rest = count == NOT_NOW ? Py_NewRef(data) : PySequence_GetSlice(data, count, size), *done = NULL;
-        if (rest != NULL)
-            done = PyObject_CallMethod(self->write_backlog, "append", "O", rest);
+        PyObject *backlog = rest == NULL ? NULL : get(self->write_backlog, "_write_backlog");
+        if (backlog != NULL)
+            done = PyObject_CallMethodOneArg(backlog, names.append, rest);
+        Py_XDECREF(backlog);
         Py_XDECREF(rest);
         Py_XDECREF(done);
         if (done == NULL)
@@ -443,16 +483,17 @@ static PyType_Spec transport_spec = {
     .slots = transport_slots,
 };
 
-/* tls_types(wrapped, flushing, again, sslobject_class): the types Tls and TlsTransport. */
+/* tls_types(wrapped, flushing, again, sslobject_class, wrapped_class): the types Tls and TlsTransport. */
 PyObject *make_tls_types(PyObject *module, PyObject *args)
 {
-    PyObject *given[4];
-    if (!PyArg_ParseTuple(args, "OOOO", &given[0], &given[1], &given[2], &given[3]))
+    PyObject *given[5];
+    if (!PyArg_ParseTuple(args, "OOOOO", &given[0], &given[1], &given[2], &given[3], &given[4]))
         return NULL;
     Py_XSETREF(wrapped, Py_NewRef(given[0]));
     Py_XSETREF(flushing, Py_NewRef(given[1]));
     Py_XSETREF(again, Py_NewRef(given[2]));
     Py_XSETREF(sslobject_class, Py_NewRef(given[3]));
+    Py_XSETREF(wrapped_class, Py_NewRef(given[4]));
     if (Tls_type == NULL)
         Tls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tls_spec, NULL);
     if (Tls_type != NULL && TlsTransport_type == NULL)

@@ -247,7 +247,7 @@ static int deliver_batch(UringTurns *self)
         PyObject *op = self->ops[self->taken_up++];
         int n = self->next++, failed = deliver(self, op, ring->result[n], ring->flags[n], ring->start[n]);
         Py_DECREF(op);
-        if (failed)
+        if (failed && fail((PyObject *)self, names.report, COMPLETE_FAILED) < 0)
             return -1;
     }
     return 0;
