@@ -206,8 +206,10 @@ static int by_poll(PyObject *op)
 static int submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
 {
     UringTurns *self = (UringTurns *)driver;
+    if (self->ring == NULL || self->shared)
+        return 0;
     if (op == NULL)
-        return self->ring != NULL && !self->shared;
+        return 1;
     if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
         return -1;
     int code;
