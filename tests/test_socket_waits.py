@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import os
@@ -187,6 +188,19 @@ def test_the_loop_is_closed_while_a_task_waits(driver: str, ends: Pair) -> None:
     loop = None  # type: ignore[assignment]  # the last reference
     gc.collect()
     assert reference() is None
+
+
+def test_the_loop_is_closed_as_a_wait_begins(driver: str, ends: Pair) -> None:
+    loop: Any = iocp_loop.new_event_loop(driver)
+    loop.run_until_complete(turns())
+    future = loop.create_future()
+    loop.create_future = lambda: loop.close() or future
+    waiting = loop.sock_recv(ends[0], 100)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        waiting.send(None)
+    waiting.close()
+    loop.close()
+    del loop.create_future
 
 
 async def test_the_loop_of_a_call_is_closed_already(loop: Loop, driver: str, ends: Pair) -> None:
