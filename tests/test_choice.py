@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 
@@ -131,16 +132,16 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # -- io_uring refused ------------------------------------------------------------------------------
 
-#: A child's first lines: a seccomp filter that answers io_uring_setup with the errno in sys.argv[1].
-REFUSE_IO_URING = """
+#: A child's first lines: a seccomp filter that answers io_uring_setup, or all three calls, with an errno.
+REFUSE = """
 import ctypes, struct, sys
-def refuse_io_uring(code):
+def refuse_io_uring(code, calls=(425,)):  # 425 setup, 426 enter, 427 register: on every architecture
     LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
-    IO_URING_SETUP = 425  # on every architecture
     ALLOW, REFUSE = 0x7FFF0000, 0x00050000
-    program = b"".join(struct.pack("HBBI", *line) for line in [
-        (LOAD, 0, 0, 0), (JUMP_IF_EQUAL, 0, 1, IO_URING_SETUP), (RETURN, 0, 0, REFUSE | code), (RETURN, 0, 0, ALLOW),
-    ])
+    lines = [(LOAD, 0, 0, 0)]
+    for call in calls:
+        lines += [(JUMP_IF_EQUAL, 0, 1, call), (RETURN, 0, 0, REFUSE | code)]
+    program = b"".join(struct.pack("HBBI", *line) for line in [*lines, (RETURN, 0, 0, ALLOW)])
     lines = ctypes.create_string_buffer(program, len(program))
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_void_p)]
@@ -151,8 +152,8 @@ def refuse_io_uring(code):
     if prctl(PR_SET_SECCOMP, MODE_FILTER, ctypes.byref(filter), 0, 0) != 0:
         print("no seccomp", ctypes.get_errno())
         sys.exit()
-refuse_io_uring(int(sys.argv[1]))
 """
+REFUSE_IO_URING = REFUSE + "refuse_io_uring(int(sys.argv[1]))\n"
 
 #: What the child then looks at: auto runs, and on what; forced raises, and why.
 LOOK = """
@@ -202,6 +203,153 @@ def test_io_uring_disabled_by_sysctl(setting: str) -> None:
     assert driver == "poll"
     assert f"kernel.io_uring_disabled={setting}" in refusal
     assert "sysctl" in refusal
+
+
+#: A child whose loop, made by `auto`, meets the filter of argv[1] and argv[2] at the stage of argv[3].
+SANDBOX_LATER = """
+import asyncio, iocp_loop, os, socket, subprocess, sys, tempfile, threading
+from iocp_loop.proactor import Proactor
+
+def enter_sandbox(at):
+    if at == sys.argv[3]:
+        refuse_io_uring(int(sys.argv[1]), {"setup": [425], "all": [425, 426, 427]}[sys.argv[2]])
+
+async def echo(reader, writer):
+    while data := await reader.read(100_000):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+async def exchange(reader, writer, size):
+    writer.write(b"x" * size)
+    assert await reader.readexactly(size) == b"x" * size
+
+async def before():
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    streams = [await asyncio.open_connection(*server.sockets[0].getsockname()) for _ in range(3)]
+    for reader, writer in streams:
+        await exchange(reader, writer, 100)
+    streams[2][1].transport.pause_reading()
+    return server, streams
+
+async def traffic(server, streams):
+    loop = asyncio.get_running_loop()
+    enter_sandbox("inside")
+    await asyncio.sleep(0.001)
+    streams[2][1].write(b"y")
+    await asyncio.sleep(0.005)
+    streams[2][1].transport.resume_reading()
+    assert await streams[2][0].read(10) == b"y"
+    streams.append(await asyncio.open_connection(*server.sockets[0].getsockname()))
+    for size in (1, 100, 10_000, 1_000_000, *[10] * 50):
+        await asyncio.gather(*[exchange(reader, writer, size) for reader, writer in streams])
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    receiving = asyncio.ensure_future(loop.sock_recv(ours, 10))
+    await asyncio.sleep(0)
+    peer.send(b"data")
+    assert await receiving == b"data"
+    await asyncio.to_thread(peer.send, b"more")
+    assert await loop.sock_recv(ours, 10) == b"more"
+    process = await asyncio.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    assert (await process.communicate(b"data"))[0] == b"data"
+    with tempfile.TemporaryFile() as file:
+        assert await loop._proactor.write(file, b"written", 0) == 7
+        assert await loop._proactor.read(file, 100, 0) == b"written"
+    for _, writer in streams:
+        writer.close()
+        await writer.wait_closed()
+    server.close()
+    ours.close()
+    peer.close()
+    return loop.driver
+
+loop = iocp_loop.new_event_loop()
+assert loop.driver == "uring"
+enter_sandbox("made")
+made = loop.run_until_complete(before())
+enter_sandbox("run")
+if sys.argv[3] == "thread":
+    refuse_io_uring(int(sys.argv[1]), [425])
+    drivers = []
+    thread = threading.Thread(target=lambda: drivers.append(loop.run_until_complete(traffic(*made))))
+    thread.start()
+    thread.join()
+else:
+    drivers = [loop.run_until_complete(traffic(*made))]
+print(drivers[0], loop.driver, loop.stats().driver, len(loop._proactor.in_flight))
+loop.close()
+loop = iocp_loop.new_event_loop()
+print(loop.driver)
+loop.close()
+"""
+
+
+@uring
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.ENOMEM], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    ("calls", "stage"), [("setup", "made"), ("setup", "thread"), ("all", "made"), ("all", "run"), ("all", "inside")]
+)
+def test_a_sandbox_that_comes_later(calls: str, stage: str, code: int) -> None:
+    """Auto goes on as poll, with everything that it had in flight."""
+    done = run_python(REFUSE + SANDBOX_LATER, str(code), calls, stage)
+    if done.stdout.startswith("no seccomp"):
+        pytest.skip(f"this machine lets us set no seccomp filter: {done.stdout}")
+    assert done.stdout.split() == ["poll", "poll", "poll", "0", "poll"]
+    assert "going on with driver poll" in done.stderr
+
+
+@uring
+def test_when_no_descriptor_is_left_for_a_ring() -> None:
+    """A loop and a port that are made then say so, or work; one that was made before works."""
+    done = run_python(
+        """
+        import asyncio, iocp_loop, os, resource
+        from iocp_loop.ports import availability
+
+        assert availability("uring").available
+        loop = iocp_loop.new_event_loop()
+        spare = [os.dup(0) for _ in range(3)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare[-1] + 1, spare[-1] + 1))
+        try:
+            iocp_loop.new_event_loop()
+        except OSError as error:
+            print(error.strerror)
+        loop.run_until_complete(asyncio.sleep(0.001))
+        print(loop.driver)
+        os.close(spare.pop())
+        os.close(spare.pop())  # two are enough for a poller, and no ring is to be had any more
+        with iocp_loop.CompletionPort() as port:
+            print(port.driver)
+            port.post("value")
+            assert port.get(1).value == "value"
+        loop.close()
+        """
+    )
+    assert done.stdout.splitlines() == ["Too many open files", "poll", "poll"]
+
+
+@uring
+def test_a_forced_uring_names_the_sandbox_that_comes_later() -> None:
+    look = """
+import asyncio, iocp_loop
+loop = iocp_loop.new_event_loop("uring")
+refuse_io_uring(1, [425, 426])
+for _ in range(2):
+    try:
+        loop.run_until_complete(asyncio.sleep(0))
+    except PermissionError as error:
+        print(error)
+loop.close()
+try:
+    iocp_loop.new_event_loop("uring")
+except iocp_loop.DriverUnavailable as error:
+    print(error)
+"""
+    done = run_python(REFUSE + look)
+    if done.stdout.startswith("no seccomp"):
+        pytest.skip(f"this machine lets us set no seccomp filter: {done.stdout}")
+    assert done.stdout.count("seccomp filter") == 3
 
 
 @linux

@@ -46,14 +46,25 @@ def make_driver(name: str | None = None, concurrency: int = 1) -> Driver:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         source = f"{ENVIRONMENT_VARIABLE}={name}"
     if name == "auto":
-        name = next(candidate for candidate in AUTO_ORDER if _why_not(candidate) is None)
-    else:
-        reason = _why_not(_checked(name))
-        if reason is not None:
-            raise DriverUnavailable(
-                f"{source} can't work here: {reason}. Ask for driver 'auto' to take the best that works."
-            )
+        return _best(concurrency)
+    reason = _why_not(_checked(name))
+    if reason is not None:
+        raise DriverUnavailable(
+            f"{source} can't work here: {reason}. Ask for driver 'auto' to take the best that works."
+        )
     return _driver_class(name)(concurrency)
+
+
+def _best(concurrency: int) -> Driver:
+    for name in AUTO_ORDER[:-1]:
+        if _why_not(name) is None:
+            try:
+                driver = _driver_class(name)(concurrency)
+            except OSError:  # short of something that the next may not need
+                continue
+            driver.replaceable = True
+            return driver
+    return _driver_class(AUTO_ORDER[-1])(concurrency)
 
 
 def _checked(name: str) -> str:

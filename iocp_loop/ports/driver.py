@@ -82,6 +82,8 @@ class Driver(ABC):
         self.before_sleep: Callable[[], bool] | None = None
         #: Called with what a `complete` has raised, as asyncio's ``call_exception_handler`` is; None: it is logged.
         self.exception_handler: Callable[[dict[str, Any]], object] | None = None
+        #: Whether ``auto`` has chosen it: if it turns out not to work after all, another may do its work.
+        self.replaceable = False
         self._sleeping = False
         self._waking = threading.RLock()  # held around `_wake`; again by a signal handler that comes in between
         self._tokens = 0

@@ -63,6 +63,7 @@ io_uring_setup_buf_ring(3), all at https://man7.org/linux/man-pages/man7/io_urin
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import socket
@@ -75,16 +76,18 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from .. import operations as ops
-from ..operations import CANCELLING, IN_FLIGHT, READABLE, Operation
+from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
 from .driver import DriverUnavailable, cancelled_error, leak
 from .poll import PollDriver
-from .uring_binding import ffi, lib, new_bytes, open_ring, probe
+from .uring_binding import ffi, forget_probe, lib, new_bytes, open_ring, probe, why_enter_failed
 from .uring_turns import UringTurns
 
 if sys.platform != "linux":
     raise ImportError("io_uring exists on Linux only")
 
 __all__ = ["UringDriver", "probe"]
+
+_logger = logging.getLogger("asyncio")
 
 # Flags of a completion, as uring.h defines them.
 _MORE = 1
@@ -146,6 +149,7 @@ class UringDriver(UringTurns, PollDriver):
         if reason is not None:
             raise DriverUnavailable(reason)
         self._ring = None
+        self._without_ring = False  # it was refused: this is driver poll from then on
         self._use_stream(_Stream)
         self._shared = concurrency > 1
         self._memory: Any = b""  # the pool, as one buffer
@@ -166,12 +170,16 @@ class UringDriver(UringTurns, PollDriver):
                 raise
 
     def _watch_waker(self) -> None:
-        """Nothing to do: the ring polls the waker by itself."""
+        if self._without_ring:  # else the ring polls the waker by itself
+            super()._watch_waker()
 
     # -- submitting and cancelling -----------------------------------------------------------------
 
     def submit(self, op: Operation) -> None:
         kind = type(op)
+        if self._without_ring:
+            super().submit(op)
+            return
         if kind is ops.ReceiveStream and _is_stream_socket(op.handle):
             self._adopt_socket_wait(op.fd)
             self._launch(op)
@@ -274,7 +282,11 @@ class UringDriver(UringTurns, PollDriver):
     def _open_ring(self) -> None:
         """Make the ring of this thread and submit what belongs into it, in place of an older ring if there is one."""
         old = self._ring
-        ring = open_ring(self._waker.fileno(), self._epoll_fd, shared=self._shared)
+        try:
+            ring = open_ring(self._waker.fileno(), self._epoll_fd, shared=self._shared)
+        except OSError as error:
+            self._lose_ring(error)
+            return
         self._ring = ring
         self._memory = ffi.buffer(ring.memory, ring.memory_size)
         self._arrays = (ring.token, ring.result, ring.flags, ring.start)
@@ -293,6 +305,48 @@ class UringDriver(UringTurns, PollDriver):
                 self._go_on(op)
             elif op.state is IN_FLIGHT and not self._waits_in_line(op):
                 self._move_file_request(op, old is not None)
+
+    def _ring_failed(self, code: int) -> None:
+        """The kernel refuses a wait in the ring, with errno `code`."""
+        self._lose_ring(OSError(code, why_enter_failed(code)))
+
+    def _lose_ring(self, error: OSError) -> None:
+        """There is no ring any more, as when a sandbox was entered.  Raises `error`, or goes on as driver poll."""
+        forget_probe()
+        if not self.replaceable or self._shared:
+            raise error
+        _logger.warning("going on with driver poll: %s", error.strerror)
+        old, had_requests = self._ring, bool(self._requests())
+        self._ring = None
+        if old is not None:
+            lib.uring_close(old, had_requests)
+        self._without_ring = True
+        self.name = "poll"  # type: ignore[misc]  # of the class until now
+        self._unsubmitted.clear()
+        self._uncancelled.clear()
+        self._lines.clear()
+        self._watch_waker()
+        for op in list(self.in_flight.values()):
+            if self._in_ring(op):
+                self._hand_to_poller(op, old is not None)
+
+    def _hand_to_poller(self, op: Any, had_ring: bool) -> None:
+        had_request = had_ring and type(op.driver_data) is _FileRequest
+        if had_request:
+            leak(op)  # as in _move_file_request
+        if op.state is CANCELLING or (had_request and op.offset is None and _is_regular(op.fd)):
+            self._finish(op, None, cancelled_error())
+            return
+        if not (self._same_socket(op) if type(op) is ops.ReceiveStream else _identity(op.fd) == op.driver_data.file):
+            self._finish(op, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            return
+        op.driver_data = None
+        if type(op) is not ops.ReceiveStream and self._attempt(op):
+            return
+        try:
+            self._add(op, WRITABLE if type(op) is ops.Write else READABLE)
+        except OSError as error:
+            self._finish(op, None, error)
 
     @property
     def gathered(self) -> bool:

@@ -27,7 +27,7 @@ except ImportError as error:
     ffi = lib = None
     _NOT_BUILT = f"the extension module iocp_loop._uring is missing ({error}); reinstall with a C compiler at hand"
 
-__all__ = ["ffi", "lib", "new_bytes", "open_ring", "probe"]
+__all__ = ["ffi", "forget_probe", "lib", "new_bytes", "open_ring", "probe", "why_enter_failed"]
 
 
 _works = False
@@ -52,9 +52,20 @@ def probe() -> str | None:
     code = lib.uring_wait(ring, 0, 0)
     lib.uring_close(ring, 0)
     if code < 0:
-        return _why_open_failed(lib.URING_STEP_SETUP, -code)
+        return why_enter_failed(-code)
     _works = True
     return None
+
+
+def forget_probe() -> None:
+    """What worked does so no more: the next to ask is to look again."""
+    global _works
+    _works = False
+
+
+def why_enter_failed(code: int) -> str:
+    """What it means that an existing ring is refused with errno `code`."""
+    return _why_open_failed(lib.URING_STEP_SETUP, code)
 
 
 def open_ring(wake_fd: int, epoll_fd: int, *, shared: bool) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 from collections.abc import Iterator
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,7 @@ class PythonUringTurns(PythonPollTurns):
     _memory: Any
     _arrays: tuple[Any, ...]
     _shared: bool
+    _without_ring: bool
     _taken: int  # the serial of the last batch that was taken from the ring
     _batch: Iterator[tuple[int, int, int, int]]
     _undispatched: bool  # something of the batch may be left
@@ -47,7 +47,8 @@ class PythonUringTurns(PythonPollTurns):
 
     if TYPE_CHECKING:  # the rest of the driver: UringDriver's
 
-        def _open_ring(self) -> None: ...
+        def _open_ring(self) -> None: ...  # or it goes on without one
+        def _ring_failed(self, code: int) -> None: ...
         def _queue_leftovers(self) -> None: ...
         def _hand_over(self) -> None: ...
         def _reap(self, op: Any, result: int, flags: int, start: int) -> None: ...
@@ -57,11 +58,17 @@ class PythonUringTurns(PythonPollTurns):
         """Nothing to prepare; the native turn looks at what the driver keeps for a stream."""
 
     def wait(self, timeout: float | None) -> None:
+        if self._without_ring:
+            super().wait(timeout)
+            return
         self._before_wait()
         if self._undispatched or length_hint(self._events):
             return  # an exception has ended the dispatch, or this is a run inside of it: it goes on first
         if self._ring is None:
             self._open_ring()
+        if self._ring is None:
+            super().wait(timeout)
+            return
         self._events = iter(())
         self._new.clear()
         # What has been ready stays ready until somebody looks: the ring tells of changes only.
@@ -71,7 +78,7 @@ class PythonUringTurns(PythonPollTurns):
             count = self._sleep(timeout)
         if count == -errno.EEXIST:
             self._open_ring()
-            count = lib.uring_wait(self._ring, 0, self._taken)
+            count = lib.uring_wait(self._ring, 0, self._taken) if self._ring is not None else 0
         if count > 0:
             # A signal handler may raise right after any call.  Up to this zip the ring hands the same batch out again;
             # the assignments after it are not interrupted.
@@ -80,8 +87,10 @@ class PythonUringTurns(PythonPollTurns):
             self._undispatched = True
             self.completions += count
         elif count < 0:
-            raise OSError(-count, f"io_uring_enter failed: {os.strerror(-count)}")
-        if not length_hint(self._events):
+            self._ring_failed(-count)
+        if self._ring is None:
+            super().wait(timeout)
+        elif not length_hint(self._events):
             self._take_events()
 
     def _take_events(self) -> bool:

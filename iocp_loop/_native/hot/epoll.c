@@ -102,7 +102,7 @@ int epoll_must_not_sleep(EpollTurns *self)
 }
 
 /* Wait at most so many seconds; negative: for ever.  Whether there is something to dispatch. */
-static int wait(PyObject *driver, double seconds)
+int epoll_turn_wait(PyObject *driver, double seconds)
 {
     EpollTurns *self = (EpollTurns *)driver;
     int limit = -1, count, code, begun = epoll_before_wait(self);
@@ -150,7 +150,7 @@ PyObject *wait_with(PyObject *self, PyObject *timeout, int (*wait)(PyObject *, d
     Py_RETURN_NONE;
 }
 
-static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout) { return wait_with(self, timeout, wait); }
+static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout) { return wait_with(self, timeout, epoll_turn_wait); }
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Receiving for a stream
@@ -602,7 +602,7 @@ int add_epoll(PyObject *module)
     EpollTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &epoll_turns_spec, NULL);
     if (EpollTurns_type == NULL)
         return -1;
-    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, wait, dispatch, epoll_submit_receive,
+    static const struct native_driver driver = {&EpollTurns_type, epoll_turns_wait, epoll_turn_wait, dispatch, epoll_submit_receive,
                                                 epoll_busy, 1};
     add_native_driver(&driver);
     return PyModule_AddObjectRef(module, "EpollTurns", (PyObject *)EpollTurns_type);

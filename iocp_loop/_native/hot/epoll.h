@@ -44,6 +44,8 @@ extern PyTypeObject *EpollTurns_type;
 /* Take the events that there are, without waiting; the number, or -1 with errno.  `more`: some may hold still when they
  * have been dispatched. */
 int epoll_take(EpollTurns *self, int *more);
+/* The wait of driver poll. */
+int epoll_turn_wait(PyObject *driver, double seconds);
 /* What a wait does first: -1 with an exception; 1: it must not block, or 0. */
 int epoll_before_wait(EpollTurns *self);
 int epoll_must_not_sleep(EpollTurns *self);

@@ -29,7 +29,7 @@ typedef struct {
     int next, count;      /* of the batch: what is dispatched next, and how many there are */
     PyObject *ops[AHEAD]; /* of the completions from `next` on: from `taken_up` to `looked_up`, see look_up */
     int taken_up, looked_up;
-    char shared;
+    char shared, without_ring; /* the driver has none any more: it is driver poll */
 } UringTurns;
 
 static PyTypeObject *UringTurns_type;
@@ -80,9 +80,11 @@ static int open_ring(UringTurns *self)
 {
     if (call(self, names.open_ring) < 0)
         return -1;
-    if (self->ring == NULL)
+    if (self->ring == NULL && !self->without_ring) {
         PyErr_SetString(PyExc_RuntimeError, "no ring was opened");
-    return self->ring == NULL ? -1 : 0;
+        return -1;
+    }
+    return 0;
 }
 
 /* Take the epoll instance's events, if it may have some. */
@@ -122,12 +124,12 @@ static int wait_in_ring(UringTurns *self, int64_t limit)
         /* The ring belongs to another thread: to one that ran this loop before. */
         if (open_ring(self) < 0)
             return -1;
-        count = self->call(self->ring, 0, self->ring->serial);
+        count = self->ring == NULL ? 0 : self->call(self->ring, 0, self->ring->serial);
     }
     if (count < 0) {
-        errno = -count;
-        PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
+        PyObject *done = PyObject_CallMethod((PyObject *)self, "_ring_failed", "i", -count);
+        Py_XDECREF(done);
+        return done == NULL ? -1 : 0;
     }
     return count;
 }
@@ -137,6 +139,8 @@ static int wait(PyObject *driver, double seconds)
 {
     UringTurns *self = (UringTurns *)driver;
     int64_t limit = -1;
+    if (self->without_ring)
+        return epoll_turn_wait(driver, seconds);
     int begun = epoll_before_wait(&self->base);
     if (begun || self->next < self->count)
         return begun < 0 ? -1 : 1;
@@ -146,6 +150,8 @@ static int wait(PyObject *driver, double seconds)
     }
     if (self->ring == NULL && open_ring(self) < 0)
         return -1;
+    if (self->ring == NULL)
+        return epoll_turn_wait(driver, seconds);
     /* What has been ready stays ready until somebody looks: the ring tells of changes only. */
     self->base.next = self->base.count = 0;
     if (self->base.fresh != NULL && PySet_Clear(self->base.fresh) < 0)
@@ -156,6 +162,8 @@ static int wait(PyObject *driver, double seconds)
     int count = wait_in_ring(self, events ? 0 : limit);
     if (count < 0)
         return -1;
+    if (self->ring == NULL)
+        return epoll_turn_wait(driver, seconds);
     self->next = 0;
     self->count = count;
     self->taken = self->ring->serial;
@@ -413,6 +421,7 @@ static PyMemberDef uring_turns_members[] = {
     {"_uncancelled", T_OBJECT_EX, offsetof(UringTurns, uncancelled), 0, NULL},
     {"_taken", T_ULONGLONG, offsetof(UringTurns, taken), 0, NULL},
     {"_shared", T_BOOL, offsetof(UringTurns, shared), 0, NULL},
+    {"_without_ring", T_BOOL, offsetof(UringTurns, without_ring), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
