@@ -1,0 +1,3 @@
+"""x"""
+def why_not(): return "no"
+def preloaded(e): return {}
