@@ -32,14 +32,15 @@ __all__ = ["FAMILIES", "Family", "family_named"]
 class Family:
     """A kind of program.
 
-    `stock`: asyncio's own loop can play it too.  `moves`: its loop may go from thread to thread meanwhile.  `preload`:
-    it is played in a process with `faults.c` under it.
+    `stock`: asyncio's own loop can play it too.  `moves`: its loop may go from thread to thread meanwhile.  `stops`: it
+    wants the loop to be stopped again and again.  `preload`: it is played in a process with `faults.c` under it.
     """
 
     name: str
     module: str
     stock: bool = True
     moves: bool = True
+    stops: bool = False
     preload: bool = False
 
     @property
@@ -71,7 +72,7 @@ FAMILIES = (
     Family("timers", "timers_and_threads"),
     Family("threads", "timers_and_threads"),
     Family("signals", "timers_and_threads", moves=False),
-    Family("forks", "forks", moves=False),
+    Family("forks", "forks", stock=False, stops=True),
     Family("ports", "ports", stock=False, moves=False),
     Family("faults", "faults", preload=True),
 )

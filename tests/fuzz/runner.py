@@ -37,6 +37,8 @@ class Setting:
     @classmethod
     def make(cls, source: Source, family: Family) -> Setting:
         """Choose one for a program of `family`."""
+        if family.stops:
+            return cls("slices", source.chance(0.15), source.chance(0.15), source.chance(0.2))
         ways = [(6.0, "straight"), (1.0, "slices"), (1.0, "embedded")]
         if family.moves:
             ways.append((1.5, "threads"))
@@ -90,7 +92,7 @@ def play(family: Family, seed: int, loop_name: str) -> Report:
     if setting.switch:
         sys.setswitchinterval(1e-5)
     try:
-        _WAYS[setting.way](loop, family.play(program, stage), source.sub("slices"))
+        _WAYS[setting.way](stage, family.play(program, stage), source.sub("slices"))
         loop.run_until_complete(_end(stage))
     except BaseException as exc:
         stage.raised(exc, "out of the loop")
@@ -142,12 +144,13 @@ async def _end(stage: Stage) -> None:
 _Main = Coroutine[Any, Any, None]
 
 
-def _straight(loop: Any, main: _Main, source: Source) -> None:
-    loop.run_until_complete(main)
+def _straight(stage: Stage, main: _Main, source: Source) -> None:
+    stage.loop.run_until_complete(main)
 
 
-def _slices(loop: Any, main: _Main, source: Source, call: Callable[[Callable[[], None]], None] | None = None) -> None:
+def _slices(stage: Stage, main: _Main, source: Source, call: Callable[[Callable[[], None]], None] | None = None) -> None:
     """Stop the loop again and again; `call` runs each slice."""
+    loop = stage.loop
     begun: list[asyncio.Task[None]] = []
 
     def begin() -> None:
@@ -157,6 +160,8 @@ def _slices(loop: Any, main: _Main, source: Source, call: Callable[[Callable[[],
         stop = loop.call_later(source.pick([0, 0.0005, 0.002, 0.01]), loop.stop)
         loop.run_forever()
         stop.cancel()
+        while stage.between:
+            stage.between.pop(0)()
 
     call = call or (lambda work: work())
     call(begin)
@@ -165,29 +170,29 @@ def _slices(loop: Any, main: _Main, source: Source, call: Callable[[Callable[[],
     begun[0].result()
 
 
-def _threads(loop: Any, main: _Main, source: Source) -> None:
+def _threads(stage: Stage, main: _Main, source: Source) -> None:
     """The slices run in three threads, by turns that the program's seed decides."""
     threads = [_Worker() for _ in range(3)]
     try:
-        _slices(loop, main, source, lambda work: source.pick(threads).call(work))
+        _slices(stage, main, source, lambda work: source.pick(threads).call(work))
     finally:
         for thread in threads:
             thread.end()
 
 
-def _embedded(loop: Any, main: _Main, source: Source) -> None:
+def _embedded(stage: Stage, main: _Main, source: Source) -> None:
     """``poll`` and ``dispatch``, as a foreign main loop calls them; asyncio's own loop has neither."""
-    if not hasattr(loop, "poll"):
-        _straight(loop, main, source)
+    if not stage.ours:
+        _straight(stage, main, source)
         return
-    task = loop.create_task(main)
+    task = stage.loop.create_task(main)
     while not task.done():
-        loop.poll(1)
-        loop.dispatch()
+        stage.loop.poll(1)
+        stage.loop.dispatch()
     task.result()
 
 
-_WAYS: dict[str, Callable[[Any, _Main, Source], None]] = {
+_WAYS: dict[str, Callable[[Stage, _Main, Source], None]] = {
     "straight": _straight,
     "slices": _slices,
     "threads": _threads,

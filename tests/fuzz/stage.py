@@ -37,6 +37,8 @@ class Stage:
         self.ours = kind != "stock"
         #: True while the system calls fail as they never may on a sound machine: connections may be lost at any time.
         self.hard = False
+        #: What is to be called when the loop has stopped; for the families that stop it.
+        self.between: list[Callable[[], object]] = []
         #: What each actor of the program saw, in order.
         self.trace: dict[str, list[str]] = {}
         self.problems: list[str] = []
@@ -99,6 +101,8 @@ class Stage:
             self.fail(f"not within {seconds:g} s: {what}")
             task.cancel()
             await asyncio.wait([task], timeout=1)
+            if task.done() and not task.cancelled():
+                task.exception()  # heard
             return None
         return task.result()
 
