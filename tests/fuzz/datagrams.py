@@ -173,7 +173,7 @@ class _End(asyncio.DatagramProtocol):
         try:
             if how == "text":
                 self.transport.sendto("text")
-            elif how == "too much":
+            elif how == "too much" and isinstance(self.address, tuple):
                 self.transport.sendto(bytes(70_000), None if self.peer else self.others[0].address)
             elif how == "elsewhere":
                 self.transport.sendto(b"stray", self.others[-1].address)

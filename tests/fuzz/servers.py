@@ -140,8 +140,7 @@ async def _visit(client: tuple[float, str, int], address: Any, stage: Stage) -> 
     seconds, way, size = client
     loop = stage.loop
     await asyncio.sleep(seconds)
-    sock = _socket_for(address)
-    with sock, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _socket_for(address) as sock:
         await asyncio.wait_for(loop.sock_connect(sock, address), 5)
         if way == "leave":
             return

@@ -360,6 +360,7 @@ async def _play_misuse(misuse: _Misuse, stage: Stage, number: str) -> None:
     for call in misuse.calls:
         ours, theirs = stream_pair(unix=True)
         with ours, theirs:
+            theirs.setblocking(True)
             theirs.send(b"some bytes")
             result: Any
             try:
