@@ -34,8 +34,8 @@ enum {
     SHORT = 1,        /* less is taken or given than was asked for */
     INTERRUPTED = 2,  /* EINTR */
     AGAIN = 4,        /* EAGAIN, and of io_uring_enter EBUSY */
-    ABORTED = 8,      /* accept: ECONNABORTED, EPROTO */
-    LOST = 16,        /* hard: ECONNRESET, EPIPE, ETIMEDOUT */
+    ABORTED = 8,      /* accept: ECONNABORTED */
+    LOST = 16,        /* hard: ECONNRESET, EPIPE, ETIMEDOUT; of accept EPROTO, EPERM, EHOSTUNREACH */
     RUN_OUT = 32,     /* hard: ENOBUFS, ENOMEM, EMFILE, ENFILE, ENOSPC */
 };
 
@@ -100,6 +100,16 @@ static int is_stream(int fd)
                      : fstat(fd, &status) == 0 && S_ISFIFO(status.st_mode);
     errno = saved;
     return stream;
+}
+
+/* Whoever makes a server that cannot be watched is left with its socket, in asyncio too. */
+static int is_listening(int fd)
+{
+    int saved = errno, listening = 0;
+    socklen_t size = sizeof listening;
+    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
+    errno = saved;
+    return listening;
 }
 
 static int fail(int error)
@@ -235,13 +245,15 @@ ssize_t sendfile64(int to, int from, off64_t *offset, size_t size)
 DECLARE_NEXT(accept4);
 int accept4(int fd, __SOCKADDR_ARG address, socklen_t *length, int flags)
 {
-    switch (does_not_block(fd) ? fault(INTERRUPTED | AGAIN | ABORTED | RUN_OUT) : 0) {
+    switch (does_not_block(fd) ? fault(INTERRUPTED | AGAIN | ABORTED | LOST | RUN_OUT) : 0) {
     case INTERRUPTED:
         return fail(EINTR);
     case AGAIN:
         return fail(EAGAIN);
     case ABORTED:
-        return fail(ONE_OF(ECONNABORTED, EPROTO));
+        return fail(ECONNABORTED);
+    case LOST:
+        return fail(ONE_OF(EPROTO, EPERM, EHOSTUNREACH));
     case RUN_OUT:
         return fail(ONE_OF(EMFILE, ENFILE, ENOBUFS, ENOMEM));
     default:
@@ -265,7 +277,7 @@ int epoll_wait(int fd, struct epoll_event *events, int most, int timeout)
 DECLARE_NEXT(epoll_ctl);
 int epoll_ctl(int epoll, int what, int fd, struct epoll_event *event)
 {
-    if (what == EPOLL_CTL_ADD && fault(RUN_OUT))
+    if (what == EPOLL_CTL_ADD && !is_listening(fd) && fault(RUN_OUT))
         return fail(ONE_OF(ENOMEM, ENOSPC));
     return NEXT(epoll_ctl)(epoll, what, fd, event);
 }

@@ -101,11 +101,12 @@ def make_faults(source: Source) -> _Program:
     if hard:
         kinds.append(source.pick(sorted(_HARD)))
     family = source.pick(_FOR_HARD if hard else _FOR_SOFT)
+    few = family != "datagrams" and hard and source.chance(0.4)
     return _Program(
         kinds=kinds,
         per_mille=source.pick([5, 20] if hard else [5, 50, 300]),
         seed=source.below(1 << 31),
-        descriptors=(source.between(0, 10), source.pick([0.005, 0.05])) if hard and source.chance(0.3) else None,
+        descriptors=(source.between(0, 10), source.pick([0.005, 0.05])) if few else None,
         family=family,
         program=family_named(family).make(source.sub(family)),
     )

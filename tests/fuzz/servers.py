@@ -115,6 +115,8 @@ async def play_servers(program: _Program, stage: Stage) -> None:
         host.server = await loop.create_unix_server(host.factory, address, **options)
     else:
         host.server = await loop.create_server(host.factory, "127.0.0.1", 0, **options)
+        if not host.server.sockets and stage.hard:
+            return  # no descriptors were left
         address = host.server.sockets[0].getsockname()
     server = host.server
     stage.check(server.is_serving() is not program.starts_later, "is_serving() before start_serving()")

@@ -131,7 +131,11 @@ def stream_pair(unix: bool, buffers: int | None = None) -> tuple[socket.socket, 
     else:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             first = socket.create_connection(listener.getsockname(), LIMIT)
-            pair = first, listener.accept()[0]
+            try:
+                pair = first, listener.accept()[0]
+            except OSError:
+                first.close()
+                raise
     for sock in pair:
         sock.setblocking(False)
         if buffers is not None:

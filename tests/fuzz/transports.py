@@ -510,6 +510,8 @@ async def _connect(one: Side, other: Side, way: str, loop: Any, client: dict[str
         connecting = loop.create_unix_connection(one.factory, name, **client)
     else:
         listener = await loop.create_server(other.factory, "127.0.0.1", 0, **server)
+        if not listener.sockets:
+            raise OSError("a server without a socket: no descriptors were left")  # asyncio's own way to say so
         connecting = loop.create_connection(one.factory, *listener.sockets[0].getsockname(), **client)
     try:
         await connecting
