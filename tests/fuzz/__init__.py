@@ -1,4 +1,4 @@
-"""Fuzzers: seeded programs on every part of the loop, whose invariants are checked and compared with asyncio's own loop.
+"""Fuzzers: seeded programs on every part of the loop, checked by themselves and against asyncio's own loop.
 
 A *program* is plain data that follows from the name of its family and a seed; `program.py` has the random source.  Each
 family is a module with two functions::
@@ -17,7 +17,7 @@ What a program *notes* must come out the same on every loop; what it *fails* is 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Family:
         return getattr(self._module(), f"make_{self.name}")  # type: ignore[no-any-return]  # by its name
 
     @property
-    def play(self) -> Callable[[Any, Stage], Awaitable[None]]:
+    def play(self) -> Callable[[Any, Stage], Coroutine[Any, Any, None]]:
         """The function that plays them."""
         return getattr(self._module(), f"play_{self.name}")  # type: ignore[no-any-return]  # by its name
 

@@ -25,6 +25,13 @@ from .stage import WITHOUT
 #: Programs that one worker plays.
 _BATCH = 10
 
+#: The environment of each tier.
+_TIERS: dict[str, dict[str, str]] = {
+    "native": {"IOCP_LOOP_NATIVE": "1"},
+    "python": {"IOCP_LOOP_NATIVE": "0"},
+    "auto": {},
+}
+
 #: A difference between loops counts only if it comes this many times out of as many: a program's timing may vary.
 _TRIES = 3
 
@@ -43,7 +50,7 @@ class Lane:
 class Fuzzer:
     """Plays programs in workers, several at a time."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, pool: ThreadPoolExecutor) -> None:
         self.lanes = [
             Lane(loop, tier)
             for loop in options.loops.split(",")
@@ -53,7 +60,7 @@ class Fuzzer:
         self.verbose: bool = options.verbose
         self.without: str = options.without
         self.found = 0
-        self._pool = ThreadPoolExecutor(options.jobs)
+        self._pool = pool
 
     def play(self, families: Iterable[Family], seeds: range) -> None:
         """Play `seeds` of each of `families`, and tell what was found."""
@@ -65,7 +72,9 @@ class Fuzzer:
             for seed in batch:
                 self._judge(family, seed, {lane: of_lane[seed] for lane, of_lane in reports.items()})
             verdict = "ok" if self.found == before else f"{self.found - before} FOUND"
-            print(f"{family.name:<10}  seeds {batch[0]}-{batch[-1]}  {' '.join(map(str, running))}  {verdict}", flush=True)
+            print(
+                f"{family.name:<10}  seeds {batch[0]}-{batch[-1]}  {' '.join(map(str, running))}  {verdict}", flush=True
+            )
 
     def _begin(self, family: Family, seeds: range) -> dict[Lane, Future[dict[int, Report]]]:
         return {
@@ -76,7 +85,7 @@ class Fuzzer:
 
     def _run(self, lane: Lane, family: Family, seeds: range) -> dict[int, Report]:
         """The reports of `seeds`, by seed."""
-        environment = child_environment(**{WITHOUT: self.without}, IOCP_LOOP_NATIVE={"native": "1", "python": "0", "auto": ""}[lane.tier])
+        environment = child_environment(**{WITHOUT: self.without}, **_TIERS[lane.tier])
         if family.preload:
             environment |= faults.preloaded(environment)
         command = [sys.executable, "-X", "faulthandler", "-m", f"{__package__}.worker"]
@@ -135,7 +144,10 @@ def _difference(one: dict[str, list[str]], other: dict[str, list[str]], *lanes: 
         left, right = one.get(actor, []), other.get(actor, [])
         if left == right:
             continue
-        same = next((at for at, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), min(len(left), len(right)))
+        same = next(
+            (at for at, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]),
+            min(len(left), len(right)),
+        )
         lines = [f"{actor} sees something else:", *(f"  {note}" for note in left[max(0, same - 4) : same])]
         for lane, notes in zip(lanes, (left, right), strict=True):
             lines += [f"  {lane}: {note}" for note in notes[same : same + 3] or ["(nothing more)"]]
@@ -176,7 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
     amount.add_argument("--minutes", type=float, help="go on for so long, ten seeds of each family at a time")
     parser.add_argument("--limit", type=float, default=60, help="seconds that a program may take (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="programs at a time (%(default)s)")
-    parser.add_argument("--without", default="", metavar="ACTIONS", help="leave these out, to look behind a known fault")
+    parser.add_argument(
+        "--without", default="", metavar="ACTIONS", help="leave these out, to look behind a known fault"
+    )
     parser.add_argument("--show", action="store_true", help="show the programs, play nothing")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell what asyncio's own loop does wrong, too")
     options = parser.parse_args(arguments)
@@ -192,10 +206,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.show:
         _show(families, range(options.seed, options.seed + options.count))
         return 0
-    fuzzer = Fuzzer(options)
     print(f"first seed {options.seed}, Python {sys.version.partition(' ')[0]}", flush=True)
-    for seeds in _rounds(options):
-        fuzzer.play(families, seeds)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        fuzzer = Fuzzer(options, pool)
+        for seeds in _rounds(options):
+            fuzzer.play(families, seeds)
     print(f"{fuzzer.found} found" if fuzzer.found else "nothing found")
     return 1 if fuzzer.found else 0
 

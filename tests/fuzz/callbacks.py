@@ -82,7 +82,7 @@ class _Actions:
 
     def some(self, probability: float) -> list[Action]:
         """None or a few, fewer with a lower probability."""
-        actions = []
+        actions: list[Action] = []
         while self._source.chance(probability) and len(actions) < 4:
             actions.append(self.one())
             probability *= 0.6

@@ -1,4 +1,4 @@
-"""Programs of the other families while system calls fail: by `faults.c`, which is preloaded, and by too few descriptors.
+"""Programs of other families while system calls fail: by `faults.c`, which is preloaded, and by too few descriptors.
 
 Soft faults (less than was asked for, "interrupted", "try again") must not show at all.  Hard ones may cost a
 connection, and nothing else.
@@ -62,7 +62,9 @@ def _library() -> Path | str:
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         built = Path(beside) / name
         command = [*compiler, "-std=gnu11", "-O1", "-Wall", "-shared", "-fPIC", "-o", str(built), str(source), "-ldl"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # Without a sanitizer that may be preloaded here.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             return f"faults.c does not compile: {done.stderr}"
         built.replace(library)

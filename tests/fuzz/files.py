@@ -1,4 +1,4 @@
-"""Files into connections: ``loop.sendfile`` between writes, with and without the system's help, cut short and refused."""
+"""Files into connections: between writes, with and without the system's help, cut short and refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["make_files", "play_files"]
 #: Bytes of the file that is sent.
 _SIZE = 2_000_000
 
-_WRONG_CALLS = {
+_WRONG_CALLS: dict[str, dict[str, Any]] = {
     "float count": {"count": 1.5},
     "negative count": {"count": -1},
     "count 0": {"count": 0},

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -161,18 +161,21 @@ async def _fork(fork: _Fork, inherited: _Inherited, stage: Stage) -> None:
     else:
         forked.set_result(_fork_now(fork, inherited))
     child, words = await forked
-    deadline = time.monotonic() + LIMIT
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > deadline:
-            stage.fail(f"a forked child hangs: {fork.child}")
-            os.kill(child, 9)
-            ended = os.waitpid(child, 0)
-            break
-        await asyncio.sleep(0.001)
-    status = os.waitstatus_to_exitcode(ended[1])
+    statuses: list[int] = []
+    if not await stage.until(lambda: _has_ended(child, statuses), f"the end of a forked child that does {fork.child}"):
+        os.kill(child, signal.SIGKILL)
+        await stage.until(lambda: _has_ended(child, statuses), "the end of a killed child")
+    status = os.waitstatus_to_exitcode(statuses[0])
     with open(words, "rb") as file:
         said = file.read().decode(errors="replace")
     stage.check(status == 0, f"a forked child that does {fork.child} ended with {status}\n{said}".rstrip())
+
+
+def _has_ended(child: int, statuses: list[int]) -> bool:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        statuses.append(status)
+    return pid != 0
 
 
 def _fork_now(fork: _Fork, inherited: _Inherited) -> tuple[int, int]:

@@ -74,7 +74,7 @@ class _Handle:
         self.stage = stage
         self.name = name
         self.ours, self.theirs = stream_pair(unix=True)
-        self.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the port
+        self.file = tempfile.TemporaryFile(buffering=0)
         self.written = bytearray()  # what the file has to hold
         self.submitted: list[Any] = []
         self.completions: dict[int, list[Completion]] = {}  # by the place in `submitted`
@@ -216,7 +216,9 @@ class _Handle:
                 elif _sends(op):
                     sent += pattern(len(sent), op.sent if isinstance(op, operations.SendAll) else value or 0)
         self.stage.check(pattern(0, self.sent_by_peer).startswith(received), f"{self.name}: received the wrong bytes")
-        self.stage.check(sent == self.got_by_peer, f"{self.name}: sent {digest(sent)}, which came as {digest(self.got_by_peer)}")
+        self.stage.check(
+            sent == self.got_by_peer, f"{self.name}: sent {digest(sent)}, which came as {digest(self.got_by_peer)}"
+        )
 
     def close(self) -> None:
         """Close everything."""
@@ -236,9 +238,7 @@ class _LoneHandle(_Handle):
         super().play(step)
         for _ in range(3):
             self.wait()
-        states = [
-            f"{type(op).__name__}: {_describe(self.completions.get(at))}" for at, op in enumerate(self.submitted)
-        ]
+        states = [f"{type(op).__name__}: {_describe(self.completions.get(at))}" for at, op in enumerate(self.submitted)]
         # How much of a long send the kernel has taken is its own business; and a wait for readiness tells of all that
         # holds by the time that it is looked at.
         self.stage.note(self.name, f"{step[0]}: {', '.join(state for state in states if state[0] not in 'S')}")
@@ -317,7 +317,9 @@ def _play_with_threads(program: _Program, stage: Stage, port: CompletionPort, ha
                     time.sleep(0)
 
     getters = [threading.Thread(target=get, daemon=True) for _ in range(program.getters)]
-    others = [threading.Thread(target=submit, args=each, daemon=True) for each in zip(handles, program.handles, strict=True)]
+    others = [
+        threading.Thread(target=submit, args=each, daemon=True) for each in zip(handles, program.handles, strict=True)
+    ]
     others += [threading.Thread(target=post, args=(who,), daemon=True) for who in range(len(handles))]
     for thread in (*getters, *others):
         thread.start()

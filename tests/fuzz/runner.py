@@ -148,7 +148,9 @@ def _straight(stage: Stage, main: _Main, source: Source) -> None:
     stage.loop.run_until_complete(main)
 
 
-def _slices(stage: Stage, main: _Main, source: Source, call: Callable[[Callable[[], None]], None] | None = None) -> None:
+def _slices(
+    stage: Stage, main: _Main, source: Source, call: Callable[[Callable[[], None]], None] | None = None
+) -> None:
     """Stop the loop again and again; `call` runs each slice."""
     loop = stage.loop
     begun: list[asyncio.Task[None]] = []

@@ -1,4 +1,4 @@
-"""The loop's methods on plain sockets: several at once, given up, asked again, closed under the loop's feet, misused."""
+"""The loop's methods on plain sockets: several at once, given up, asked again, closed meanwhile, misused."""
 
 from __future__ import annotations
 
@@ -164,7 +164,9 @@ async def _play_stream(stream: _Stream, stage: Stage, number: str) -> None:
     elif len(senders) > 1:
         return  # of the message that was given up any part may have gone: what came after it stands elsewhere
     if not sent.startswith(whole):
-        stage.fail(f"{what}: wrong bytes at {next(at for at, byte in enumerate(whole) if sent[at : at + 1] != bytes([byte]))}")
+        stage.fail(
+            f"{what}: wrong bytes at {next(at for at, byte in enumerate(whole) if sent[at : at + 1] != bytes([byte]))}"
+        )
 
 
 async def _receive(

@@ -111,7 +111,7 @@ class Stage:
         results = await asyncio.gather(*parts, return_exceptions=True)
         for part, result in zip(parts, results, strict=True):
             if isinstance(result, BaseException):
-                self.raised(result, f"out of {part.__qualname__}")
+                self.raised(result, f"out of {getattr(part, '__qualname__', part)}")
 
     async def quiet(self, turns: int = 5, looks: int = 3) -> None:
         """Wait until nothing happens any more: `looks` times in a row, each `turns` turns and half a millisecond."""

@@ -55,7 +55,9 @@ def make_streams(source: Source) -> _Program:
     kind = source.pick(["tcp", "unix", "tls"])
     limit = source.pick([4000, 65_536, 1 << 20])
     phases = source.pick([1, 1, 2]) if kind != "tls" else 1
-    ways = [(_make_way(source, limit, at == phases - 1), _make_way(source, limit, at == phases - 1)) for at in range(phases)]
+    ways = [
+        (_make_way(source, limit, at == phases - 1), _make_way(source, limit, at == phases - 1)) for at in range(phases)
+    ]
     return _Program(kind, limit, ways, source.chance(0.3))
 
 
@@ -70,7 +72,7 @@ def _make_way(source: Source, limit: int, last: bool) -> _Way:
             reads.append(_Read(source.pick(["rest", "too much"]), rest, 1, source.pick([None, 0.001])))
         else:
             reads.append(_Read(source.pick(["rest", "too much", "line", "until"]), b"", 1, None))
-    writes = []
+    writes: list[_Write] = []
     while written:
         size = source.pick([1, 10, 1000, 20_000, 200_000])
         data, written = written[:size], written[size:]
@@ -100,7 +102,7 @@ async def play_streams(program: _Program, stage: Stage) -> None:
         served.set_result((reader, writer))
         await over
 
-    kind = {"ssl": certificates.server_context()} if program.kind == "tls" else {}
+    kind: dict[str, Any] = {"ssl": certificates.server_context()} if program.kind == "tls" else {}
     if program.kind == "unix":
         name = f"\0fuzz-{id(over):x}"
         server = await asyncio.start_unix_server(serve, name, limit=program.limit)
@@ -210,7 +212,7 @@ async def _one_read(read: _Read, reader: Any) -> bytes:
     # A read() of all there is keeps what it has got to itself: giving it up would lose that.
     if read.patience is not None and read.how != "rest":
         try:
-            return await asyncio.wait_for(begin(), read.patience)  # type: ignore[no-any-return]  # bytes
+            return await asyncio.wait_for(begin(), read.patience)
         except TimeoutError:
             pass
     return await begin()  # type: ignore[no-any-return]  # bytes

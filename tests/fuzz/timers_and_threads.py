@@ -221,7 +221,7 @@ async def _cancel_scene(stage: Stage, name: str) -> None:
     for task in reversed(tasks):
         task.cancel()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
-        stage.note(name, describe(result))  # type: ignore[arg-type]  # they are exceptions
+        stage.note(name, describe(result))
 
 
 async def _group_scene(stage: Stage, name: str) -> None:
@@ -382,25 +382,24 @@ async def play_signals(program: _Signals, stage: Stage) -> None:
             elif name == "wait":
                 await asyncio.sleep(0.001)
             elif sent in added:
-                before = handled.count(sent)
-                await _send(name, sent, loop)
-                await stage.until(lambda before=before, sent=sent: handled.count(sent) > before, f"the handler of {sent!r}")
-                # A SIGCHLD comes also of itself.
-                at_most = before + 1 if sent is not signal.SIGCHLD else len(handled)
-                stage.check(handled.count(sent) <= at_most, f"a handler ran {handled.count(sent) - before} times")
+                await _expect(name, sent, handled, stage)
             stage.note("signals", f"{number} {name}")
         for sent in list(added):
             stage.check(loop.remove_signal_handler(sent), "remove_signal_handler() at the end")
 
 
-async def _send(how: str, number: signal.Signals, loop: Any) -> None:
+async def _expect(how: str, number: signal.Signals, handled: list[int], stage: Stage) -> None:
+    """Send a signal that has a handler, which is to be called once."""
+    before = handled.count(number)
     if how == "send":
         os.kill(os.getpid(), number)
     elif how == "from a thread":
-        await loop.run_in_executor(None, os.kill, os.getpid(), number)
+        await stage.loop.run_in_executor(None, os.kill, os.getpid(), number)
     else:
-        child = await asyncio.to_thread(os.spawnlp, os.P_WAIT, "kill", "kill", f"-{int(number)}", str(os.getpid()))
-        assert child == 0
+        await asyncio.to_thread(os.spawnlp, os.P_WAIT, "kill", "kill", f"-{int(number)}", str(os.getpid()))
+    await stage.until(lambda: handled.count(number) > before, f"the handler of {number!r}")
+    if number is not signal.SIGCHLD:  # which also comes by itself
+        stage.check(handled.count(number) == before + 1, f"a handler ran {handled.count(number) - before} times")
 
 
 @contextlib.contextmanager

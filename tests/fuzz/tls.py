@@ -208,6 +208,8 @@ async def _spoil(spoiled: _Spoiled, sock: socket.socket, loop: Any) -> None:
         await asyncio.sleep(0.1)
     else:
         with contextlib.suppress(OSError):
-            await loop.create_connection(asyncio.Protocol, sock=sock, ssl=ssl.create_default_context(), server_hostname="x")
+            await loop.create_connection(
+                asyncio.Protocol, sock=sock, ssl=ssl.create_default_context(), server_hostname="x"
+            )
         return
     sock.close()

@@ -82,7 +82,7 @@ class _Actions:
 
     def some(self, probability: float) -> list[Action]:
         """None or a few."""
-        actions = []
+        actions: list[Action] = []
         while self._source.chance(probability) and len(actions) < 5:
             actions.append(self._one())
             probability *= 0.7
@@ -136,6 +136,7 @@ class Side:
         self.failed = False  # it raised, which ends it at any place
         self.heard_all = False  # the peer's end had come before it closed
         self.exception: BaseException | None = None
+        self.buffer: Any = None  # what get_buffer has lent: of the side, whichever protocol is told what is in it
 
     # -- what it does ------------------------------------------------------------------------------
 
@@ -190,6 +191,7 @@ class Side:
 
     def write(self, size: int, form: str) -> None:
         """Write bytes of one form or another; a bytearray is changed afterwards."""
+
         def put(begin: int) -> None:
             data: Any = {"bytes": bytes, "bytearray": bytearray, "view": memoryview}[form](pattern(begin, size))
             self.transport.write(data)
@@ -200,6 +202,7 @@ class Side:
 
     def writelines(self, sizes: list[int]) -> None:
         """Write several pieces at once."""
+
         def put(begin: int) -> None:
             places = [begin + sum(sizes[:at]) for at in range(len(sizes))]
             self.transport.writelines(list(map(pattern, places, sizes)))
@@ -396,8 +399,6 @@ class _Plain(_Protocol, asyncio.Protocol):
 
 
 class _Buffered(_Protocol, asyncio.BufferedProtocol):
-    """The buffer is its side's, so that bytes are found again whichever protocol is told of them."""
-
     def lend(self) -> Any:
         """The buffer."""
         return bytearray(65_536)
