@@ -236,7 +236,8 @@ async def play_datagrams(program: _Program, stage: Stage) -> None:
         ends.append(end)
     for end in ends:
         end.others = ends
-    await stage.together(_go_on(ends), _play_plain(program, stage), _misuse(program, stage))
+    beside = [] if stage.hard else [_play_plain(program, stage), _misuse(program, stage)]
+    await stage.together(_go_on(ends), *beside)
     for end in ends:
         end.transport.close()
     await stage.until(lambda: all(end.lost for end in ends), "connection_lost of a datagram endpoint")

@@ -98,7 +98,8 @@ class _Reader(asyncio.Protocol):
     def leave(self) -> None:
         """End it from this side."""
         self.left = True
-        self.transport.close()
+        if self.transport is not None:  # else it has ended long ago
+            self.transport.close()
 
     def _go_on(self) -> None:
         self.resting = False
