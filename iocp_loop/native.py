@@ -15,10 +15,13 @@ same.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 from asyncio import format_helpers
 from typing import Any
+
+from .built import why_missing
 
 __all__ = ["ENVIRONMENT_VARIABLE", "hot", "why_not"]
 
@@ -38,11 +41,10 @@ if _wanted == "0":
     why_not = f"{ENVIRONMENT_VARIABLE}=0"
 else:
     try:
-        from . import _hot as hot  # type: ignore[no-redef]  # compiled: mypy does not see it
+        # Not `from . import _hot`: where there is none, that speaks of a circular import.
+        hot = importlib.import_module("iocp_loop._hot")
     except ImportError as _error:
-        why_not = f"the extension module iocp_loop._hot cannot be imported: {_error}"
-        if isinstance(_error, ModuleNotFoundError):
-            why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
+        why_not = why_missing("iocp_loop._hot", _error)
         if _wanted == "1":
             raise ImportError(f"{ENVIRONMENT_VARIABLE}=1, but {why_not}") from None
 
