@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import glob
 import importlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -58,7 +59,7 @@ def case(
     names = tuple(distributions.split())
 
     def register(body: Body) -> Body:
-        name: str = body.__name__  # type: ignore[attr-defined]  # a function
+        name: str = body.__name__
         CASES[name] = Case(name, names, does, body, tuple(modules or names[:1]), tuple(programs))
         return body
 

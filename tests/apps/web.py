@@ -179,11 +179,11 @@ async def hypercorn(folder: Path) -> None:
 )
 async def fastapi(folder: Path) -> None:
     library = load("fastapi")
-    done = []
+    done: list[int] = []
     app = library.FastAPI()
     kind = type(asyncio.get_running_loop())
 
-    @app.get("/items/{number}")  # type: ignore[untyped-decorator]  # loaded untyped
+    @app.get("/items/{number}")
     async def item(number: int) -> dict[str, Any]:
         asyncio.get_running_loop().call_soon(done.append, number)
         return {"number": number, "loop": type(asyncio.get_running_loop()) is kind}
@@ -193,7 +193,8 @@ async def fastapi(folder: Path) -> None:
         await websocket.send_text((await websocket.receive_text()).upper())
         await websocket.close()
 
-    app.add_websocket_route("/ws", ws)
+    ws.__annotations__["websocket"] = library.WebSocket  # fastapi wants to see the class, not its name
+    app.add_api_websocket_route("/ws", ws)
 
     def use() -> None:
         options = {"loop_factory": kind}
