@@ -395,7 +395,8 @@ def smoke_in_root(version: str, platform: Platform, site: Path, emulator: str | 
     for folder in ("proc", "dev", "tmp"):
         (root / folder).mkdir(exist_ok=True)
     script = (
-        'mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && exec env -i PYTHONPATH=/site chroot "$0" "$@"'
+        'mount --rbind /dev "$0/dev" && mount -t proc proc "$0/proc" && '
+        'exec env -i PYTHONPATH=/site "$(command -v chroot)" "$0" "$@"'
     )
     return must(["unshare", "--mount", "sh", "-c", script, root, python, "-s", "/site/smoke.py", drivers])
 
