@@ -1,4 +1,4 @@
-"""Packages of Debian testing, downloaded and unpacked into a folder; nothing is installed.
+"""Packages of a Debian release, downloaded and unpacked into a folder; nothing is installed.
 
 They come from the Debian mirror that this machine's apt knows, for any architecture.
 """
@@ -17,10 +17,18 @@ class NotToBeHad(Exception):
     """Packages that could not be fetched; the message says why."""
 
 
-def unpack(names: Sequence[str], root: Path, *, architecture: str | None = None, dependencies: bool = False) -> None:
-    """Unpack the packages `names` into the new folder `root`; with all that they depend on, if so wanted.
+def unpack(
+    names: Sequence[str],
+    root: Path,
+    *,
+    suite: str = "testing",
+    architecture: str | None = None,
+    dependencies: bool = False,
+) -> None:
+    """Unpack the packages `names` of the release `suite` into the new folder `root`.
 
-    `architecture` in Debian's word (``arm64``), by default this machine's.  Raises NotToBeHad.
+    With `dependencies`, all that they depend on as well.  `architecture` in Debian's word (``arm64``), by default this
+    machine's.  Raises NotToBeHad.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=root.parent) as name:
@@ -33,7 +41,7 @@ def unpack(names: Sequence[str], root: Path, *, architecture: str | None = None,
                 (tmp / "root/usr/lib64").mkdir()
             (tmp / "root" / folder).symlink_to(f"usr/{folder}")
         (tmp / "status").touch()
-        (tmp / "sources.list").write_text(f"deb {_mirror()} testing main\n")
+        (tmp / "sources.list").write_text(f"deb {_mirror()} {suite} main\n")
         apt = ["apt-get", "-qq", "-o", f"Dir::State={tmp}", "-o", f"Dir::State::lists={tmp}/lists",
                "-o", f"Dir::State::status={tmp}/status", "-o", f"Dir::Cache={tmp}",
                "-o", f"Dir::Cache::archives={packages}", "-o", f"Dir::Etc::sourcelist={tmp}/sources.list",

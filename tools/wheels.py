@@ -10,10 +10,10 @@ win_amd64, win_arm64    zig as cross compiler; the import libraries of Python's 
 ======================  ===============================================================================================
 
 The binding is built once for each platform (it uses Python's stable ABI), the native tier for each version of Python
-as well.  Headers come from a Python of this machine, else from Debian testing.
+as well.  Headers come from a Python of this machine, else from Debian.
 
 Each wheel is then installed by pip into a folder of its own, and tools/smoke.py runs on it with the Python that it is
-for: one of this machine, one of Debian testing in a chroot, one for aarch64 under qemu-user, one for Windows under
+for: one of this machine, one of Debian's in a chroot, one for aarch64 under qemu-user, one for Windows under
 Wine.  Nothing there can compile.  What cannot be had or run here is named at the end, with the reason.
 
     python tools/wheels.py [--version X.Y ...] [--platform WORD ...] [--no-test]
@@ -50,6 +50,10 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 STEM = f"iocp_loop-{SETTINGS['project']['version']}"
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
+
+
+#: The Debian release that has a version of Python; there is none with 3.12.
+SUITES = {"3.11": "bookworm", "3.13": "trixie"}
 
 
 class Platform(NamedTuple):
@@ -181,8 +185,8 @@ def headers(version: str, windows: bool) -> Path:
     if source is None:
         root = WORK / f"headers-{version}"
         if not root.exists():
-            say(f"headers of Python {version} from Debian testing")
-            unpack([f"libpython{version}-dev"], root)
+            say(f"headers of Python {version} from Debian")
+            unpack([f"libpython{version}-dev"], root, suite=SUITES.get(version, "testing"))
         source = root / "usr/include" / f"python{version}"
     config = source / "pyconfig.h"
     # Debian keeps the real pyconfig.h apart.  That of this machine serves for aarch64 and for musl too: what headers
@@ -371,13 +375,14 @@ def smoke(wheel: Path, platform: Platform, version: str) -> str:
 
 
 def smoke_in_root(version: str, platform: Platform, site: Path, emulator: str | None, drivers: str) -> str:
-    """With the Python of Debian testing."""
+    """With a Python of Debian's."""
     root = WORK / f"root-{platform.architecture}-{version}"
     if not root.exists():
-        say(f"Python {version} for {platform.architecture} from Debian testing")
+        say(f"Python {version} for {platform.architecture} from Debian")
         unpack(
             [f"python{version}", f"libpython{version}-stdlib"],
             root,
+            suite=SUITES.get(version, "testing"),
             architecture=platform.architecture,
             dependencies=True,
         )
@@ -386,9 +391,22 @@ def smoke_in_root(version: str, platform: Platform, site: Path, emulator: str | 
         path = shutil.which(emulator)
         if path is None:
             raise NotToBeHad(f"{emulator} is missing (apt-get install qemu-user-static)")
-        return must([path, "-L", root, "-E", f"PYTHONPATH={site}", f"{root}{python}", "-s", site / "smoke.py", drivers])
+        return must(
+            [
+                path,
+                "-L",
+                root,
+                "-E",
+                f"PYTHONPATH={site}",
+                f"{root}{python}",
+                "-s",
+                site / "smoke.py",
+                drivers,
+                "no-child",
+            ]
+        )
     if os.geteuid() != 0:
-        raise NotToBeHad(f"no Python {version} on this machine, and that of Debian testing needs root for its chroot")
+        raise NotToBeHad(f"no Python {version} on this machine, and one of Debian's needs root for its chroot")
     inside = root / "site"
     shutil.rmtree(inside, ignore_errors=True)
     shutil.copytree(site, inside)
@@ -456,13 +474,17 @@ def main() -> int:
     return 1 if failures else 0
 
 
+def first_line(error: Exception) -> str:
+    return "; ".join(line for line in str(error).splitlines()[:2] if line)
+
+
 def one(source: Path, pure: Path, platform: Platform, version: str, *, test: bool) -> tuple[str, str, bool]:
     """Build and try one wheel: its name, what became of it, and whether that is a failure."""
     name = f"cp{version.replace('.', '')} {platform.tag}"
     try:
         wheel = build_wheel(source, pure, platform, version)
     except (NotToBeHad, SetupError) as error:
-        return name, f"NOT BUILT: {error}", False
+        return name, f"NOT BUILT: {first_line(error)}", False
     except Failed as error:
         return name, f"FAILED to build: {error}", True
     if not test:
@@ -470,7 +492,7 @@ def one(source: Path, pure: Path, platform: Platform, version: str, *, test: boo
     try:
         said = smoke(wheel, platform, version)
     except NotToBeHad as error:
-        return wheel.name, f"built, NOT RUN: {error}", False
+        return wheel.name, f"built, NOT RUN: {first_line(error)}", False
     except Failed as error:
         return wheel.name, f"FAILED its smoke test: {error}", True
     return wheel.name, f"built, runs: {said.strip().splitlines()[-1]}", False

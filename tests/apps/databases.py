@@ -25,8 +25,11 @@ async def postgres(folder: Path) -> AsyncIterator[int]:
         options = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     data = folder / "data"
     initdb = [str(program("initdb")), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync"]
-    making = await asyncio.create_subprocess_exec(*initdb, cwd=folder, stdout=subprocess.DEVNULL, **options)
-    assert await making.wait() == 0
+
+    def make() -> None:  # in a thread: uvloop's subprocesses know no `user`
+        subprocess.run(initdb, cwd=folder, stdout=subprocess.DEVNULL, check=True, **options)
+
+    await asyncio.to_thread(make)
     port = free_port()
     command = ["postgres", "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-F"]
     async with daemon(command, port, folder, **options):
