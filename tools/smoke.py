@@ -1,6 +1,7 @@
 """Is this installation whole?  ``python smoke.py uring,poll``: the native tier, and the drivers that are named.
 
-``no-child`` behind it leaves out what starts a process.  It needs nothing but the package and the standard library, and says in one line what it tried.
+``no-child`` behind it leaves out what starts a process.  It needs nothing but the package and the standard library, and
+says in one line what it tried.
 """
 
 import asyncio
