@@ -254,8 +254,8 @@ def _describe(completions: list[Completion] | None) -> str:
         return "waits"
     value = completions[0].value
     error = completions[0].error
+    if error is not None:
         return f"error {getattr(error, 'errno', type(error).__name__)}"
-        return f"error {error.errno}"
     return digest(value) if isinstance(value, bytes) else str(value)
 
 
