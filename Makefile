@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier sanitize soak test-all test-debian test-windows lint format types docs coverage bench wheel clean
+.PHONY: help venv echo doctor test test-python-tier sanitize soak test-apps libraries test-all test-debian test-windows lint format types docs coverage bench wheel wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -52,6 +52,15 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml $(NATIVE)
 	$(call install,[dev])
 	@touch $(VENV)/.run $(VENV)/.test
 
+# The libraries have an environment of their own: several bring plugins for pytest, which have no place in our suite.
+APPS := $(VENV)-apps
+
+$(VENV)/.apps: $(VENV)/.made pyproject.toml $(NATIVE)
+	$(call install,[test,apps])
+
+$(VENV)/.wheels: $(VENV)/.made pyproject.toml
+	$(call install,[wheels])
+
 venv: $(VENV)/.dev ## the environment for development, in .venv
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +87,7 @@ test: $(VENV)/.test ## the tests, on every driver that this machine has (ARGS=)
 # Without the tests of what has nothing to do with the tier: the benchmarks, the examples, the drivers' bindings, and
 # Windows.
 NOT_OF_A_TIER := benchmarks benchmarks_runs examples choice signatures native_windows named_pipes \
-    pytest_asyncio echo_program $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
+    pytest_asyncio pytest_plugin echo_program run_command built recipes apps $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
 WITHOUT := $(foreach name,$(NOT_OF_A_TIER),--ignore=tests/test_$(name).py)
 
 test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without those that do not touch it (ARGS=)
@@ -89,6 +98,14 @@ sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSa
 
 soak: $(VENV)/.test ## 100,000 connections, 1,000,000 callbacks and timers: nothing may be left (ARGS=)
 	@IOCP_LOOP_SOAK=50 $(RUN) -m pytest -o faulthandler_timeout=1800 tests/test_references.py $(ARGS)
+
+test-apps: ## the recipes and real libraries on this loop, on uring and poll (ARGS=)
+	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
+	@$(APPS)/bin/python -m pytest tests/test_recipes.py tests/test_apps.py tests/test_pytest_plugin.py $(ARGS)
+
+libraries: ## the same libraries on asyncio and uvloop too, as a table in docs/libraries.md
+	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
+	@$(APPS)/bin/python -m tests.apps --table docs/libraries.md $(ARGS)
 
 test-all: $(VENV)/.dev ## the tests on every Python found here, from 3.11 on
 	@$(BIN)/nox $(ARGS)
@@ -135,7 +152,10 @@ coverage: $(VENV)/.dev ## the tests under coverage, with a report
 wheel: $(VENV)/.made ## a wheel for this Python, in dist/
 	@$(PIP) wheel --no-deps --wheel-dir dist .
 
+wheels: $(VENV)/.wheels ## the sdist and the wheels for every platform, tried as far as this machine can, in dist/ (ARGS=)
+	@$(RUN) -B tools/wheels.py $(ARGS)
+
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-* .nox .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
-	rm -rf build dist docs/_build *.egg-info iocp_loop/*.so iocp_loop/*.pyd iocp_loop/_uring.c iocp_loop/_iocp.c
+	rm -rf build dist .wheels docs/_build *.egg-info iocp_loop/*.so iocp_loop/*.pyd iocp_loop/_uring.c iocp_loop/_iocp.c
 	find iocp_loop tests examples benchmarks docs tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

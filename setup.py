@@ -5,6 +5,7 @@ without a compiler or without the headers that they need, the build goes on and 
 on driver ``poll``, all in Python, and ``python -m iocp_loop`` says so.
 """
 
+import os
 import runpy
 import sys
 import warnings
@@ -36,6 +37,9 @@ class OptionalBuildExt(build_ext):
             warnings.warn(f"{ext.name} is left out, {lost}: {error}", stacklevel=1)
 
 
+#: Set for the wheel that has no native code: for systems that have no binding, or no compiler.
+PURE = bool(os.environ.get("IOCP_LOOP_PURE"))
+
 HOT = Extension(
     "iocp_loop._hot",
     sources=sorted(path.as_posix() for path in (NATIVE / "hot").glob("*.c")),
@@ -48,6 +52,8 @@ HOT = Extension(
 
 def native_modules() -> list[str]:
     """What to hand to cffi: one ``path:name`` entry, or none where this platform has no native part."""
+    if PURE:
+        return []
     try:
         import cffi  # noqa: F401 - needed by the build script
     except ImportError as error:
@@ -58,4 +64,4 @@ def native_modules() -> list[str]:
     return [f"{BUILD_SCRIPT}:ffibuilder"]
 
 
-setup(cmdclass={"build_ext": OptionalBuildExt}, ext_modules=[HOT], cffi_modules=native_modules())
+setup(cmdclass={"build_ext": OptionalBuildExt}, ext_modules=[] if PURE else [HOT], cffi_modules=native_modules())

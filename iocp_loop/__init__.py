@@ -5,21 +5,30 @@
 
 The drivers below it are Windows I/O completion ports (``iocp``), Linux io_uring (``uring``) and a readiness poller
 (``poll``); ``python -m iocp_loop`` tells which of them work here.  :class:`CompletionPort` is the queue by itself.
+
+Importing the package imports nothing else: each name fetches its module when it is first asked for.  So the pytest
+plugin costs a test run nothing where nobody asks for it (which is why pytest need not look at our asserts either:
+PYTEST_DONT_REWRITE).
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
+import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .loop import IocpEventLoop, new_event_loop
-from .operations import Completion, Operation
-from .ports import CompletionPort, DriverUnavailable
-from .proactor import Proactor
-
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from .loop import IocpEventLoop as IocpEventLoop
+    from .loop import new_event_loop as new_event_loop
+    from .operations import Completion as Completion
+    from .operations import Operation as Operation
     from .policy import IocpPolicy as IocpPolicy
+    from .ports import CompletionPort as CompletionPort
+    from .ports import DriverUnavailable as DriverUnavailable
+    from .proactor import Proactor as Proactor
 
 __version__ = "0.1.0"
 
@@ -36,6 +45,20 @@ __all__ = [
     "run",
 ]
 
+#: Where the names are; those without a home of their own are modules.
+_HOMES = {
+    "Completion": "operations",
+    "CompletionPort": "ports",
+    "DriverUnavailable": "ports",
+    "IocpEventLoop": "loop",
+    "IocpPolicy": "policy",  # in no list of names: policies are on their way out
+    "Operation": "operations",
+    "Proactor": "proactor",
+    "new_event_loop": "loop",
+    "operations": None,
+    "ports": None,
+}
+
 _T = TypeVar("_T")
 
 
@@ -44,9 +67,20 @@ def run(main: Coroutine[Any, Any, _T], *, debug: bool | None = None, driver: str
 
     `driver` as for :func:`new_event_loop`.  Raises RuntimeError when called from a running loop.
     """
-    if asyncio._get_running_loop() is not None:
-        raise RuntimeError("iocp_loop.run() cannot be called from a running event loop")
-    with asyncio.Runner(debug=debug, loop_factory=lambda: new_event_loop(driver)) as runner:
+    import asyncio
+
+    from .loop import new_event_loop
+
+    try:
+        if asyncio._get_running_loop() is not None:
+            raise RuntimeError("iocp_loop.run() cannot be called from a running event loop")
+        loop = new_event_loop(driver)
+    except BaseException:
+        # The error is enough, without a warning of a coroutine that was never awaited.
+        if asyncio.iscoroutine(main):
+            main.close()
+        raise
+    with asyncio.Runner(debug=debug, loop_factory=lambda: loop) as runner:
         return runner.run(main)
 
 
@@ -54,21 +88,30 @@ def install(driver: str | None = None) -> None:
     """Make IocpEventLoop the loop of ``asyncio.run`` and ``asyncio.new_event_loop``, by setting IocpPolicy.
 
     For Python 3.11 to 3.15.  Setting a policy is deprecated since 3.14 (Python warns) and impossible in 3.16: prefer
-    ``loop_factory=iocp_loop.new_event_loop`` or :func:`run`.
+    ``loop_factory=iocp_loop.new_event_loop``, :func:`run`, or the command ``iocp-loop run``.
     """
+    import asyncio
+
     from .policy import IocpPolicy
 
     asyncio.set_event_loop_policy(IocpPolicy(driver))
 
 
 def __getattr__(name: str) -> Any:
-    # Made lazily: policies are on their way out, and importing this package must not touch them.
-    if name == "IocpPolicy":
-        from .policy import IocpPolicy
-
-        return IocpPolicy
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    if home is None:
+        return importlib.import_module(f".{name}", __name__)
+    value = globals()[name] = getattr(importlib.import_module(f".{home}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:
     return [*__all__, "IocpPolicy"]
+
+
+if sys.flags.dev_mode or (os.environ.get("PYTHONASYNCIODEBUG") and not sys.flags.ignore_environment):
+    from .built import complain_of_what_is_missing
+
+    complain_of_what_is_missing()

@@ -199,13 +199,13 @@ def run_alone(options: argparse.Namespace, listener: socket.socket, tls: ssl.SSL
             loop.add_signal_handler(number, stop.set)
         server = await serve(service, listener, options.mode, tls)
         announce(listener, loop.driver)
-        statistics = Statistics(service.counts.as_counter)
-        reporter = asyncio.create_task(every(options.stats, statistics.show)) if options.stats else None
-        await stop.wait()
-        server.close()
-        await service.close()
-        if reporter is not None:
-            reporter.cancel()
+        with statistics_if_wanted(options, service.counts.as_counter) as statistics:
+            reporter = asyncio.create_task(every(options.stats, statistics.show)) if statistics else None
+            await stop.wait()
+            server.close()
+            await service.close()
+            if reporter is not None:
+                reporter.cancel()
         return service.counts.as_counter()
 
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
@@ -222,8 +222,8 @@ def run_workers(options: argparse.Namespace, listener: socket.socket) -> Counter
             driver = supervisor.start()
             if driver is not None:
                 announce(listener, driver)
-                statistics = Statistics(lambda: supervisor.totals)
-                supervisor.run(options.stats or None, statistics.show)
+                with statistics_if_wanted(options, lambda: supervisor.totals) as statistics:
+                    supervisor.run(options.stats, statistics.show if statistics else None)
     except OSError as error:
         raise WorkersFailed(f"cannot start the workers: {error}") from error
     return supervisor.totals
@@ -296,27 +296,87 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def statistics_if_wanted(
+    options: argparse.Namespace, counts: Callable[[], Counter[str]]
+) -> contextlib.AbstractContextManager[Statistics | None]:
+    """The statistics that ``--stats`` asks for; None without it."""
+    return Statistics(counts) if options.stats else contextlib.nullcontext()
+
+
 class Statistics:
-    """The line that ``--stats`` prints: the counts, and how fast they have grown since the last line."""
+    """What ``--stats`` shows on stderr: the counts and how fast they grow, whenever they have changed; a summary last.
+
+    On a terminal it is one table that is kept up to date, if rich is installed; else a line for each change.  To be
+    used in a ``with`` block, whose end prints the summary.
+    """
 
     def __init__(self, counts: Callable[[], Counter[str]]) -> None:
         self._counts = counts
         self._before = counts()
-        self._then = time.monotonic()
+        self._began = self._then = time.monotonic()
+        self._most_open = 0
+        self._idle = True
+        self._live = _live_display()
+
+    def __enter__(self) -> Statistics:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.show()
+        if self._live is not None:
+            self._live.stop()
+        counts, elapsed = self._before, max(self._then - self._began, 1e-9)
+        self._print(
+            f"in {elapsed:.1f} s: {counts['connections']} connections, {self._most_open} open at most; "
+            f"{counts['bytes']} bytes, {counts['messages']} messages; "
+            f"{counts['bytes'] / elapsed / 1e6:.1f} MB/s, {counts['messages'] / elapsed:.0f} messages/s on average"
+        )
 
     def show(self) -> None:
-        """Print the line on stderr."""
+        """Show what has changed since the last call, if anything has."""
         counts, now = self._counts(), time.monotonic()
         elapsed = max(now - self._then, 1e-9)
-        rates = {name: (counts[name] - self._before[name]) / elapsed for name in ("bytes", "messages")}
-        self._before, self._then = counts, now
-        print(
-            f"{counts['connections']} connections, {counts['open']} open; "
-            f"{counts['bytes']} bytes, {counts['messages']} messages; "
-            f"now {rates['bytes'] / 1e6:.1f} MB/s, {rates['messages']:.0f} messages/s",
-            file=sys.stderr,
-            flush=True,
-        )
+        grown = {name: (counts[name] - self._before[name]) / elapsed for name in ("bytes", "messages")}
+        changed, self._before, self._then = counts != self._before, counts, now
+        self._most_open = max(self._most_open, counts["open"])
+        megabytes, messages = f"{grown['bytes'] / 1e6:.1f}", f"{grown['messages']:.0f}"
+        if self._live is not None:
+            if changed or not self._idle:  # a table would go on showing the last speed
+                self._live.update(_table(counts, megabytes, messages), refresh=True)
+        elif changed:
+            self._print(
+                f"{counts['connections']} connections, {counts['open']} open; "
+                f"{counts['bytes']} bytes, {counts['messages']} messages; "
+                f"now {megabytes} MB/s, {messages} messages/s"
+            )
+        self._idle = not changed
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _live_display() -> Any:
+    """rich's live display on stderr, or None where stderr is no terminal or rich is not installed."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        return None
+    return Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+
+
+def _table(counts: Counter[str], megabytes: str, messages: str) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("connections", "open", "bytes", "messages", "MB/s", "messages/s"):
+        table.add_column(name, justify="right", min_width=10)
+    table.add_row(*(f"{counts[name]:,}" for name in ("connections", "open", "bytes", "messages")), megabytes, messages)
+    return table
 
 
 def summary(counts: Counter[str]) -> str:
@@ -408,7 +468,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         type=_interval,
         const=1.0,
-        help="print a line of statistics on stderr every so many seconds (default: 1)",
+        help="show statistics on stderr when they change, looking every so many seconds (default: 1): "
+        "a live table on a terminal if rich is installed, else lines",
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a supervisor starts us
     return parser.parse_args(arguments)

@@ -18,11 +18,14 @@ importing it would turn the GIL on, or, with ``PYTHON_GIL=0``, let loops in diff
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import sys
 from asyncio import format_helpers
 from typing import Any
+
+from .built import why_missing
 
 __all__ = ["ENVIRONMENT_VARIABLE", "hot", "why_not"]
 
@@ -44,11 +47,10 @@ elif not getattr(sys, "_is_gil_enabled", lambda: True)():  # Python 3.13 and new
     why_not = "the GIL is off, and the native tier is not safe without it; PYTHON_GIL=1 turns it on"
 else:
     try:
-        from . import _hot as hot  # type: ignore[no-redef]  # compiled: mypy does not see it
+        # Not `from . import _hot`: where there is none, that speaks of a circular import.
+        hot = importlib.import_module("iocp_loop._hot")
     except ImportError as _error:
-        why_not = f"the extension module iocp_loop._hot cannot be imported: {_error}"
-        if isinstance(_error, ModuleNotFoundError):
-            why_not = f"the extension module iocp_loop._hot is missing ({_error}); reinstall with a C compiler at hand"
+        why_not = why_missing("iocp_loop._hot", _error)
 if _wanted == "1" and hot is None:
     raise ImportError(f"{ENVIRONMENT_VARIABLE}=1, but {why_not}")
 

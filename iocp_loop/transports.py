@@ -131,7 +131,9 @@ class PythonStream(FlowControl):
             sent = self._sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        except OSError as exc:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
             self._fatal_error(exc, "Fatal write error on socket transport")
             return
         if sent != len(data):
@@ -501,7 +503,9 @@ class SocketTransport(Stream):
             return self._sock.send(b"".join(buffers))
         except (BlockingIOError, InterruptedError):
             return 0
-        except OSError as exc:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as exc:
             self._fatal_error(exc, "Fatal write error on socket transport")
             return 0
 

@@ -68,6 +68,26 @@ def test_the_cause_and_the_way_out_are_named() -> None:
     gc.collect()
 
 
+@pytest.mark.parametrize("name", ["nonsense", IMPOSSIBLE])
+def test_a_run_that_cannot_begin_raises_that_error_alone(name: str) -> None:
+    async def main() -> None: ...
+
+    with pytest.raises((ValueError, DriverUnavailable), match="driver"):
+        iocp_loop.run(main(), driver=name)
+    gc.collect()  # a coroutine that was never awaited would warn
+
+
+def test_a_run_inside_a_running_loop_raises_that_error_alone() -> None:
+    async def main() -> None: ...
+
+    async def outer() -> None:
+        with pytest.raises(RuntimeError, match="cannot be called from a running event loop"):
+            iocp_loop.run(main())
+        gc.collect()
+
+    iocp_loop.run(outer())
+
+
 def test_unavailable_is_a_runtime_error_that_the_package_exports() -> None:
     assert issubclass(DriverUnavailable, RuntimeError)
     assert iocp_loop.DriverUnavailable is DriverUnavailable

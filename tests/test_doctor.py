@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
-from iocp_loop import __main__ as doctor
-from iocp_loop import native
+from iocp_loop import doctor, native
 from iocp_loop.ports import DRIVERS, availability
 
 from .programs import run_to_end

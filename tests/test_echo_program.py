@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import re
 import signal
@@ -12,12 +13,15 @@ import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trustme
 
+from iocp_loop import echo
+from iocp_loop.echo import Statistics
 from iocp_loop.ports import DRIVERS, availability
 
 from .programs import Server, ask, run_to_end
@@ -191,8 +195,46 @@ def test_statistics_come_in_lines_on_stderr(driver: str) -> None:
                 seen = server.process.stderr.readline()
         pattern = r"1 connections, 1 open; 5 bytes, 1 messages; now \d+\.\d MB/s, \d+ messages/s\n"
         assert re.fullmatch(pattern, seen)
-        server.stop()
+        _, err = server.stop()
         assert server.process.returncode == 0
+        summary = r"in \d+\.\d s: 1 connections, 1 open at most; 5 bytes, 1 messages; .* on average"
+        assert re.fullmatch(summary, err.splitlines()[-1])
+
+
+def test_statistics_say_nothing_while_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = Counter(connections=0, open=0, bytes=0, messages=0)
+    with Statistics(counts.copy) as statistics:
+        statistics.show()
+        assert capsys.readouterr().err == ""
+        counts.update(connections=1, open=1)
+        statistics.show()
+        assert capsys.readouterr().err.startswith("1 connections, 1 open; 0 bytes")
+        statistics.show()
+        statistics.show()
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_on_a_terminal_statistics_are_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rich_console = pytest.importorskip("rich.console", reason="rich is not installed")
+    rich_live = pytest.importorskip("rich.live")
+    screen = io.StringIO()
+    live = rich_live.Live(console=rich_console.Console(file=screen, force_terminal=True, width=90), auto_refresh=False)
+    monkeypatch.setattr(echo, "_live_display", lambda: live)
+    counts = Counter(connections=0, open=0, bytes=0, messages=0)
+
+    def shown(statistics: Statistics) -> str:
+        screen.seek(0)
+        screen.truncate()
+        statistics.show()
+        return screen.getvalue()
+
+    with Statistics(counts.copy) as statistics:
+        assert shown(statistics) == ""
+        counts.update(connections=1, open=1, bytes=5_000_000, messages=7)
+        assert "5,000,000" in shown(statistics)
+        assert "0.0" in shown(statistics)  # the speed of a moment ago is not that of now
+        assert shown(statistics) == ""
 
 
 # -- TLS -------------------------------------------------------------------------------------------

@@ -485,6 +485,22 @@ async def test_a_stream_transport_on_a_socket_that_fails(
     await closed(beside)
 
 
+@pytest.mark.parametrize("how", ["write", "writelines", "write a bytearray"])
+async def test_a_stream_transport_whose_write_fails(
+    loop: Loop, odd: OddSocket, pair: Pair, reports: list[dict[str, Any]], how: str
+) -> None:
+    protocol = await connected(loop, (odd, pair[1]))
+    odd.error = error = VeryOdd()
+    if how == "writelines":
+        protocol.transport.writelines([b"one", b"two"])
+    else:
+        protocol.transport.write(b"data" if how == "write" else bytearray(b"data"))
+    odd.error = None
+    await until(lambda: protocol.finished)
+    assert protocol.lost is error
+    assert reports.pop()["exception"] is error
+
+
 async def test_a_socket_that_somebody_closes_under_a_stream(loop: Loop, pair: Pair, other: Pair, reports: Any) -> None:
     """What is queued can't be sent any more: that ends the connection, and not the loop."""
     protocol = await connected(loop, pair)

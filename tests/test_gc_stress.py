@@ -22,7 +22,7 @@ import pytest
 import iocp_loop
 from iocp_loop import native
 
-from .support import LIMIT, Echo, turns, until
+from .support import LIMIT, WINDOWS, Echo, turns, until
 
 Loop = iocp_loop.IocpEventLoop
 Action = Callable[[], object]
@@ -98,7 +98,8 @@ class Meddler:
             one.setblocking(False)
             two.setblocking(False)
             self.pairs.append((stack.enter_context(one), stack.enter_context(two)))
-        self.pairs.append((stack.enter_context(_at_a_high_number(self.pairs[0][0])), self.pairs[0][1]))
+        if not WINDOWS:
+            self.pairs.append((stack.enter_context(_at_a_high_number(self.pairs[0][0])), self.pairs[0][1]))
         self.numbers = itertools.count()
         stack.callback(self.stop)
 
@@ -126,7 +127,7 @@ class Meddler:
 
     def receive(self) -> None:
         """Begin to wait for a socket, as a task would, and give another wait up."""
-        wait: Any = self.loop.sock_recv(self.pairs[next(self.numbers) % 4][0], 10)
+        wait: Any = self.loop.sock_recv(self.pairs[next(self.numbers) % len(self.pairs)][0], 10)
         with contextlib.suppress(StopIteration):
             wait.send(None)
             self.waits.append(wait)
@@ -155,8 +156,7 @@ class Meddler:
 
 def _at_a_high_number(sock: socket.socket) -> socket.socket:
     """The same under a number for which the tables of a driver have no room yet."""
-    number = max(map(int, os.listdir("/proc/self/fd")), default=0) + 300 if os.path.exists("/proc/self/fd") else 0
-    other = sock.dup() if not number else socket.socket(fileno=os.dup2(sock.fileno(), number, inheritable=False))
+    other = socket.socket(fileno=os.dup2(sock.fileno(), sock.fileno() + 500, inheritable=False))
     other.setblocking(False)
     return other
 

@@ -436,19 +436,6 @@ def test_system_exit_leaves_the_rest_for_the_next_run(driver: str) -> None:
     loop.close()
 
 
-def test_arguments_that_somebody_else_has_outlive_their_loop(driver: str) -> None:
-    loop: Any = Loop(driver=driver)
-    item: list[Any] = ["mine"]
-    item.append(item)
-    handle = loop.call_soon(print, item)
-    arguments = handle._args
-    del item, handle
-    with pytest.warns(ResourceWarning):
-        loop = None
-        gc.collect()
-    assert arguments[0][0] == "mine"
-
-
 class ForeignLoop:
     """As much of a loop as a handle asks for, and not one of ours."""
 

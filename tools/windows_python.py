@@ -39,6 +39,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from debian_packages import NotToBeHad, unpack
+
 PANDA3D = "1.10.16"
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")  # what that wheel is made for
 MINGW = "x86_64-w64-mingw32-"
@@ -203,26 +205,23 @@ def unpacked_host(version: str, home: Path) -> HostPython:
     root = home / f"debian-{version}"
     names = [f"libpython{version}-{part}" for part in ("minimal", "stdlib", "testsuite", "dev")]
     if not root.exists():
-        indexes = quiet(["apt-get", "indextargets", "--format", "$(SITE)", "Identifier: Packages"]).stdout.split()
-        mirrors = [each for each in indexes if each.endswith("/debian")]
-        if not mirrors:
-            raise SetupError(f"no CPython {version} on this machine, and its apt knows no Debian mirror")
         say(f"unpacking {', '.join(names)} of Debian testing")
-        with scratch(home) as tmp:
-            (tmp / "lists" / "partial").mkdir(parents=True)
-            (tmp / "sources.list").write_text(f"deb {mirrors[0]} testing main\n")
-            apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={tmp}/lists", "-o", f"Dir::Cache={tmp}",
-                   "-o", f"Dir::Etc::sourcelist={tmp}/sources.list", "-o", "Dir::Etc::sourceparts=-",
-                   "-o", "APT::Sandbox::User=root"]  # fmt: skip
-            must([*apt, "update"])
-            packages = tmp / "packages"
-            packages.mkdir()
-            must(["sh", "-c", 'cd "$0" && exec "$@"', packages, *apt, "download", *names])
-            for package in packages.glob("*.deb"):
-                must(["dpkg", "-x", package, tmp / "root"])
-            (tmp / "root").rename(root)
+        try:
+            unpack(names, root)
+        except NotToBeHad as error:
+            raise SetupError(f"no CPython {version} on this machine: {error}") from error
     stdlib, include = root / "usr/lib" / f"python{version}", root / "usr/include" / f"python{version}"
     return HostPython(version, "", str(stdlib), str(include))
+
+
+def windows_headers(folder: Path) -> None:
+    """Make headers of a Linux Python, in `folder`, those of a Windows one: only pyconfig.h differs."""
+    lines = [f"#define {flag} 1" for flag in PYCONFIG_FLAGS]
+    lines += [f"#define SIZEOF_{name} {size}" for name, size in SIZES.items()]
+    lines += ["#define ALIGNOF_SIZE_T 8", "#define ALIGNOF_MAX_ALIGN_T 8", '#define PLATLIBDIR "DLLs"']
+    config = "\n".join(["#ifndef Py_PYCONFIG_H", "#define Py_PYCONFIG_H", *lines, "#endif", ""])
+    (folder / "pyconfig.h").unlink(missing_ok=True)
+    (folder / "pyconfig.h").write_text(config)
 
 
 def find_pip() -> list[str]:
@@ -300,14 +299,9 @@ class WindowsPython:
     def _headers(self) -> None:
         if self.include.exists():
             return
-        lines = [f"#define {flag} 1" for flag in PYCONFIG_FLAGS]
-        lines += [f"#define SIZEOF_{name} {size}" for name, size in SIZES.items()]
-        lines += ["#define ALIGNOF_SIZE_T 8", "#define ALIGNOF_MAX_ALIGN_T 8", '#define PLATLIBDIR "DLLs"']
         with scratch(self.home) as tmp:
             shutil.copytree(self.host.include, tmp / "include")
-            config = "\n".join(["#ifndef Py_PYCONFIG_H", "#define Py_PYCONFIG_H", *lines, "#endif", ""])
-            (tmp / "include" / "pyconfig.h").unlink(missing_ok=True)
-            (tmp / "include" / "pyconfig.h").write_text(config)
+            windows_headers(tmp / "include")
             (tmp / "include").rename(self.include)
 
     def _programs(self) -> None:

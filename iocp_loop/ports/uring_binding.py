@@ -11,6 +11,8 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from ..built import why_missing
+
 if sys.platform != "linux":
     raise ImportError("io_uring exists on Linux only")
 
@@ -25,7 +27,7 @@ try:
     lib = SimpleNamespace(library=cffi_lib, **{name: getattr(cffi_lib, name) for name in dir(cffi_lib)})
 except ImportError as error:
     ffi = lib = None
-    _NOT_BUILT = f"the extension module iocp_loop._uring is missing ({error}); reinstall with a C compiler at hand"
+    _NOT_BUILT = why_missing("iocp_loop._uring", error)
 
 __all__ = ["ffi", "forget_probe", "lib", "new_bytes", "open_ring", "probe", "why_enter_failed"]
 

@@ -209,7 +209,8 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
 
 static int receive(EpollTurns *self, PyObject *op)
 {
-    for (int left = RECEIVES_IN_A_TURN; left > 0; left--) {
+    /* Several times only where nobody else is waiting for his turn. */
+    for (int left = self->count == 1 ? RECEIVES_IN_A_TURN : 1; left > 0; left--) {
         int filled = 0;
         if (receive_once(self, op, &filled) < 0)
             return -1;

@@ -100,11 +100,10 @@ static void handle_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* The arguments of an untracked handle are untracked too, unless they are the debug mode's.  If somebody else has the
- * tuple, what it refers to is not ours alone. */
+/* The arguments of an untracked handle are untracked too, unless they are the debug mode's. */
 static int visit_arguments(PyObject *args, visitproc visit, void *arg)
 {
-    if (args == NULL || !PyTuple_CheckExact(args) || PyObject_GC_IsTracked(args) || Py_REFCNT(args) > 1) {
+    if (args == NULL || !PyTuple_CheckExact(args) || PyObject_GC_IsTracked(args)) {
         Py_VISIT(args);
         return 0;
     }

@@ -1,0 +1,157 @@
+"""Real libraries on this loop, each doing something real: what ``make test-apps`` runs, and the table in the docs.
+
+A case is a coroutine, run in a process of its own on a loop of one kind: ours on each driver, asyncio's own, uvloop.
+So what fails here is told from what fails everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import glob
+import importlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+#: Seconds that anything may take which ought to happen soon.
+LIMIT = 30.0
+
+Body = Callable[[Path], Awaitable[None]]
+
+
+class Case(NamedTuple):
+    """One library and what is done with it."""
+
+    name: str
+    #: The distributions that it is about, as pip names them; the first one's version stands in the table.
+    distributions: tuple[str, ...]
+    does: str
+    body: Body
+    #: What must be here: importable modules, and programs of Debian's packages.
+    modules: tuple[str, ...]
+    programs: tuple[str, ...]
+
+    def missing(self) -> str | None:
+        """What of it is not here, or None."""
+        for module in self.modules:
+            if importlib.util.find_spec(module) is None:
+                return f"{module} is not installed (make test-apps)"
+        for name in self.programs:
+            if program(name) is None:
+                return f"{name} is not installed (a package of Debian's)"
+        return None
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(
+    distributions: str, does: str, *, modules: Sequence[str] = (), programs: Sequence[str] = ()
+) -> Callable[[Body], Body]:
+    """Register a case; its name is that of the function."""
+    names = tuple(distributions.split())
+
+    def register(body: Body) -> Body:
+        name: str = body.__name__
+        CASES[name] = Case(name, names, does, body, tuple(modules or names[:1]), tuple(programs))
+        return body
+
+    return register
+
+
+def load(name: str) -> Any:
+    """A module, untyped: not every environment has these libraries, mypy's least of all."""
+    return importlib.import_module(name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What several cases need
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def program(name: str) -> str | None:
+    """A program of Debian's packages, some of which are not on every PATH."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", *glob.glob("/usr/lib/postgresql/*/bin")])
+    return shutil.which(name, path=path)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+async def until_it_accepts(port: int) -> None:
+    deadline = time.monotonic() + LIMIT
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.05)
+        else:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+            return
+
+
+@contextlib.asynccontextmanager
+async def daemon(command: Sequence[str], port: int, folder: Path, **options: Any) -> AsyncIterator[None]:
+    """A server that is no part of the case, in the foreground, until the block ends."""
+    words = [program(command[0]) or command[0], *command[1:]]
+    with (
+        (folder / "daemon.log").open("w") as log,
+        ended(start(words, log, {"cwd": folder, **options})),
+    ):
+        await until_it_accepts(port)
+        yield
+
+
+def start(command: Sequence[str], log: IO[str], options: dict[str, Any]) -> subprocess.Popen[Any]:
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def certificates(folder: Path) -> tuple[Any, Any]:
+    """TLS contexts of a server for localhost and of a client that trusts it; the files are cert.pem and key.pem."""
+    import ssl
+
+    trustme = load("trustme")
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    issued.private_key_pem.write_to_path(str(folder / "key.pem"))
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    issued.configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return server, client
+
+
+def everything() -> dict[str, Case]:
+    """All cases, by name."""
+    for module in ("databases", "messages", "tools", "web"):
+        importlib.import_module(f"{__name__}.{module}")
+    return CASES

@@ -1,0 +1,149 @@
+"""Runs cases: ``python -m tests.apps [NAME ...] [--on KIND ...]`` prints what became of each on each kind of loop.
+
+``--table FILE`` writes the same as a page of the documentation.  ``--one NAME KIND`` runs one here and now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import iocp_loop
+from iocp_loop.ports import DRIVERS, availability
+
+from . import Case, everything
+
+#: Seconds for one case.
+PATIENCE = 180
+
+
+def kinds() -> list[str]:
+    """Our drivers that work here, asyncio's own loop, and uvloop if it is installed."""
+    ours = [name for name in DRIVERS if availability(name).available]
+    return [*ours, "asyncio", *(["uvloop"] if importlib.util.find_spec("uvloop") else [])]
+
+
+def run_one(case: Case, kind: str) -> None:
+    """Run a case in this process."""
+    factory: Any = asyncio.SelectorEventLoop if kind == "asyncio" else None
+    if kind == "uvloop":
+        factory = importlib.import_module("uvloop").new_event_loop
+    elif kind != "asyncio":
+        os.environ["IOCP_LOOP_DRIVER"] = kind  # for its children too
+        factory = iocp_loop.new_event_loop
+
+    async def main(folder: Path) -> None:
+        await asyncio.wait_for(case.body(folder), PATIENCE - 10)
+
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,
+        asyncio.Runner(loop_factory=factory) as runner,
+    ):
+        runner.run(main(Path(name)))
+
+
+def outcome(case: Case, kind: str) -> str:
+    """Run a case in a process of its own: empty if it passed, else why not."""
+    command = [sys.executable, "-W", "ignore", "-X", "faulthandler", "-m", "tests.apps", "--one", case.name, kind]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not finished in {PATIENCE} s"
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
+    return lines[-1].strip() if lines else f"exit code {done.returncode}"
+
+
+def version(case: Case) -> str:
+    return importlib.metadata.version(case.distributions[0])
+
+
+PAGE = """\
+# Libraries
+
+Real libraries on this loop, each doing something real, beside asyncio's own loop and uvloop. This page is made by
+`make libraries`; `make test-apps` runs the same on this loop alone. Servers (PostgreSQL, Redis, mosquitto, nginx) are
+Debian's. The [recipes](recipes.md) are run as well: gunicorn, granian, IPython, Jupyter, dask's worker
+processes, PySide6, pytest-asyncio, pytest-aiohttp.
+
+Made on {platform} with CPython {python}, iocp_loop {version}, uvloop {uvloop}.
+
+| library | version | what is done | {kinds} |
+|---|---|---|{dashes}
+"""
+
+
+def table(rows: Sequence[tuple[Case, dict[str, str]]], on: Sequence[str]) -> str:
+    """The page for the documentation."""
+    titles = [f"`{kind}`" if kind in DRIVERS else kind for kind in on]
+    try:
+        uvloop = importlib.metadata.version("uvloop")
+    except importlib.metadata.PackageNotFoundError:
+        uvloop = "not installed"
+    text = PAGE.format(
+        platform=platform.system(), python=platform.python_version(), version=iocp_loop.__version__, uvloop=uvloop,
+        kinds=" | ".join(titles), dashes="---|" * len(on),
+    )  # fmt: skip
+    notes: list[str] = []
+    for case, outcomes in rows:
+        cells = []
+        for kind in on:
+            if outcomes[kind]:
+                notes.append(f"{case.name} on {kind}: `{outcomes[kind][:160].replace('`', '')}`")
+                cells.append(f"no ({len(notes)})")
+            else:
+                cells.append("yes")
+        text += f"| {case.distributions[0]} | {version(case)} | {case.does} | {' | '.join(cells)} |\n"
+    if notes:
+        text += "\nWhat did not work said:\n\n" + "".join(f"{n}. {note}\n" for n, note in enumerate(notes, 1))
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.apps", description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--on", action="append", metavar="KIND", help="uring, poll, asyncio, uvloop; default: all")
+    parser.add_argument("--table", type=Path, metavar="FILE")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "KIND"))
+    options = parser.parse_args()
+    cases = everything()
+    if options.one:
+        run_one(cases[options.one[0]], options.one[1])
+        return 0
+    on = options.on or kinds()
+    rows = []
+    for name in options.names or sorted(cases):
+        reason = cases[name].missing()
+        if reason:
+            print(f"{name}: skipped, {reason}")
+            continue
+        outcomes = {kind: outcome(cases[name], kind) for kind in on}
+        rows.append((cases[name], outcomes))
+        for kind, why in outcomes.items():
+            print(f"{name} {version(cases[name])} on {kind}: {why or 'ok'}", flush=True)
+    if options.table:
+        options.table.write_text(table(rows, on))
+    return int(any(why for _, outcomes in rows for kind, why in outcomes.items() if kind in DRIVERS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
