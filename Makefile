@@ -112,7 +112,7 @@ test-all: $(VENV)/.dev ## the tests on every Python found here, from 3.11 on
 
 VERSIONS ?=
 
-test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (VERSIONS="3.14 3.15", ARGS=)
+test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (VERSIONS="3.13 3.14 3.15", ARGS=)
 	@PYTHON=$(RUN) tools/test_debian.sh $(VERSIONS) $(if $(ARGS),-- $(ARGS))
 
 # auto: the version of the environment's Python, or else another that can be had as Windows Python.

@@ -209,6 +209,7 @@ class SocketTransport(Stream):
         "_file",
         "_finished",
         "_held",
+        "_info",
         "_lost",
         "_peername",
         "_proactor",
@@ -239,7 +240,7 @@ class SocketTransport(Stream):
             loop._attach_to_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
         # The peer's name can't be asked for any more once the peer has reset the connection.
         self._peername = extra.pop("peername", None) if extra else _name_of(sock.getpeername)
-        self._extra: dict[str, Any] | None = extra or None
+        self._info: dict[str, Any] | None = extra or None  # of get_extra_info, as far as it was asked for
         self._loop = loop
         self._proactor = proactor
         self._sock = sock
@@ -279,17 +280,33 @@ class SocketTransport(Stream):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """``socket``, ``sockname`` or ``peername``, as asyncio documents them; `default` for anything else."""
-        extra = self._extra
-        if extra is None:
-            extra = self._extra = {}
-        if name not in extra:
+        info = self._info
+        if info is None:
+            info = self._info = {}
+        if name not in info:
             if name == "socket":
-                extra[name] = trsock.TransportSocket(self._sock)
+                info[name] = trsock.TransportSocket(self._sock)
             elif name == "sockname":
-                extra[name] = _name_of(self._sock.getsockname)
+                info[name] = _name_of(self._sock.getsockname)
             elif name == "peername":
                 return self._peername
-        return extra.get(name, default)
+        return info.get(name, default)
+
+    # Two names of asyncio's own transports: libraries read the first, CPython's tests of TLS the second.
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        """What get_extra_info knows."""
+        for name in ("socket", "sockname"):
+            self.get_extra_info(name)  # which keeps it
+        info: Any = self._info
+        info.setdefault("peername", self._peername)
+        return info  # type: ignore[no-any-return]  # it is one
+
+    @property
+    def _read_ready_cb(self) -> Callable[..., None] | None:
+        """Who is called when there are data to read; None once the transport is closing."""
+        return None if self._closing else self._received
 
     def _begin(self, waiter: asyncio.Future[None] | None) -> None:
         try:

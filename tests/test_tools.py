@@ -6,11 +6,13 @@ The tools themselves, where they are installed, are in test_libraries.py.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import heapq
 import os
 import random
 import socket
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +55,44 @@ async def test_the_queues_show_handles(loop: Loop) -> None:
     await asyncio.sleep(0.001)
     timer.cancel()
     earlier.cancel()
+
+
+async def test_private_parts_of_handles_and_loops(loop: Any) -> None:
+    context = contextvars.copy_context()
+    soon = loop.call_soon(len, (), context=context)
+    later = loop.call_later(100, len, ())
+    assert (soon._callback, soon._args, soon._loop, soon._context) == (len, ((),), loop, context)
+    assert (soon._cancelled, soon._repr, soon._source_traceback) == (False, None, None)
+    assert later._scheduled
+    assert later._when == later.when() > loop.time()
+    later.cancel()
+    assert later._cancelled
+    assert later._callback is later._args is None
+    assert loop._thread_id == threading.get_ident()
+    assert loop._default_executor is None
+    await loop.run_in_executor(None, len, ())
+    assert loop._default_executor is not None
+    assert loop._signal_handlers == {}
+    assert not loop._closed
+    assert not loop._stopping
+    assert loop._clock_resolution > 0
+
+
+async def test_private_parts_of_a_stream(loop: Any, pair: Pair) -> None:
+    ours, _ = pair
+    name, peer = ours.getsockname(), ours.getpeername()
+    transport: Any
+    transport, protocol = await loop.create_connection(asyncio.Protocol, sock=ours)
+    assert (transport._sock, transport._loop, transport._protocol) == (ours, loop, protocol)
+    assert transport._extra["socket"].fileno() == ours.fileno()
+    assert (transport._extra["sockname"], transport._extra["peername"]) == (name, peer)
+    transport._extra["mine"] = 1
+    assert transport.get_extra_info("mine") == 1
+    assert transport._read_ready_cb is not None
+    transport.close()
+    assert transport._read_ready_cb is None
+    await until(lambda: ours.fileno() == -1)
+    assert (transport._extra["sockname"], transport._extra["peername"]) == (name, peer)
 
 
 # -- a turn that is not ours -----------------------------------------------------------------------

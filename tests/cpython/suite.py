@@ -35,7 +35,6 @@ from unittest import mock
 import pytest
 
 import iocp_loop.pipes
-import iocp_loop.transports
 import iocp_loop.unix
 from iocp_loop.policy import IocpPolicy
 
@@ -229,8 +228,6 @@ def _our_loop_by_name(driver: str) -> Iterator[None]:
         mock.patch.object(asyncio.events, "_event_loop_policy", IocpPolicy(driver)),
         more,
         server,
-        # By this name CPython 3.14 asks its transports whether they still read, before it slows their sending down.
-        mock.patch.object(iocp_loop.transports.SocketTransport, "_read_ready_cb", None, create=True),
     ):
         yield
 
