@@ -389,7 +389,8 @@ class SocketTransport(Stream):
 
     def _receiving_failed(self, exc: BaseException, message: str) -> None:
         """A fatal error in the course of receiving: the report and ``connection_lost`` inherit its context."""
-        self._context.run(self._fatal_error, exc, message)
+        # A copy: the error may be that the context is in use, by a callback of this protocol that runs the loop inside.
+        self._context.copy().run(self._fatal_error, exc, message)
 
     def _copy_to_protocol(self, data: memoryview) -> None:
         """Feed data to a BufferedProtocol, as much as its buffer takes at a time.
@@ -421,7 +422,7 @@ class SocketTransport(Stream):
             self._receiving_failed(exc, "Fatal error: protocol.eof_received() call failed.")
             return
         if not keep_open:
-            self._context.run(self.close)  # connection_lost inherits it
+            self._context.copy().run(self.close)  # connection_lost inherits it
 
     def is_reading(self) -> bool:
         """False while paused or closing."""

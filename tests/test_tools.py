@@ -222,6 +222,36 @@ def test_a_run_in_the_middle_of_a_delivery(nested: Nested, busy: bool) -> None:
         sock.close()
 
 
+def test_data_in_the_middle_of_data_received(nested: Nested, reports: list[dict[str, Any]], pair: Pair) -> None:
+    """Nobody can take them: the context of the connection is in use.  It fails, and says so; nothing is left out."""
+    ours, peer = pair
+    got: list[bytes] = []
+    lost: asyncio.Future[Any] = nested.create_future()
+
+    class Receiver(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            got.append(data)
+            peer.send(b"two")
+            nested.run_inside(nested.create_task(asyncio.sleep(0.01)))
+            peer.send(b"three")
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            lost.set_result(exc)
+
+    async def main() -> BaseException | None:
+        await nested.create_connection(Receiver, sock=ours)
+        peer.send(b"one")
+        async with asyncio.timeout(LIMIT):
+            error: BaseException | None = await lost
+        return error
+
+    error = nested.run_until_complete(main())
+    assert "already entered" in str(error)
+    assert [report["exception"] for report in reports] == [error]
+    assert got == [b"one"]
+    reports.clear()
+
+
 def test_a_run_in_the_middle_of_what_needs_no_kernel(nested: Nested) -> None:
     """A stream begins with what a cancelled sock_recv has left, which the ready queue of the driver delivers."""
     got: list[bytes] = []
