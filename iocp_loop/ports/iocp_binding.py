@@ -130,6 +130,8 @@ class Submission:
     def set_address(self, family: int, address: Any) -> None:
         """Write a socket address, whose host is numeric, for the request to come.  OSError if it is none."""
         host, port, flow, scope = (*address, 0, 0)[:4]
+        if not 0 <= port <= 0xFFFF:
+            raise OverflowError(f"a port is between 0 and 65535, not {port}")
         if host == "":
             host = "::" if family == socket.AF_INET6 else "0.0.0.0"
         elif host == "<broadcast>":

@@ -65,7 +65,7 @@ class DatagramRequests(IocpRequests):
         try:
             while True:
                 self.completions += 1
-                op.complete(datagram, None)
+                self._complete(op, datagram, None)
                 patience -= 1
                 if not patience or op.paused or op.state is not IN_FLIGHT:
                     break

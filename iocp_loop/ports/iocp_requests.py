@@ -160,14 +160,20 @@ class IocpRequests(Driver):
     # -- the end of a request ----------------------------------------------------------------------
 
     @staticmethod
-    def _left_undone(op: Any, code: int) -> bool:
-        """The request was ended by the end of the thread that made it, and by nothing else: it is to be made again."""
-        if code not in UNDONE or op.state is not IN_FLIGHT:
-            return False
+    def _is_open(op: Any) -> bool:
+        """Whether the handle of `op` is still what it was: not closed, nor its number another's."""
         try:
             return bool(fileno(op.handle) == op.fd)
-        except Exception:  # closed meanwhile, or an object of the user's that has other things to say
+        except ValueError:  # closed
             return False
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:  # an object of the user's has something else to say: the system will tell
+            return True
+
+    def _left_undone(self, op: Any, code: int) -> bool:
+        """The request was ended by the end of the thread that made it, and by nothing else: it is to be made again."""
+        return code in UNDONE and op.state is IN_FLIGHT and self._is_open(op)
 
     def _end(self, sub: Submission, value: Any, code: int = 0) -> None:
         """Deliver the last completion of an operation."""

@@ -133,7 +133,7 @@ class SocketRequests(IocpRequests):
         error: BaseException | None = None
         if op.state is IN_FLIGHT:
             try:
-                if op.handle.fileno() != op.fd:
+                if not self._is_open(op):
                     raise error_of(WSA_NOT_A_SOCKET)
                 self._arm_accept(sub, self._associations[op.fd])
                 self._arm_accepts(op, self._associations[op.fd])  # those that a shortage has cost
@@ -155,11 +155,10 @@ class SocketRequests(IocpRequests):
             self.completions += 1
             op.complete(value, None)
 
-    @staticmethod
-    def _accepted_connection(sub: Submission, code: int) -> tuple[socket.socket, Any] | None:
+    def _accepted_connection(self, sub: Submission, code: int) -> tuple[socket.socket, Any] | None:
         """The connection that an accept has brought, and its address; None if it is gone already, or was none."""
         listener = sub.op.handle
-        if code not in (0, RETRY) or listener.fileno() != sub.op.fd or lib.iocp_accept_finish(sub.op.fd, sub.native):
+        if code not in (0, RETRY) or not self._is_open(sub.op) or lib.iocp_accept_finish(sub.op.fd, sub.native):
             lib.iocp_close_socket(sub.native.accepted)
             return None
         conn = adopt_accepted(listener, sub.native.accepted)
