@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier sanitize soak test-apps libraries test-all test-debian test-windows lint format types docs coverage bench wheel wheels clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries test-all test-debian test-windows lint format types docs coverage bench wheel wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -92,6 +92,9 @@ WITHOUT := $(foreach name,$(NOT_OF_A_TIER),--ignore=tests/test_$(name).py)
 
 test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without those that do not touch it (ARGS=)
 	@IOCP_LOOP_NATIVE=0 $(RUN) -m pytest $(WITHOUT) $(ARGS)
+
+fuzz: $(VENV)/.test ## seeded programs on every driver and tier, compared with asyncio's own loop (ARGS="--minutes 30 tls")
+	@$(RUN) -m tests.fuzz $(ARGS)
 
 sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind (ARGS=asan, ARGS=valgrind)
 	@PYTHON=$(RUN) tools/sanitize.sh $(ARGS)

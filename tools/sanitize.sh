@@ -1,5 +1,6 @@
 #!/bin/bash
-# The tests on a native part that is built with AddressSanitizer and UndefinedBehaviorSanitizer, and under valgrind.
+# The tests and the fuzzers on a native part that is built with AddressSanitizer and UndefinedBehaviorSanitizer, and the tests under
+# valgrind.
 #
 #   tools/sanitize.sh [asan] [valgrind] [-- ARGUMENTS OF PYTEST]     (neither named: both)
 #
@@ -22,6 +23,8 @@ subjects=(
     tests/test_connections.py tests/test_embedding.py tests/test_unix.py
     tests/cpython
 )
+# Programs of the fuzzers: seeds of each family.
+seeds=5
 # Under valgrind everything takes some 30 times as long.  It lets no other thread run while one is in io_uring_enter, so
 # what sends from a thread is only for driver poll.
 without_threads=(tests/test_native_tier.py tests/test_socket_waits.py)
@@ -61,6 +64,7 @@ run_asan() {
     )
     build "$flags -fno-sanitize-recover=all" env "${settings[@]}"
     (cd "$copy" && env "${settings[@]}" "$python" -m pytest -q -p no:cacheprovider "${subjects[@]}" "$@")
+    (cd "$copy" && env "${settings[@]}" "$python" -m tests.fuzz --loops uring,poll --tier native --count "$seeds" --limit 180)
 }
 
 under_valgrind() {

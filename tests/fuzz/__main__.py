@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pprint import pformat
@@ -32,7 +32,8 @@ _TIERS: dict[str, dict[str, str]] = {
     "auto": {},
 }
 
-#: A difference between loops counts only if it comes this many times out of as many: a program's timing may vary.
+#: How often what was found is played again.  A difference between loops counts only if it comes every time: a program's
+#: timing may vary.
 _TRIES = 3
 
 
@@ -54,7 +55,7 @@ class Fuzzer:
         self.lanes = [
             Lane(loop, tier)
             for loop in options.loops.split(",")
-            for tier in (("native",) if loop == "stock" else options.tier.split(","))
+            for tier in (("auto",) if loop == "stock" else options.tier.split(","))
         ]
         self.limit: float = options.limit
         self.verbose: bool = options.verbose
@@ -67,75 +68,69 @@ class Fuzzer:
         batches = [seeds[at : at + _BATCH] for at in range(0, len(seeds), _BATCH)]
         jobs = [(family, batch, self._begin(family, batch)) for family in families for batch in batches]
         for family, batch, running in jobs:
-            reports = {lane: future.result() for lane, future in running.items()}
             before = self.found
-            for seed in batch:
-                self._judge(family, seed, {lane: of_lane[seed] for lane, of_lane in reports.items()})
+            of_lanes = [future.result() for future in running.values()]
+            for reports in zip(*of_lanes, strict=True):
+                self._judge(family, dict(zip(running, reports, strict=True)))
             verdict = "ok" if self.found == before else f"{self.found - before} FOUND"
-            print(
-                f"{family.name:<10}  seeds {batch[0]}-{batch[-1]}  {' '.join(map(str, running))}  {verdict}", flush=True
-            )
+            seeds_played = f"seeds {batch[0]}-{batch[-1]}" if len(batch) > 1 else f"seed {batch[0]}"
+            print(f"{family.name:<10}  {seeds_played}  {' '.join(map(str, running))}  {verdict}", flush=True)
 
-    def _begin(self, family: Family, seeds: range) -> dict[Lane, Future[dict[int, Report]]]:
+    def _begin(self, family: Family, seeds: range) -> dict[Lane, Future[list[Report]]]:
         return {
             lane: self._pool.submit(self._run, lane, family, seeds)
             for lane in self.lanes
             if family.stock or lane.loop != "stock"
         }
 
-    def _run(self, lane: Lane, family: Family, seeds: range) -> dict[int, Report]:
-        """The reports of `seeds`, by seed."""
+    def _run(self, lane: Lane, family: Family, seeds: Sequence[int]) -> list[Report]:
+        """A report for each of `seeds`."""
         environment = child_environment(**{WITHOUT: self.without}, **_TIERS[lane.tier])
         if family.preload:
             environment |= faults.preloaded(environment)
         command = [sys.executable, "-X", "faulthandler", "-m", f"{__package__}.worker"]
-        arguments = [lane.loop, str(self.limit), family.name, str(seeds[0]), str(seeds[-1] + 1)]
+        arguments = [lane.loop, str(self.limit), family.name, *map(str, seeds)]
         worker = subprocess.run(
             [*command, *arguments], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
-        reports = {report.seed: report for report in map(Report.from_json, worker.stdout.splitlines())}
-        for seed in seeds:
-            lost = f"the worker exited with {worker.returncode}\n{worker.stderr}"
-            reports.setdefault(seed, Report(family.name, seed, [lost]))
-        return reports
+        reports = list(map(Report.from_json, worker.stdout.splitlines()))
+        lost = f"the worker exited with {worker.returncode}\n{worker.stderr}"
+        return reports + [Report(family.name, seed, [lost]) for seed in seeds[len(reports) :]]
 
     # -- verdicts ----------------------------------------------------------------------------------
 
-    def _judge(self, family: Family, seed: int, reports: dict[Lane, Report]) -> None:
+    def _judge(self, family: Family, reports: dict[Lane, Report]) -> None:
         for lane, report in reports.items():
             if report.problems and lane.loop != "stock":
-                again = [bool(self._again(lane, family, seed).problems) for _ in range(_TRIES)]
-                self._tell(family, seed, [lane], report.problems, f"comes again {sum(again)} of {_TRIES} times")
+                again = sum(bool(other.problems) for other in self._run(lane, family, [report.seed] * _TRIES))
+                self._tell(report, [lane], report.problems, f"comes again {again} of {_TRIES} times")
             elif report.problems and self.verbose:
-                print(f"(asyncio's own loop, {family.name} seed {seed}: {report.problems})")
+                print(f"(asyncio's own loop, {family.name} seed {report.seed}: {report.problems})")
         # Only sound lives are compared.  asyncio's own loop, where it is there, is what the others are compared with.
         sound = sorted((lane for lane in reports if not reports[lane].problems), key=lambda lane: lane.loop != "stock")
         for lane in sound[1:]:
-            one, other = reports[sound[0]], reports[lane]
-            differences = []
-            while one.trace != other.trace:
-                differences.append(_difference(one.trace, other.trace, sound[0], lane))
-                if len(differences) == _TRIES:
-                    self._tell(family, seed, [sound[0], lane], differences[-1:], f"comes {_TRIES} of {_TRIES} times")
-                    break
-                one, other = self._again(sound[0], family, seed), self._again(lane, family, seed)
-                if one.problems or other.problems:
-                    break
+            if reports[sound[0]].trace != reports[lane].trace:
+                self._compare(family, reports[lane].seed, sound[0], lane)
 
-    def _again(self, lane: Lane, family: Family, seed: int) -> Report:
-        return self._run(lane, family, range(seed, seed + 1))[seed]
+    def _compare(self, family: Family, seed: int, *lanes: Lane) -> None:
+        """Two loops have seen something else: a finding if they do so every time."""
+        played = [self._run(lane, family, [seed] * _TRIES) for lane in lanes]
+        pairs = list(zip(*played, strict=True))
+        if all(one.trace != other.trace and not one.problems and not other.problems for one, other in pairs):
+            one, other = pairs[-1]
+            self._tell(one, list(lanes), [_difference(one.trace, other.trace, *lanes)], "comes every time")
 
-    def _tell(self, family: Family, seed: int, lanes: list[Lane], problems: list[str], how_often: str) -> None:
+    def _tell(self, report: Report, lanes: list[Lane], problems: list[str], how_often: str) -> None:
         self.found += 1
         loops = ",".join(dict.fromkeys(lane.loop for lane in lanes))
         tiers = ",".join(dict.fromkeys(lane.tier for lane in lanes if lane.loop != "stock"))
-        print(f"FOUND: {family.name} seed {seed} on {' and '.join(map(str, lanes))} ({how_often})")
+        print(f"FOUND: {report.family} seed {report.seed} on {' and '.join(map(str, lanes))} ({how_often})")
         for problem in problems:
             print("    " + problem.replace("\n", "\n    "))
-        options = [f"--loops {loops}", f"--tier {tiers or 'native'}", f"--seed {seed} --count 1"]
+        options = [f"--loops {loops}", f"--tier {tiers or 'auto'}", f"--seed {report.seed} --count 1"]
         if self.without:
             options.append(f"--without {self.without}")
-        print(f"    repeat: python -m {__package__} {' '.join(options)} {family.name}")
+        print(f"    repeat: python -m {__package__} {' '.join(options)} {report.family}")
 
 
 def _difference(one: dict[str, list[str]], other: dict[str, list[str]], *lanes: Lane) -> str:

@@ -25,7 +25,7 @@ from .runner import Report, play
 _LAST_WORDS = 6000
 
 
-def main(loop_name: str, limit: float, family: Family, seeds: range) -> None:
+def main(loop_name: str, limit: float, family: Family, seeds: list[int]) -> None:
     """Play `seeds` of `family`; each may take `limit` seconds."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable()
@@ -86,4 +86,4 @@ def _child(family: Family, seed: int, loop_name: str, result: IO[bytes], errors:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), family_named(sys.argv[3]), range(int(sys.argv[4]), int(sys.argv[5])))
+    main(sys.argv[1], float(sys.argv[2]), family_named(sys.argv[3]), list(map(int, sys.argv[4:])))
