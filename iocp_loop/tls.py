@@ -47,17 +47,24 @@ class PythonTls:
         _app_protocol_get_buffer: Any
         _app_protocol_is_buffer: bool
         _app_reading_paused: bool
+<<<<<<< HEAD
         _eof_received: bool
+=======
+        _app_writing_paused: bool
+>>>>>>> work-a
         _incoming: ssl.MemoryBIO
+        _outgoing_high_water: int
         _sslobj: ssl.SSLObject
         _state: Any
         _write_backlog: Any
 
         def _call_eof_received(self) -> None: ...
+        def _control_app_writing(self) -> None: ...
         def _control_ssl_reading(self) -> None: ...
         def _do_shutdown(self) -> None: ...
         def _do_write(self) -> None: ...
         def _fatal_error(self, exc: BaseException, message: str) -> None: ...
+        def _get_write_buffer_size(self) -> int: ...
         def _go_on(self) -> None: ...
         def _process_outgoing(self) -> None: ...
         def _set_state(self, state: Any) -> None: ...
@@ -183,6 +190,17 @@ class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]
     def _go_on(self) -> None:
         """Bytes have come, and it is not just data that is awaited: the step that the state says."""
         super().buffer_updated(0)
+
+    def _on_handshake_complete(self, handshake_exc: BaseException | None) -> None:
+        super()._on_handshake_complete(handshake_exc)
+        if self._state is _State.WRAPPED:
+            self._process_outgoing()  # the last of the handshake, also if the protocol has paused in connection_made
+
+    def _control_app_writing(self) -> None:
+        """Pause or resume the user's protocol.  It may write up to the high-water mark, as on any other transport."""
+        full = self._get_write_buffer_size() > self._outgoing_high_water
+        if self._app_protocol is not None and (full or self._app_writing_paused):
+            super()._control_app_writing()
 
     def _do_flush(self) -> None:
         """Deliver what is left, then say good-bye; unless the protocol aborts meanwhile, which ends it all."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
+from iocp_loop import operations as ops
 from iocp_loop.datagrams import DatagramTransport
 
 from .support import WINDOWS, WINE, turns, udp_socket, until
@@ -325,6 +326,21 @@ async def test_connection_made_may_raise(loop: Loop, reports: list[dict[str, Any
     with pytest.raises(ZeroDivisionError):
         await endpoint(loop, Faulty)
     assert isinstance(reports.pop()["exception"], ZeroDivisionError)
+
+
+async def test_a_datagram_sent_in_connection_made_begins_one_receive(loop: Loop) -> None:
+    class Eager(Collector):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.sendto(b"at once", address_of(server))
+
+    server = await endpoint(loop)
+    client = await endpoint(loop, Eager)
+    await until(lambda: server.data == [b"at once"])
+    streams = [op for op in loop._proactor.in_flight.values() if isinstance(op, ops.ReceiveFromStream)]
+    assert len(streams) == 2
+    await client.closed()
+    await server.closed()
 
 
 async def test_close_in_datagram_received(loop: Loop) -> None:

@@ -165,6 +165,65 @@ def test_a_receive_stream_may_be_cancelled_in_its_own_callback(rig: Rig, pair: P
     assert received(rig, op) == b"abc"
 
 
+def receive_in_bulk(rig: Rig, op: ops.ReceiveStream, peer: socket.socket) -> None:
+    """Send large pieces until every driver receives straight into what is lent; what comes later is small."""
+    sent = 0
+    while not sent or not isinstance(rig.values(op)[-1], int):
+        peer.sendall(bytes(50_000))
+        sent += 50_000
+        rig.until(lambda: sum(v if isinstance(v, int) else len(v) for v in rig.values(op)) == sent)  # noqa: B023 - now
+        assert sent < 2_000_000
+
+
+@pytest.mark.parametrize("what", ["data", "the end"])
+def test_a_receive_stream_may_be_cancelled_by_who_lends_the_buffer(rig: Rig, pair: Pair, what: str) -> None:
+    buffer = bytearray(60_000)
+    cancels = False
+
+    def lend() -> bytearray:
+        if cancels:
+            rig.driver.cancel(op)
+        return buffer
+
+    op = rig.submit(ops.ReceiveStream(pair[0], get_buffer=lend))
+    receive_in_bulk(rig, op, pair[1])
+    rig.turn()
+    cancels = True
+    if what == "data":
+        pair[1].send(b"abc")
+    else:
+        pair[1].shutdown(socket.SHUT_WR)
+    assert rig.last_error(op).errno == errno.ECANCELED
+    assert rig.nothing_comes()
+    assert rig.value(rig.submit(ops.Receive(pair[0], 10))) == (b"abc" if what == "data" else b"")
+
+
+@pytest.mark.parametrize("outcome", [0, ConnectionResetError()], ids=["the end", "an error"])
+def test_a_receive_stream_may_be_cancelled_by_a_finalizer_while_it_receives(rig: Rig, pair: Pair, outcome: Any) -> None:
+    """The collector may run whenever Python does; here it does so in the call that receives."""
+
+    class Cancelling(socket.socket):
+        def recv_into(self, *args: Any) -> int:
+            if not cancels:
+                return super().recv_into(*args)
+            rig.driver.cancel(op)
+            if outcome:
+                raise outcome
+            return 0
+
+    cancels = False
+    with Cancelling(fileno=pair[0].detach()) as sock:
+        sock.setblocking(False)
+        buffer = bytearray(60_000)
+        op = rig.submit(ops.ReceiveStream(sock, get_buffer=lambda: buffer))
+        receive_in_bulk(rig, op, pair[1])
+        rig.turn()
+        cancels = True
+        pair[1].send(b"abc")
+        assert rig.last_error(op).errno == errno.ECANCELED
+        assert rig.nothing_comes()
+
+
 def test_an_accept_stream_accepts_until_cancelled(rig: Rig, listener: socket.socket) -> None:
     op = rig.submit(ops.AcceptStream(listener))
     clients = [socket.create_connection(listener.getsockname(), LIMIT) for _ in range(50)]

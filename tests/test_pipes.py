@@ -652,6 +652,26 @@ async def test_a_device_that_is_always_ready_lets_others_run(loop: iocp_loop.Ioc
             await until(lambda: source.count > count + 10)
 
 
+@unix_only
+async def test_a_device_that_is_always_ready_is_read_once_in_a_turn(
+    loop: iocp_loop.IocpEventLoop, no_leak: None
+) -> None:
+    class Restless(Recorder):
+        count = 0
+
+        def data_received(self, data: bytes) -> None:
+            self.count += 1
+            self.transport.pause_reading()
+            self.transport.resume_reading()
+
+    with open("/dev/zero", "rb", 0) as file:
+        async with read_end(file, Restless()) as source:
+            await turns(10)
+            before = source.count
+            await turns(10)
+            assert source.count - before in (9, 10, 11)
+
+
 async def test_regular_files_are_refused(loop: iocp_loop.IocpEventLoop, tmp_path: Path) -> None:
     for connect in loop.connect_read_pipe, loop.connect_write_pipe:
         with open(tmp_path / "file", "w+b") as file:

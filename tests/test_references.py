@@ -12,6 +12,7 @@ import gc
 import os
 import socket
 import sys
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 import iocp_loop
 
 from .certificates import client_context, server_context
-from .support import WINDOWS
+from .support import MUCH, WINDOWS, reset, runtime_pipe, tcp_pair, until
 
 Loop = iocp_loop.IocpEventLoop
 Work = Callable[[Loop, int], Awaitable[None]]
@@ -215,6 +216,178 @@ def test_nothing_is_left(driver: str, work: Work, count: int) -> None:
     finally:
         loop.close()
     assert max(growth) < count / 20, f"blocks, objects, references to what lives for ever: {left}"
+
+
+# -- a lost connection is freed when nobody refers to it any more, without the collector ---------------------------
+
+
+class Keeping(asyncio.BaseProtocol):
+    """A protocol that keeps its transport, as asyncio's documentation shows it."""
+
+    def __init__(self, seen: list[weakref.ref[Any]]) -> None:
+        self.seen = seen
+        seen.append(weakref.ref(self))
+        self.lost = asyncio.Event()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.seen.append(weakref.ref(transport))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost.set()
+
+
+class KeepingStream(Keeping, asyncio.Protocol):
+    def data_received(self, data: bytes) -> None:
+        self.transport.close()
+
+
+class KeepingBuffer(Keeping, asyncio.BufferedProtocol):
+    def get_buffer(self, sizehint: int) -> bytearray:
+        self.buffer = bytearray(100)
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.transport.close()
+
+
+class KeepingDatagrams(Keeping, asyncio.DatagramProtocol):
+    def datagram_received(self, data: bytes, address: Any) -> None:
+        self.transport.close()
+
+
+class KeepingProcess(Keeping, asyncio.SubprocessProtocol):
+    pass
+
+
+Seen = list[weakref.ref[Any]]
+
+
+async def talk(loop: Loop, kind: Any, seen: Seen, tls: bool) -> None:
+    """One side speaks, the other closes."""
+    one, two = socket.socketpair()
+    protocols = [kind(seen), kind(seen)]
+    served: dict[str, Any] = {"ssl": server_context()} if tls else {}
+    asked: dict[str, Any] = {"ssl": client_context(), "server_hostname": "localhost"} if tls else {}
+    await asyncio.gather(
+        loop.connect_accepted_socket(lambda: protocols[0], one, **served),
+        loop.create_connection(lambda: protocols[1], sock=two, **asked),
+    )
+    protocols[0].transport.write(b"hello")
+    for protocol in protocols:
+        await protocol.lost.wait()
+        assert protocol.transport.get_protocol() is None
+        repr(protocol.transport)
+        assert tls or protocol.transport.get_extra_info("sockname") == ""
+
+
+async def reset_while_paused(loop: Loop, seen: Seen) -> None:
+    ours, peer = tcp_pair()
+    _, protocol = await loop.create_connection(lambda: KeepingStream(seen), sock=ours)
+    protocol.transport.pause_reading()
+    peer.send(b"held")
+    await asyncio.sleep(0.01)
+    reset(peer)
+    while not protocol.transport.is_closing():
+        protocol.transport.write(b"until it learns of the reset")
+        await asyncio.sleep(0)
+    await protocol.lost.wait()
+
+
+async def abort_while_sending(loop: Loop, seen: Seen) -> None:
+    ours, peer = tcp_pair()
+    _, protocol = await loop.create_connection(lambda: KeepingStream(seen), sock=ours)
+    protocol.transport.write(bytes(MUCH))
+    await asyncio.sleep(0.01)
+    protocol.transport.abort()
+    await protocol.lost.wait()
+    protocol.transport.set_write_buffer_limits(0)
+    assert protocol.transport.get_write_buffer_size() == 0
+    peer.close()
+
+
+async def start_tls(loop: Loop, seen: Seen) -> None:
+    one, two = socket.socketpair()
+    _, server = await loop.create_connection(lambda: KeepingStream(seen), sock=one)
+    _, client = await loop.create_connection(lambda: KeepingStream(seen), sock=two)
+    upper: Any = await asyncio.gather(
+        loop.start_tls(server.transport, server, server_context(), server_side=True),
+        loop.start_tls(client.transport, client, client_context(), server_hostname="localhost"),
+    )
+    upper[0].close()
+    del upper
+    await server.lost.wait()
+    await client.lost.wait()
+
+
+async def endpoints(loop: Loop, seen: Seen) -> None:
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    two.setblocking(False)
+    _, protocol = await loop.create_datagram_endpoint(lambda: KeepingDatagrams(seen), sock=one)
+    two.send(b"hello")
+    await protocol.lost.wait()
+    two.close()
+    one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    _, protocol = await loop.create_datagram_endpoint(lambda: KeepingDatagrams(seen), sock=one)
+    for _ in range(1000):
+        protocol.transport.sendto(bytes(1000))
+    protocol.transport.abort()
+    await protocol.lost.wait()
+    two.close()
+
+
+async def pipes(loop: Loop, seen: Seen) -> None:
+    reading, writing = runtime_pipe()
+    _, reader = await loop.connect_read_pipe(lambda: KeepingStream(seen), reading)
+    _, writer = await loop.connect_write_pipe(lambda: Keeping(seen), writing)
+    writer.transport.write(b"hello")
+    await reader.lost.wait()
+    await writer.lost.wait()
+    for name in "/dev/zero", "/dev/null":  # which pollers refuse
+        with open(name, "rb" if name == "/dev/zero" else "wb", 0) as file:
+            connect: Any = loop.connect_read_pipe if name == "/dev/zero" else loop.connect_write_pipe
+            _, protocol = await connect(lambda: KeepingStream(seen), file)
+            if name == "/dev/null":
+                protocol.transport.close()
+            await protocol.lost.wait()
+
+
+async def processes(loop: Loop, seen: Seen) -> None:
+    _, protocol = await loop.subprocess_exec(lambda: KeepingProcess(seen), "cat", stderr=None)
+    seen.append(weakref.ref(protocol.transport.get_pipe_transport(0)))
+    protocol.transport.get_pipe_transport(0).close()
+    await protocol.lost.wait()
+    protocol.transport.close()
+
+
+LOST: dict[str, Callable[[Loop, Seen], Awaitable[None]]] = {
+    "streams": lambda loop, seen: talk(loop, KeepingStream, seen, tls=False),
+    "streams with buffers": lambda loop, seen: talk(loop, KeepingBuffer, seen, tls=False),
+    "TLS": lambda loop, seen: talk(loop, KeepingStream, seen, tls=True),
+    "TLS with buffers": lambda loop, seen: talk(loop, KeepingBuffer, seen, tls=True),
+    "start_tls": start_tls,
+    "a reset": reset_while_paused,
+    "an abort": abort_while_sending,
+    "datagrams": endpoints,
+    "pipes": pipes,
+    "processes": processes,
+}
+
+
+@pytest.mark.skipif(WINDOWS, reason="as above")
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+@pytest.mark.parametrize("name", LOST)
+async def test_a_lost_connection_does_not_wait_for_the_collector(loop: Loop, name: str, debug: bool) -> None:
+    loop.set_debug(debug)
+    seen: Seen = []
+    gc.collect()
+    gc.disable()
+    try:
+        await LOST[name](loop, seen)
+        await until(lambda: not any(reference() for reference in seen), 1)
+    finally:
+        gc.enable()
+    assert seen
 
 
 def references() -> int:

@@ -596,6 +596,79 @@ async def test_flow_control(loop: Loop, connect: Connect) -> None:
     await finish(protocol, peer)
 
 
+async def test_limits_of_nothing(loop: Loop, connect: Connect) -> None:
+    """A protocol that wants to know when all is sent is paused as long as something is not, and no longer."""
+    protocol = Pieces()
+    peer = await connect(protocol)
+    transport = protocol.transport
+    transport.set_write_buffer_limits(0)
+    assert transport.get_write_buffer_limits() == (0, 0)
+    transport.write(b"small")
+    assert "pause_writing" not in protocol.calls
+    written = b"small"
+    while "pause_writing" not in protocol.calls:
+        transport.write(bytes(100_000))
+        written += bytes(100_000)
+    assert await loop.run_in_executor(None, peer.read, len(written)) == written
+    await until(lambda: protocol.calls[-1] == "resume_writing")
+    await finish(protocol, peer)
+    transport.set_write_buffer_limits(0)
+    assert protocol.calls[-1] == "connection_lost"
+
+
+async def test_the_handshake_is_completed_though_the_protocol_rests(loop: Loop) -> None:
+    """The last word of the handshake is the client's, and its protocol has been told of the connection by then."""
+
+    class Resting(Recorder):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.transport.pause_reading()
+
+    one, two = socket.socketpair()
+    resting, server = Resting(), Recorder()
+    await asyncio.gather(
+        loop.create_connection(lambda: resting, sock=one, ssl=client_context(), server_hostname="localhost"),
+        loop.connect_accepted_socket(lambda: server, two, ssl=server_context()),
+    )
+    server.transport.write(b"hello")
+    await turns()
+    assert not resting.data
+    resting.transport.resume_reading()
+    await until(lambda: resting.data == b"hello")
+    resting.transport.close()
+    await until(lambda: resting.finished and server.finished)
+
+
+async def test_abort_in_what_close_delivers(loop: Loop, connect: Connect) -> None:
+    """close() delivers what has been decrypted, as asyncio's own does; that may change the protocol's mind."""
+
+    class Undecided(Buffered):
+        def buffer_updated(self, nbytes: int) -> None:
+            super().buffer_updated(nbytes)
+            self.transport.abort() if self.transport.is_closing() else self.transport.close()
+
+    protocol = Undecided(10)
+    peer = await connect(protocol)
+    peer.sock.sendall(peer.records(bytes(100)))
+    await until(lambda: protocol.finished)
+    assert len(protocol.data) == 20
+    assert protocol.lost is None
+    peer.sock.close()
+
+
+async def test_whatever_is_asked_of_a_transport_that_was_closed_twice(loop: Loop, connect: Connect) -> None:
+    protocol = Pieces()
+    peer = await connect(protocol)
+    transport = protocol.transport
+    for _ in range(2):
+        transport.close()
+        assert transport.get_protocol() is protocol
+        assert transport.get_extra_info("peername") == peer.sock.getsockname()
+        assert transport.get_write_buffer_size() >= 0
+        transport.write(b"too late")
+    await finish(protocol, peer)
+
+
 async def test_writing_before_the_handshake_is_done(loop: Loop) -> None:
     """Only those get at the transport that early who ask the one beneath; what they write goes out afterwards."""
     server, client = Recorder(), Recorder()

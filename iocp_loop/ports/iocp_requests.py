@@ -184,6 +184,8 @@ class IocpRequests(Driver):
 
     def _end_with(self, sub: Submission, value: Any, error: BaseException | None) -> None:
         op = sub.op
+        if op is None:
+            return  # a finalizer has cancelled it since it was looked at
         self._give_back(sub)
         self._land(op)
         self.completions += 1
