@@ -47,11 +47,8 @@ class PythonTls:
         _app_protocol_get_buffer: Any
         _app_protocol_is_buffer: bool
         _app_reading_paused: bool
-<<<<<<< HEAD
-        _eof_received: bool
-=======
         _app_writing_paused: bool
->>>>>>> work-a
+        _eof_received: bool
         _incoming: ssl.MemoryBIO
         _outgoing_high_water: int
         _sslobj: ssl.SSLObject
