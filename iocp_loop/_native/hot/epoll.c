@@ -159,8 +159,8 @@ static PyObject *epoll_turns_wait(PyObject *self, PyObject *timeout) { return wa
 /* One receive of a stream, delivered at once. */
 static int receive_once(EpollTurns *self, PyObject *op, int *filled)
 {
-    PyObject *sock = SLOT(op, operation_slots.handle), *done, *data, *complete; /* `sock` is borrowed */
-    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer);                /* borrowed */
+    PyObject *sock = SLOT(op, operation_slots.handle), *done, *data;  /* `sock` is borrowed */
+    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer);      /* borrowed */
     if (sock == NULL || !is_socket(sock)) {
         done = PyObject_CallMethod((PyObject *)self, "_receive_data", "O", op);
         Py_XDECREF(done);
@@ -191,18 +191,17 @@ static int receive_once(EpollTurns *self, PyObject *op, int *filled)
         data = lent ? PyLong_FromSsize_t(count) : PyBytes_FromStringAndSize(NULL, 0);
     if (data == NULL)
         return -1;
-    if (count == 0)
+    int failed;
+    if (count == 0) {
         done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_stream, op, data, Py_None, NULL);
-    else {
-        PyObject *args[] = {data, Py_None};
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    } else {
         self->delivered += (size_t)count;
-        complete = Py_XNewRef(SLOT(op, operation_slots.complete));
-        done = complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
-        Py_XDECREF(complete);
+        failed = complete_operation(op, data, Py_None);
     }
     Py_DECREF(data);
-    Py_XDECREF(done);
-    if (done == NULL)
+    if (failed)
         return -1;
     return count > 0 && self->received != NULL ? self->received(self, op, (size_t)count) : 0;
 }

@@ -201,14 +201,9 @@ static int deliver(UringTurns *self, PyObject *op, int64_t result, uint32_t flag
     if (flags != (URING_MORE | URING_DATA))
         return reap(self, op, result, flags, start);
     PyObject *data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
-    PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {data, Py_None};
-    PyObject *done = data == NULL || complete == NULL ? NULL : PyObject_Vectorcall(complete, args, 2, NULL);
-    if (complete == NULL && !PyErr_Occurred())
-        PyErr_SetString(PyExc_AttributeError, "complete");
-    Py_XDECREF(complete);
+    int failed = data == NULL ? -1 : complete_operation(op, data, Py_None);
     Py_XDECREF(data);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return failed;
 }
 
 /* Look up the operations of the next completions, and fetch what those will touch.  They may be looked up so early, as
