@@ -54,8 +54,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from .. import operations as ops
 from ..operations import IN_FLIGHT, Operation
@@ -70,6 +69,15 @@ from .iocp_turns import IocpTurns
 
 __all__ = ["IocpDriver", "probe"]
 
+_READING = frozenset({ops.Receive, ops.ReceiveInto, ops.ReceiveStream, ops.ReceiveFrom, ops.ReceiveFromInto,
+                      ops.ReceiveFromStream, ops.Accept, ops.AcceptStream, ops.AcceptPipe, ops.Read,
+                      ops.ReadInto})  # fmt: skip
+
+_POSITIONED = frozenset({ops.Read, ops.ReadInto, ops.Write})
+
+#: Kinds whose requests the kernel may have several of: it serves them in order, and each needs only one.
+_ACCEPTING = frozenset({ops.Accept, ops.AcceptStream})
+
 
 class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, ReadinessRequests):
     """The contract of :class:`~iocp_loop.ports.driver.Driver` over an I/O completion port."""
@@ -78,7 +86,7 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
 
     def __init__(self, concurrency: int = 1) -> None:
         super().__init__(concurrency)
-        self._starts: dict[type[Operation], Callable[[Any, Association], None]] = {
+        self._starts = {
             ops.Receive: self._start_receive,
             ops.ReceiveInto: self._start_receive,
             ops.Send: self._start_send,
@@ -100,25 +108,40 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
 
     def submit(self, op: Operation) -> None:
         kind = type(op)
-        if kind is ops.Readiness or kind is ops.ReadinessStream:
+        if kind in self._starts:
+            self._start(op)
+        elif kind is ops.Readiness or kind is ops.ReadinessStream:
             self._start_readiness(op)
-            return
-        if isinstance(op, ops.WaitForHandle):
-            self._start_watch(op)
-            return
-        start = self._starts.get(kind)
-        if start is None:
+        elif kind is ops.WaitForHandle:
+            self._start_watch(cast("ops.WaitForHandle", op))
+        else:
             raise NotImplementedError(f"the iocp driver has no operation {op.kind}")
+        self._let_others_know()
+
+    def _start(self, op: Operation) -> None:
+        """Begin `op` if it is the first in its line."""
         self._launch(op)
+        line: list[Operation] | None = None
         try:
             association = self._associations.get(op.fd)
             if association is None or association.handle() is not op.handle:
                 association = self._associate(op.fd, op.handle)
-            start(op, association)
+            # A place in a file that is named does not depend on who came first.
+            if type(op) not in _POSITIONED or getattr(op, "offset", None) is None:
+                line = association.reading if type(op) in _READING else association.writing
+                line.append(op)
+                if line[0] is not op and type(op) not in _ACCEPTING:
+                    op.driver_data = association
+                    return
+            self._starts[type(op)](op, association)
         except BaseException:
             if op.state is IN_FLIGHT:
                 self._retract(op)
+                if line is not None and op in line:
+                    line.remove(op)
             raise
+
+    def _let_others_know(self) -> None:
         if self._sleeping and (self.ready or self._at_once):
             self.wake()  # another thread waits for what is here already
 
@@ -130,16 +153,20 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
         if isinstance(op, ops.WaitForHandle):
             self._end_watch(op)
             return
+        if type(op.driver_data) is Association:  # it has not begun
+            self._leave_line(op.driver_data, op)
+            self._finish(op, None, cancelled_error())
+            return
         subs = op.driver_data if type(op.driver_data) is set else (op.driver_data,)
         armed = [sub for sub in subs if sub.armed]
         for sub in armed:
-            if sub.slot is not None:  # it may have got bytes that come before those of whoever receives next
-                sub.keep = self._associations[op.fd]
-                sub.keep.ending += 1
             lib.iocp_cancel(sub.native)
         if not armed:  # it rests: a paused stream, or one whose `complete` runs just now
             for sub in subs:
+                association = sub.association
                 self._give_back(sub)
+            if association is not None:
+                self._leave_line(association, op)
             self._finish(op, None, cancelled_error())
 
     def resume(self, op: Any) -> None:
@@ -148,6 +175,7 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
             self._arm(op)
         else:
             self._arm_datagrams(op)
+        self._let_others_know()
 
     # -- waking and closing ------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ typedef struct {
     iocp_port *port;
     wait_function call;
     receive_function receive;
-    PyObject *outstanding, *at_once, *associations, *spare, *slots, *in_flight, *submissions, *ready, *before_sleep;
+    PyObject *outstanding, *at_once, *spare, *slots, *in_flight, *submissions, *ready, *before_sleep;
     unsigned long long waits, completions, tokens;
     long next; /* what of the port's batch is dispatched next */
     char sleeping;
@@ -56,9 +56,9 @@ static char scratch[SCRATCH_SIZE];
 /* The slots of the classes of ports/iocp_*.py, and what else comes from there. */
 static struct {
     PyObject *nobody;
-    Py_ssize_t address, armed, finish, keep, op, slot, small; /* of a Submission */
-    Py_ssize_t emulated, ending, skips;                       /* of an Association */
-    Py_ssize_t free;                                          /* of a SlotPool */
+    Py_ssize_t address, armed, association, finish, keep, op, slot, small; /* of a Submission */
+    Py_ssize_t emulated, skips, writing;                                   /* of an Association */
+    Py_ssize_t free;                                                       /* of a SlotPool */
     Py_ssize_t slot_size;
 } at;
 
@@ -73,14 +73,15 @@ static PyObject *use_requests(PyObject *ignored, PyObject *args)
         return NULL;
     at.address = slot_offset(submission, "address");
     at.armed = slot_offset(submission, "armed");
+    at.association = slot_offset(submission, "association");
     at.finish = slot_offset(submission, "finish");
     at.keep = slot_offset(submission, "keep");
     at.op = slot_offset(submission, "op");
     at.slot = slot_offset(submission, "slot");
     at.small = slot_offset(submission, "small");
     at.emulated = slot_offset(association, "emulated");
-    at.ending = slot_offset(association, "ending");
     at.skips = slot_offset(association, "skips");
+    at.writing = slot_offset(association, "writing");
     at.free = slot_offset(pool, "free");
     if (PyErr_Occurred())
         return NULL;
@@ -209,22 +210,20 @@ static char *address_of_slot(PyObject *slot)
     return (char *)PyLong_AsVoidPtr(PyTuple_GET_ITEM(slot, SLOT_ADDRESS));
 }
 
-/* As _arm of the driver, for a stream that is in flight and neither armed nor paused: receive again. */
+/* As _arm of the driver, for a stream that is in flight and neither armed nor paused: receive again.  That its socket
+ * has been closed, so that its number may be another's, is for the driver in Python too. */
 static int arm(IocpTurns *self, PyObject *op, PyObject *sub)
 {
-    PyObject *association = PyDict_GetItemWithError(self->associations, SLOT(op, operation_slots.fd)); /* borrowed */
-    PyObject *address = SLOT(sub, at.address), *slot = NULL, *done;                                    /* as this is */
+    PyObject *association = SLOT(sub, at.association), *sock = SLOT(op, operation_slots.handle); /* borrowed */
+    PyObject *address = SLOT(sub, at.address), *slot = NULL, *done;                              /* as this is */
     char *memory = NULL;
-    if (association == NULL && PyErr_Occurred())
-        return -1;
-    if (association == NULL || SLOT(association, at.emulated) != Py_False
-        || PyLong_AsLong(SLOT(association, at.ending)) != 0) {
+    uintptr_t fd = (uintptr_t)PyLong_AsVoidPtr(SLOT(op, operation_slots.fd));
+    if (SLOT(association, at.emulated) != Py_False || sock == NULL || !is_socket(sock) || socket_descriptor(sock) != fd) {
         done = PyObject_CallMethodOneArg((PyObject *)self, names.arm, op);
         Py_XDECREF(done);
         return done == NULL ? -1 : 0;
     }
     int skips = SLOT(association, at.skips) == Py_True;
-    uintptr_t fd = (uintptr_t)PyLong_AsVoidPtr(SLOT(op, operation_slots.fd));
     iocp_submission *native = PyLong_AsVoidPtr(address);
     if (SLOT(sub, at.small) == Py_True) {
         slot = take_slot(self);
@@ -381,11 +380,13 @@ static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
 /* As _sent_some of the driver, when all is sent: the last completion of a SendAll. */
 static int end_send(IocpTurns *self, PyObject *op, PyObject *sub)
 {
-    PyObject *buffers = SLOT(op, operation_slots.all_buffers); /* borrowed */
+    PyObject *buffers = SLOT(op, operation_slots.all_buffers);                    /* borrowed */
+    PyObject *line = SLOT(SLOT(sub, at.association), at.writing);                 /* as this is */
     set_slot(op, operation_slots.all_sent, SLOT(op, operation_slots.all_size));
-    if (PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL) < 0)
+    if (PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL) < 0 || PyList_SetSlice(line, 0, 1, NULL) < 0)
         return -1;
     set_slot(sub, at.op, Py_None);
+    set_slot(sub, at.association, Py_None);
     set_slot(sub, at.keep, Py_None);
     set_slot(sub, at.finish, at.nobody);
     if (PyList_Append(self->spare, sub) < 0 || land(op, self->in_flight) < 0)
@@ -393,12 +394,13 @@ static int end_send(IocpTurns *self, PyObject *op, PyObject *sub)
     return complete(self, op, Py_NewRef(SLOT(op, operation_slots.all_sent)));
 }
 
-/* Whether `count` bytes are all that is left to send; of a submission that needs no more to be given back. */
+/* Whether `count` bytes are all that is left to send; of a submission that needs no more to be given back, and of the
+ * only operation in its line. */
 static int sends_the_rest(PyObject *op, PyObject *sub, Py_ssize_t count)
 {
     const iocp_submission *native = PyLong_AsVoidPtr(SLOT(sub, at.address));
     return (PyObject *)Py_TYPE(op) == operation_slots.send_all && !native->event && !native->wait
-           && SLOT(sub, at.slot) == Py_None
+           && SLOT(sub, at.slot) == Py_None && Py_SIZE(SLOT(SLOT(sub, at.association), at.writing)) == 1
            && PyLong_AsSsize_t(SLOT(op, operation_slots.all_sent)) + count
                   == PyLong_AsSsize_t(SLOT(op, operation_slots.all_size));
 }
@@ -572,7 +574,6 @@ static int iocp_turns_traverse(IocpTurns *self, visitproc visit, void *arg)
     Py_VISIT(self->port_object);
     Py_VISIT(self->outstanding);
     Py_VISIT(self->at_once);
-    Py_VISIT(self->associations);
     Py_VISIT(self->spare);
     Py_VISIT(self->slots);
     Py_VISIT(self->in_flight);
@@ -588,7 +589,6 @@ static int iocp_turns_clear(IocpTurns *self)
     Py_CLEAR(self->port_object);
     Py_CLEAR(self->outstanding);
     Py_CLEAR(self->at_once);
-    Py_CLEAR(self->associations);
     Py_CLEAR(self->spare);
     Py_CLEAR(self->slots);
     Py_CLEAR(self->in_flight);
@@ -618,7 +618,6 @@ static PyMethodDef iocp_turns_methods[] = {
 static PyMemberDef iocp_turns_members[] = {
     {"_outstanding", T_OBJECT_EX, offsetof(IocpTurns, outstanding), 0, NULL},
     {"_at_once", T_OBJECT_EX, offsetof(IocpTurns, at_once), 0, NULL},
-    {"_associations", T_OBJECT_EX, offsetof(IocpTurns, associations), 0, NULL},
     {"_spare", T_OBJECT_EX, offsetof(IocpTurns, spare), 0, NULL},
     {"_slots", T_OBJECT_EX, offsetof(IocpTurns, slots), 0, NULL},
     {"in_flight", T_OBJECT_EX, offsetof(IocpTurns, in_flight), 0, NULL},

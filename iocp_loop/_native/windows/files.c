@@ -40,17 +40,12 @@ long iocp_pipe_serve(const wchar_t *name, int first, unsigned long buffer_size, 
     return 0;
 }
 
-/* namedpipeapi/nf-namedpipeapi-connectnamedpipe.  A client that was there first is a success like any other, but one
- * that puts no entry on the port: `bytes` is 1 then. */
+/* namedpipeapi/nf-namedpipeapi-connectnamedpipe.  ERROR_PIPE_CONNECTED: a client was there first, and no entry tells of
+ * it. */
 long iocp_pipe_accept(uintptr_t handle, iocp_submission *sub)
 {
     OVERLAPPED *overlapped = prepare(sub, handle);
-    long error = file_result(ConnectNamedPipe((HANDLE)handle, overlapped));
-    if (error == ERROR_PIPE_CONNECTED) {
-        sub->bytes = 1;
-        return 0;
-    }
-    return error;
+    return file_result(ConnectNamedPipe((HANDLE)handle, overlapped));
 }
 
 /* fileapi/nf-fileapi-createfilew: a client's end.  ERROR_PIPE_BUSY: no instance is free just now. */
