@@ -196,10 +196,10 @@ def test_accepts_that_a_shortage_has_cost_are_made_again(
     arm = driver._arm_accept
     room = 2
 
-    def arm_if_there_is_room(sub: Any, association: Any) -> None:
+    def arm_if_there_is_room(sub: Any) -> None:
         if outstanding() >= room:
             raise OSError(errno.ENOBUFS, "no buffer space available")
-        arm(sub, association)
+        arm(sub)
 
     def outstanding() -> int:
         return sum(sub.op is op for sub in driver._outstanding.values())

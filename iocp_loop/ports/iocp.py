@@ -171,6 +171,8 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
 
     def resume(self, op: Any) -> None:
         op.paused = False
+        if type(op.driver_data) is Association:
+            return  # it has not begun
         if type(op) is ops.ReceiveStream:
             self._arm(op)
         else:
@@ -197,6 +199,7 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
         self._at_once.clear()
         for op in list(self.in_flight.values()):
             self._land(op)
+        self._associations.clear()  # their lines hold operations
         self._close_handles()
         self._scratch.close()
         if self._outstanding:
