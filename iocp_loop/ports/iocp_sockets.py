@@ -29,6 +29,9 @@ __all__ = ["SocketRequests"]
 #: The most that TransmitFile takes in one call, bytes.
 LARGEST_TRANSMISSION = (1 << 31) - 2
 
+#: How many connections a stream takes at most before the loop goes on.
+ACCEPTS_IN_A_TURN = 16
+
 
 class SocketRequests(IocpRequests):
     """The operations Send, SendAll, SendFile, Accept, AcceptStream and Connect."""
@@ -129,6 +132,8 @@ class SocketRequests(IocpRequests):
             return
         error: OSError | None = None
         if op.state is IN_FLIGHT:
+            if value is not None:
+                self._accept_what_waits(op)
             try:
                 self._arm_accept(sub)
                 self._arm_accepts(op, association)  # those that a shortage has cost
@@ -148,6 +153,16 @@ class SocketRequests(IocpRequests):
         if value is not None:
             self.completions += 1
             op.complete(value, None)
+
+    def _accept_what_waits(self, op: ops.AcceptStream) -> None:
+        """Take what else has connected, a call each: an accept for every one would be a turn for every one."""
+        for _ in range(ACCEPTS_IN_A_TURN - 1):
+            try:
+                conn, address = op.handle.accept()
+            except OSError:  # there is none, or it is gone; of a shortage the next accept tells
+                return
+            conn.setblocking(False)
+            self.ready.append((op, (conn, address), None))
 
     @staticmethod
     def _accepted_connection(sub: Submission, code: int) -> tuple[socket.socket, Any] | None:
