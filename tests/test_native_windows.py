@@ -64,7 +64,7 @@ def reap(port: Any, seconds: float = 10) -> list[tuple[int, int, int]]:
 
 
 def associate(port: Any, sock: socket.socket) -> bool:
-    skips = ffi.new("int *")
+    skips = ffi.new("int[3]")
     assert lib.iocp_associate_socket(port, sock.fileno(), skips) == 0
     return bool(skips[0])
 
@@ -154,7 +154,7 @@ def test_a_cancelled_receive_completes_as_aborted(port: Any, pair: tuple[socket.
 def test_a_request_that_its_thread_left_behind_says_so(port: Any, pair: tuple[socket.socket, socket.socket]) -> None:
     # Wine: the thread that made the request ends before it has written the result.
     sub = ffi.new("iocp_submission *")
-    assert lib.iocp_associate_socket(port, pair[0].fileno(), ffi.new("int *")) == 0
+    assert lib.iocp_associate_socket(port, pair[0].fileno(), ffi.new("int[3]")) == 0
     assert lib.iocp_receive(pair[0].fileno(), sub, ffi.NULL, 0) == PENDING
     assert lib.iocp_cancel(sub) == 0
     time.sleep(0.1)  # now the entry is on the port
@@ -275,7 +275,7 @@ def test_a_socket_of_another_port_is_used_by_event(port: Any, pair: tuple[socket
     first = ffi.new("iocp_port *")
     assert lib.iocp_port_open(first, 0) == 0
     associate(first, one)
-    assert lib.iocp_associate_socket(port, one.fileno(), ffi.new("int *")) == INVALID_PARAMETER
+    assert lib.iocp_associate_socket(port, one.fileno(), ffi.new("int[3]")) == INVALID_PARAMETER
     sub = ffi.new("iocp_submission *")
     buffer = ffi.new("char[]", 100)
     assert lib.iocp_emulate(sub) == 0

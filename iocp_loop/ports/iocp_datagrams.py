@@ -104,7 +104,7 @@ class DatagramRequests(IocpRequests):
 
     def _start_send_to(self, op: ops.SendTo, association: Association) -> None:
         sub = self._take(op, association, self._finish_with_count, op.data)
-        code = 0 if op.address is None else sub.set_address(sub.op.handle.family, op.address)
+        code = 0 if op.address is None else sub.set_address(association.family, op.address)
         if code:
             self._submitted(sub, code)
         else:

@@ -47,7 +47,7 @@ UNDONE = frozenset({ABORTED, RETRY})
 class Association:
     """What is known of a handle that was associated with the port."""
 
-    __slots__ = ("emulated", "handle", "key", "position", "reading", "skips", "stream", "writing")
+    __slots__ = ("emulated", "family", "handle", "key", "position", "reading", "skips", "stream", "writing")
 
     def __init__(self, handle: HandleLike, key: int) -> None:
         #: Gives the object whose handle this is; None when it is gone or was a mere number.
@@ -58,7 +58,8 @@ class Association:
         self.key = key
         self.skips = False  # a request that is done at once makes no entry
         self.emulated = False  # it belongs to another port
-        self.stream = isinstance(handle, socket.socket) and handle.type == socket.SOCK_STREAM
+        self.family = 0  # of a socket, as the system knows it
+        self.stream = False
         self.position = 0  # of a file, in bytes, for requests that name none
         #: The operations in flight, in the order in which they came.  Those behind the first have not begun (their
         #: `driver_data` is this), but for accepts, which the kernel takes several of.
@@ -94,7 +95,7 @@ class IocpRequests(Driver):
         self._at_once: deque[tuple[Submission, int, int]] = deque()  # done without an entry
         self._spare: list[Submission] = []
         self._associations: dict[int, Association] = {}
-        self._skips = ffi.new("int *")
+        self._facts = ffi.new("int[3]")
 
     # -- handles -----------------------------------------------------------------------------------
 
@@ -114,9 +115,12 @@ class IocpRequests(Driver):
         is_socket = isinstance(handle, socket.socket)
         call = lib.iocp_associate_socket if is_socket else lib.iocp_associate_file
         association = Association(handle, lib.IOCP_KEY_SOCKET if is_socket else lib.IOCP_KEY_FILE)
-        code = call(self._port, fd, self._skips)
+        code = call(self._port, fd, self._facts)
+        if is_socket:
+            association.family = self._facts[1]
+            association.stream = self._facts[2] == socket.SOCK_STREAM
         if code == 0:
-            association.skips = bool(self._skips[0])
+            association.skips = bool(self._facts[0])
         elif code != INVALID_PARAMETER:
             raise error_of(code)
         elif not is_socket and lib.iocp_is_synchronous(fd):

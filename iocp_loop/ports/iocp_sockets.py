@@ -180,8 +180,8 @@ class SocketRequests(IocpRequests):
 
     def _start_connect(self, op: ops.Connect, association: Association) -> None:
         sub = self._take(op, association, self._connected)
-        if association.stream and op.handle.family in (socket.AF_INET, socket.AF_INET6):
-            code = sub.set_address(op.handle.family, op.address)
+        if association.stream and association.family in (socket.AF_INET, socket.AF_INET6):
+            code = sub.set_address(association.family, op.address)
             if code:
                 self._submitted(sub, code)
             else:

@@ -271,20 +271,24 @@ static int let_skip(HANDLE handle)
                                                           | FILE_SKIP_SET_EVENT_ON_HANDLE);
 }
 
-/* ERROR_INVALID_PARAMETER: the socket belongs to a port already.  `skips` tells whether "done at once" is final. */
-long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *skips)
+/* ERROR_INVALID_PARAMETER: the socket belongs to a port already.  `facts` are three: whether "done at once" is final, the
+ * address family and the type. */
+long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *facts)
 {
     WSAPROTOCOL_INFOW info;
     int size = sizeof info;
-    long error = associate(port, (HANDLE)socket, IOCP_KEY_SOCKET);
-    *skips = 0;
-    if (error)
-        return error;
-    if (getsockopt(socket, SOL_SOCKET, SO_PROTOCOL_INFOW, (char *)&info, &size) == 0
-        && (info.dwServiceFlags1 & XP1_IFS_HANDLES) && info.iSocketType == SOCK_STREAM)
+    long error;
+    ZeroMemory(&info, sizeof info);
+    if (getsockopt(socket, SOL_SOCKET, SO_PROTOCOL_INFOW, (char *)&info, &size) != 0)
+        return WSAGetLastError();
+    facts[0] = 0;
+    facts[1] = info.iAddressFamily;
+    facts[2] = info.iSocketType;
+    error = associate(port, (HANDLE)socket, IOCP_KEY_SOCKET);
+    if (!error && (info.dwServiceFlags1 & XP1_IFS_HANDLES) && info.iSocketType == SOCK_STREAM)
         /* Streams only: a WSARecvFrom that fails at once is not always reported as it should be. */
-        *skips = let_skip((HANDLE)socket);
-    return 0;
+        facts[0] = let_skip((HANDLE)socket);
+    return error;
 }
 
 /* ERROR_INVALID_PARAMETER: it belongs to a port already, or has no overlapped I/O (see iocp_is_synchronous).

@@ -44,7 +44,7 @@ void iocp_port_close(iocp_port *port);
 long iocp_wait(iocp_port *port, long long timeout_ns);
 long iocp_post(iocp_port *port);
 
-long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *skips);
+long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *facts);
 long iocp_associate_file(iocp_port *port, uintptr_t handle, int *skips);
 int iocp_is_synchronous(uintptr_t handle);
 long iocp_cancel(iocp_submission *sub);
