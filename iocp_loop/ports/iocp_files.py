@@ -48,8 +48,9 @@ class FileRequests(IocpRequests):
             count = code = 0
         elif code == MORE_DATA:  # the rest of a message comes with the next read
             code = 0
-        elif not code and not count and len(sub.keep):
-            # Somebody has written nothing to the other end of a pipe: no data, and not the end either.
+        elif not code and not count and len(sub.keep) and lib.iocp_file_type(op.fd) == lib.IOCP_PIPE:
+            # Somebody has written nothing to the other end of a pipe: no data, and not the end either.  What else
+            # answers so would do it again at once: a serial port that has nothing.
             if op.state is CANCELLING:
                 self._end(sub, None, ABORTED)
             else:

@@ -27,12 +27,12 @@ long iocp_write(uintptr_t handle, iocp_submission *sub, const void *buffer, unsi
     return file_result(WriteFile((HANDLE)handle, buffer, size, &sub->bytes, overlapped));
 }
 
-/* namedpipeapi/nf-namedpipeapi-createnamedpipew: one more instance of a server's end, in byte mode.  `first`: it must
- * be the first of its name. */
+/* namedpipeapi/nf-namedpipeapi-createnamedpipew: one more instance of a server's end.  `first`: it must be the first of
+ * its name.  It is read as bytes; but its type is that of messages, or clients that want to read those could not. */
 long iocp_pipe_serve(const wchar_t *name, int first, unsigned long buffer_size, uintptr_t *handle)
 {
     DWORD mode = PIPE_ACCESS_DUPLEX | FILE_FLAG_OVERLAPPED | (first ? FILE_FLAG_FIRST_PIPE_INSTANCE : 0);
-    HANDLE pipe = CreateNamedPipeW(name, mode, PIPE_TYPE_BYTE | PIPE_READMODE_BYTE | PIPE_REJECT_REMOTE_CLIENTS,
+    HANDLE pipe = CreateNamedPipeW(name, mode, PIPE_TYPE_MESSAGE | PIPE_READMODE_BYTE | PIPE_REJECT_REMOTE_CLIENTS,
                                    PIPE_UNLIMITED_INSTANCES, buffer_size, buffer_size, 0, NULL);
     if (pipe == INVALID_HANDLE_VALUE)
         return GetLastError();
