@@ -43,7 +43,7 @@ def order(rig: Rig, operations: list[Operation]) -> list[Operation]:
 def test_sends_at_once_do_not_tear_each_others_messages(
     rig: Rig, pair: Pair, at_most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iocp_sockets, "LARGEST_REQUEST", at_most)
+    monkeypatch.setattr(iocp_sockets, "LARGEST_SEND", at_most)
     pieces = [bytes([letter]) * SIZE for letter in b"abcdef"]
     got = bytearray()
     with in_thread(lambda: got.extend(read_exactly(pair[1], len(pieces) * SIZE))):
@@ -278,7 +278,7 @@ def test_a_datagram_stream_does_not_go_on_with_a_socket_that_has_its_number(rig:
 def test_the_rest_of_a_send_does_not_go_to_a_socket_that_has_its_number(
     rig: Rig, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(iocp_sockets, "LARGEST_REQUEST", 1000)
+    monkeypatch.setattr(iocp_sockets, "LARGEST_SEND", 1000)
     ours, peer = tcp_pair()
     number = ours.fileno()
     with peer:

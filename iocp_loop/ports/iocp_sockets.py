@@ -22,9 +22,13 @@ from .iocp_binding import (
     handle_of_file,
     lib,
 )
-from .iocp_requests import LARGEST_REQUEST, Association, IocpRequests, still_open
+from .iocp_requests import Association, IocpRequests, still_open
 
 __all__ = ["SocketRequests"]
+
+#: The most of a send that is in the system's hands at once, bytes.  Windows may take all of it into its own memory, the
+#: write buffer being empty then, however slow the peer is; or lock it.
+LARGEST_SEND = 1 << 20
 
 #: The most that TransmitFile takes in one call, bytes.
 LARGEST_TRANSMISSION = (1 << 31) - 2
@@ -40,7 +44,7 @@ class SocketRequests(IocpRequests):
 
     def _start_send(self, op: ops.Send, association: Association) -> None:
         sub = self._take(op, association, self._finish_with_count, op.data)
-        self._request(sub, lib.iocp_send, ffi.from_buffer(op.data), min(op.data.nbytes, LARGEST_REQUEST))
+        self._request(sub, lib.iocp_send, ffi.from_buffer(op.data), min(op.data.nbytes, LARGEST_SEND))
 
     def _start_send_all(self, op: ops.SendAll, association: Association) -> None:
         sub = self._take(op, association, self._sent_some)
@@ -54,7 +58,7 @@ class SocketRequests(IocpRequests):
         op = sub.op
         if len(op.buffers) > lib.IOCP_GATHER_LIMIT:
             op.buffers = [memoryview(b"".join(op.buffers))]
-        room = LARGEST_REQUEST
+        room = LARGEST_SEND
         sub.keep = views = []
         for view in op.buffers:
             views.append(view[:room])

@@ -66,4 +66,8 @@ long add_console_port(HANDLE port);
 void remove_console_port(HANDLE port);
 long long limit_after_console_event(long long timeout_ns);
 
+#ifdef IOCP_LOOP_EMULATION /* for tests: see tools/windows_emulation */
+#include IOCP_LOOP_EMULATION
+#endif
+
 #endif
