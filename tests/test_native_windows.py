@@ -69,6 +69,32 @@ def associate(port: Any, sock: socket.socket) -> bool:
     return bool(skips[0])
 
 
+@pytest.mark.parametrize(
+    ("status", "socket_error", "file_error"),
+    [
+        (0x00000000, 0, 0),
+        (0x4000000F, 0, 0),  # STATUS_RECEIVE_PARTIAL, informational
+        (0x40000010, 0, 0),  # STATUS_RECEIVE_EXPEDITED, informational
+        (0x00000103, 997, 997),  # STATUS_PENDING
+        (0x00000102, 10060, 0),  # STATUS_TIMEOUT, a success but for sockets
+        (0x80000005, 10040, 234),  # STATUS_BUFFER_OVERFLOW: a datagram, a message of a pipe
+        (0xC0000120, 995, 995),  # STATUS_CANCELLED
+        (0xC000020D, 10054, None),  # STATUS_CONNECTION_RESET
+        (0xC0000236, 10061, None),  # STATUS_CONNECTION_REFUSED
+        (0xC000A012, 10052, None),  # STATUS_HOPLIMIT_EXCEEDED
+        (0xC00000BE, 10051, 53),  # STATUS_BAD_NETWORK_PATH: no FileNotFoundError for a socket
+        (0xC0000022, 10013, 5),  # STATUS_ACCESS_DENIED
+        (0xC0000017, 10055, 8),  # STATUS_NO_MEMORY
+        (0xC00000B0, 10058, 233),  # STATUS_PIPE_DISCONNECTED
+        (0xC0000008, 10038, 6),  # STATUS_INVALID_HANDLE
+    ],
+)
+def test_statuses_are_errors_by_their_names(status: int, socket_error: int, file_error: int | None) -> None:
+    assert lib.iocp_error_of_status(status, 1) == socket_error
+    if file_error is not None:
+        assert lib.iocp_error_of_status(status, 0) == file_error
+
+
 def test_a_wait_that_runs_out_takes_its_time(port: Any) -> None:
     started = time.perf_counter()
     assert reap(port, 0.05) == []
