@@ -26,6 +26,10 @@ They get a real buffer.
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).
 
+An accept that is outstanding is a connection promised to this process, busy or not: the kernel serves accepts in the
+order in which they were made, whoever made them.  So a listener has one, and processes that share it take turns.  What
+else has connected when one completes is taken by plain calls.
+
 A wait for a handle (the exit of a process) is no request on that handle, which need not be associated: a wait
 completion packet, or where Windows has none a thread of the system's pool, puts the entry on the port.  Taking it back
 tells for certain whether the entry is or will be there, so a cancel that meets the signal half way loses nothing.
@@ -36,9 +40,14 @@ I/O is refused: it has to be served by a thread.
 
 What may complete out of order
 ------------------------------
-Sends of one socket are carried out in the order of submission, but entries of one handle may come off the queue in any
-order, and completions at once overtake older ones that pend.  ``CancelIoEx`` is a request: the entry comes all the
-same, with ERROR_OPERATION_ABORTED or with the result, if that was earlier.
+Operations on different handles, and the two directions of one.  The kernel keeps the order of the requests of a handle,
+but entries may come off the queue in any order, completions at once overtake older ones that pend, and an operation may
+need several requests.  So an operation stands in line behind those of its handle and direction, and begins when it is
+the first.  ``CancelIoEx`` is a request: the entry comes all the same, with ERROR_OPERATION_ABORTED or with the result,
+if that was earlier.
+
+A number is the handle's that had it until that is closed, and anybody's afterwards.  So no request is made by a number
+without a look at its object, and an operation whose object is closed ends as cancelled, whatever the system calls that.
 
 A thread that ends leaves its requests to the port.  But one may come back undone (ERROR_RETRY, see ``iocp.c``; or
 cancelled by nobody), when its thread ended at the wrong moment.  A wait to receive, a poll, an accept is made again
