@@ -68,6 +68,8 @@ def compile_binding(python: WindowsPython, folder: Path, *, emulate: bool = Fals
     if python.run([str(package / "_cffi_build.py"), str(build / "_iocp.c")], timeout=120) != 0:
         raise SetupError("cffi could not write the C of iocp_loop._iocp")
     native = package / "_native" / "windows"
+    # Other compilers know no extensions of GNU's.
+    python.check_c11(sorted(native.glob("*.c")))
     python.compile(
         [build / "_iocp.c", *sorted(native.glob("*.c")), *(EMULATION.glob("*.c") if emulate else ())],
         package / "_iocp.pyd",

@@ -366,6 +366,11 @@ class WindowsPython:
               "-D_WIN32_WINNT=0x0A00", *flags, *include_flags, "-o", output, *sources,
               self.root / f"{self.dll}.dll", self.root / "python3.dll", *library_flags])  # fmt: skip
 
+    def check_c11(self, sources: Sequence[Path]) -> None:
+        """SetupError if one of `sources`, which must not include Python's headers, is not plain C11."""
+        must([MINGW + "gcc", "-std=c11", "-Wall", "-Wpedantic", "-Werror", "-D_WIN32_WINNT=0x0A00", "-fsyntax-only",
+              *sources])  # fmt: skip
+
     def run(self, arguments: Sequence[str], *, cwd: Path | None = None, timeout: float = 3600) -> int:
         """Run python.exe with `arguments`; its output goes to this process's stdout.  Returns the exit code."""
         return self.wine.run([str(self.exe), *arguments], cwd=cwd, timeout=timeout)

@@ -44,6 +44,8 @@ typedef char overlapped_fits[sizeof(OVERLAPPED) == sizeof(((iocp_submission *)0)
 /* drivers/ddi/ntifs/nf-ntifs-ntqueryinformationfile: FileModeInformation */
 #define FILE_MODE_INFORMATION_CLASS 16
 
+typedef void (*any_function)(void); /* through which C casts one type of function to another without a complaint */
+
 struct found found;
 
 /* Successes and informational statuses (0x0... and 0x4...) are no errors. */
@@ -169,10 +171,10 @@ long iocp_start(void)
             error = extension(s, (GUID)WSAID_TRANSMITFILE, &found.transmit_file);
         if (s != INVALID_SOCKET)
             closesocket(s);
-        found.query_information = (query_information_file)(void *)GetProcAddress(ntdll, "NtQueryInformationFile");
-        found.create_packet = (create_wait_packet)(void *)GetProcAddress(ntdll, "NtCreateWaitCompletionPacket");
-        found.associate_packet = (associate_wait_packet)(void *)GetProcAddress(ntdll, "NtAssociateWaitCompletionPacket");
-        found.cancel_packet = (cancel_wait_packet)(void *)GetProcAddress(ntdll, "NtCancelWaitCompletionPacket");
+        found.query_information = (query_information_file)(any_function)GetProcAddress(ntdll, "NtQueryInformationFile");
+        found.create_packet = (create_wait_packet)(any_function)GetProcAddress(ntdll, "NtCreateWaitCompletionPacket");
+        found.associate_packet = (associate_wait_packet)(any_function)GetProcAddress(ntdll, "NtAssociateWaitCompletionPacket");
+        found.cancel_packet = (cancel_wait_packet)(any_function)GetProcAddress(ntdll, "NtCancelWaitCompletionPacket");
         if (!found.associate_packet || !found.cancel_packet)
             found.create_packet = NULL;
         if (!error)
