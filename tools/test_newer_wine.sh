@@ -51,7 +51,7 @@ for name in wine64 wineserver; do
         [ -e "$root$path" ] || [ -L "$root$path" ] || continue
         cat >"$home/bin/$name" <<END
 #!/bin/sh
-exec chroot "$root" /bin/sh -c 'cd "\$0" && exec "\$@"' "\$PWD" $path "\$@"
+exec chroot "$root" /bin/sh -c 'cd "\$0" 2>/dev/null || cd /; exec "\$@"' "\$PWD" $path "\$@"
 END
         chmod +x "$home/bin/$name"
         break
@@ -65,5 +65,5 @@ export IOCP_LOOP_WINDOWS="$home/windows" PATH="$home/bin:$PATH"
 exec unshare --mount sh -ec '
     root=$1 home=$2 run=$3 && shift 3
     mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev" && mount --bind "$home/windows" "$root$home/windows"
-    cd "$home/windows" && exec "$run" "$@"
+    exec "$run" "$@"
 ' sh "$root" "$home" "$project/tools/test_windows.sh" "$@"
