@@ -223,7 +223,8 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
     def _forget_reaped(self) -> None:
         """Take what was reaped off the table without delivering it."""
         for address in self._take_reaped():
-            self._drop(self._outstanding.pop(address))
+            if (sub := self._outstanding.pop(address, None)) is not None:
+                self._drop(sub)
 
     def _drop(self, sub: Submission) -> None:
         if sub.finish == self._accepted and sub.native.accepted:

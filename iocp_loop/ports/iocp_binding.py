@@ -119,8 +119,7 @@ class Submission:
     __slots__ = ("address", "armed", "association", "finish", "keep", "native", "op", "slot", "small")
 
     def __init__(self) -> None:
-        self.native = ffi.new("iocp_submission *")
-        self.address = int(ffi.cast("uintptr_t", self.native))
+        self.renew()
         self.armed = False
         self.op: Any = None
         self.association: Any = None
@@ -128,6 +127,11 @@ class Submission:
         self.keep: Any = None
         self.slot: Slot | None = None
         self.small = False
+
+    def renew(self) -> None:
+        """Have other memory from now on."""
+        self.native = ffi.new("iocp_submission *")
+        self.address = int(ffi.cast("uintptr_t", self.native))
 
     def set_address(self, family: int, address: Any) -> int:
         """Write a socket address, whose host is numeric, for the request to come.  0, or an error code."""

@@ -94,6 +94,7 @@ class IocpRequests(Driver):
         self._outstanding: dict[int, Submission] = {}
         self._at_once: deque[tuple[Submission, int, int]] = deque()  # done without an entry
         self._spare: list[Submission] = []
+        self._spoiled: deque[Any] = deque(maxlen=4096)
         self._associations: dict[int, Association] = {}
         self._facts = ffi.new("int[3]")
 
@@ -215,6 +216,11 @@ class IocpRequests(Driver):
                 check(lib.iocp_emulate_watch(self._port, sub.native, association.key))
         else:
             self._at_once.append((sub, sub.native.bytes if code == 0 else 0, code))
+            if code and association.family and not association.stream and not association.emulated:
+                # A datagram that is too long, for instance: there may be an entry all the same, soon.  Nobody must take
+                # it for that of another request, so what it is the address of serves no more.
+                self._spoiled.append(sub.native)
+                sub.renew()
 
     def _next_dispatch(self, sub: Submission) -> None:
         """Let the next dispatch finish or go on with a submission, without a request to the kernel."""

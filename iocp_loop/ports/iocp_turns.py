@@ -75,9 +75,10 @@ class PythonIocpTurns(_Base):
     def _deliver_reaped(self) -> None:
         outstanding = self._outstanding
         for address, count, code in self._reaped:
-            sub = outstanding.pop(address)
-            sub.armed = False
-            sub.finish(sub, count, code)
+            sub = outstanding.pop(address, None)
+            if sub is not None:  # else a request that had failed at once, see `_spoiled`
+                sub.armed = False
+                sub.finish(sub, count, code)
         self._undispatched = False
 
     @property

@@ -447,12 +447,10 @@ static int deliver(IocpTurns *self, uintptr_t address, unsigned long count, long
 {
     PyObject *number = PyLong_FromVoidPtr((void *)address);
     PyObject *sub = number == NULL ? NULL : PyDict_GetItemWithError(self->outstanding, number);
-    int failed = -1;
-    if (sub == NULL && number != NULL && !PyErr_Occurred())
-        PyErr_SetObject(PyExc_KeyError, number);
+    int failed = PyErr_Occurred() ? -1 : 0; /* one that is not known had failed at once, see _spoiled in Python */
     Py_XINCREF(sub);
-    if (sub != NULL && PyDict_DelItem(self->outstanding, number) == 0)
-        failed = finish(self, sub, count, code);
+    if (sub != NULL)
+        failed = PyDict_DelItem(self->outstanding, number) < 0 ? -1 : finish(self, sub, count, code);
     Py_XDECREF(sub);
     Py_XDECREF(number);
     return failed;
