@@ -443,8 +443,8 @@ def test_arguments_that_somebody_else_has_outlive_their_loop(driver: str) -> Non
     handle = loop.call_soon(print, item)
     arguments = handle._args
     del item, handle
+    del loop
     with pytest.warns(ResourceWarning):
-        loop = None
         gc.collect()
     assert arguments[0][0] == "mine"
 

@@ -27,13 +27,17 @@ STAGED = ("iocp_loop", "tests", "examples", "benchmarks", "docs", "conftest.py",
           "README.md", "CHANGELOG.md")  # fmt: skip
 NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_iocp.c", ".*_cache")
 
+#: Libraries that pip cannot install from here: they need one that has no wheel.
+NOT_TO_BE_HAD = ("blockbuster",)
+
 
 def requirements() -> list[str]:
     """What the tests need, as pyproject.toml names it; requirements with an environment marker are not for here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["libraries"]]
-    return [each for each in wanted if ";" not in each and not re.match(r"iocp_loop\b", each)]
+    here = re.compile("|".join(("iocp_loop", *NOT_TO_BE_HAD)))
+    return [each for each in wanted if ";" not in each and not here.match(each)]
 
 
 @contextlib.contextmanager
