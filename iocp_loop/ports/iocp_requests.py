@@ -72,9 +72,13 @@ def _no_object() -> None:
 
 
 def still_open(op: Operation) -> bool:
-    """Whether the number of `op` is still that of its handle: once that is closed, another may have it."""
+    """Whether the number of `op` is still that of its handle: once that is closed, another may have it.
+
+    What the system knows of a socket decides, and not a `fileno` of the user's.
+    """
+    handle = op.handle
     try:
-        return fileno(op.handle) == op.fd
+        return (socket.socket.fileno(handle) if isinstance(handle, socket.socket) else fileno(handle)) == op.fd
     except Exception:  # closed, or an object of the user's that has other things to say
         return False
 
