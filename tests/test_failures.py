@@ -250,7 +250,7 @@ def test_an_argument_that_makes_no_sense(rig: Rig, pair: Pair, other: Pair, argu
     else:
         value, error = rig.outcome(op)
         # A size may be larger than any memory where the driver has its own.
-        assert isinstance(error, Exception) or value == b"data"
+        assert isinstance(error, Exception) or b"data" in (value, value[0])
     in_order(rig, other)
 
 

@@ -136,6 +136,8 @@ class Submission:
     def set_address(self, family: int, address: Any) -> int:
         """Write a socket address, whose host is numeric, for the request to come.  0, or an error code."""
         host, port, flow, scope = (*address, 0, 0)[:4]
+        if not isinstance(host, str):
+            raise TypeError(f"the host of an address must be a str, not {type(host).__name__}")
         if host == "":
             host = "::" if family == socket.AF_INET6 else "0.0.0.0"
         elif host == "<broadcast>":

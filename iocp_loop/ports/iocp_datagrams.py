@@ -28,8 +28,9 @@ class DatagramRequests(IocpRequests):
 
     def _start_receive_from(self, op: Any, association: Association) -> None:
         into = memoryview(op.buffer) if hasattr(op, "buffer") else None
+        most = min(op.size, LARGEST_DATAGRAM) if into is None else into.nbytes
         finish = self._received_datagram if op.stream else self._received_from
-        self._arm_receive_from(self._take(op, association, finish, (bytearray(LARGEST_DATAGRAM), into)))
+        self._arm_receive_from(self._take(op, association, finish, (bytearray(LARGEST_DATAGRAM), into, most)))
 
     def _arm_receive_from(self, sub: Submission) -> None:
         memory = ffi.from_buffer(sub.keep[0], require_writable=True)
@@ -50,8 +51,8 @@ class DatagramRequests(IocpRequests):
         if code and self._left_undone(op, code):
             self._arm_receive_from(sub)
             return
-        memory, into = sub.keep
-        if not code and count > (op.size if into is None else into.nbytes):
+        memory, into, most = sub.keep
+        if not code and count > most:
             code = WSA_MESSAGE_SIZE
         if code:
             self._end(sub, None, code)
@@ -69,7 +70,7 @@ class DatagramRequests(IocpRequests):
         if code and self._left_undone(op, code):
             self._arm_datagrams(op)
             return
-        if not code and count > op.size:
+        if not code and count > sub.keep[2]:
             code = WSA_MESSAGE_SIZE
         if code:
             self._end(sub, None, code)
@@ -79,7 +80,7 @@ class DatagramRequests(IocpRequests):
         try:
             while True:
                 self.completions += 1
-                op.complete(datagram, None)
+                self._complete(op, datagram, None)
                 patience -= 1
                 if not patience or op.paused or op.state is not IN_FLIGHT:
                     break
