@@ -14,6 +14,7 @@ import itertools
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -155,7 +156,7 @@ class Meddler:
 
 def _at_a_high_number(sock: socket.socket) -> socket.socket:
     """The same under a number for which the tables of a driver have no room yet."""
-    number = max(map(int, os.listdir("/proc/self/fd")), default=0) + 300 if os.path.exists("/proc/self/fd") else 0
+    number = max(map(int, os.listdir("/proc/self/fd")), default=0) + 300 if sys.platform == "linux" else 0
     other = sock.dup() if not number else socket.socket(fileno=os.dup2(sock.fileno(), number, inheritable=False))
     other.setblocking(False)
     return other
