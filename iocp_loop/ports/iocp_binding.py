@@ -138,6 +138,8 @@ class Submission:
         host, port, flow, scope = (*address, 0, 0)[:4]
         if not isinstance(host, str):
             raise TypeError(f"the host of an address must be a str, not {type(host).__name__}")
+        if not 0 <= port <= 65535:
+            raise OverflowError("a port must be from 0 to 65535")
         if host == "":
             host = "::" if family == socket.AF_INET6 else "0.0.0.0"
         elif host == "<broadcast>":

@@ -74,14 +74,18 @@ class SocketRequests(IocpRequests):
 
     def _sent_some(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
-        if op.advance(count):
+        try:
+            done = op.advance(count)
+            if not done and not code and op.state is not CANCELLING:
+                self._send_gathered(sub)
+                return
+        except Exception as error:  # somebody has taken the buffers away
+            self._end_with(sub, None, error)
+            return
+        if done:
             self._end(sub, op.sent)
-        elif code:
-            self._end(sub, None, code)
-        elif op.state is CANCELLING:
-            self._end(sub, None, ABORTED)
         else:
-            self._send_gathered(sub)
+            self._end(sub, None, code or ABORTED)
 
     def _start_send_file(self, op: ops.SendFile, association: Association) -> None:
         status = os.fstat(op.file)
