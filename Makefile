@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries test-all test-debian test-windows lint format types docs coverage bench wheel wheels clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries test-all test-debian test-windows test-windows-all lint format types docs coverage bench wheel wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -121,8 +121,12 @@ test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (V
 # auto: the version of the environment's Python, or else another that can be had as Windows Python.
 VERSION ?= auto
 
-test-windows: $(VENV)/.made ## the tests on Windows Python under Wine, driver iocp (VERSION=, ARGS=)
+test-windows: $(VENV)/.made ## the tests on Windows Python under Wine, as it is and with what it lacks emulated (VERSION=, ARGS=)
 	@PYTHON=$(RUN) tools/test_windows.sh $(VERSION) $(ARGS)
+	@PYTHON=$(RUN) tools/test_windows.sh $(VERSION) --emulate $(ARGS)
+
+test-windows-all: test-windows ## the same, and under a newer Wine, as root (VERSION=, ARGS=)
+	@PYTHON=$(RUN) tools/test_newer_wine.sh $(VERSION) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .

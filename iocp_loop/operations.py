@@ -362,15 +362,16 @@ class Readiness(Operation):
 class AcceptStream(Operation):
     """Accept connections until cancelled.  Values: ``(socket, address)``, as :class:`Accept` gives them.
 
-    `depth` is how many accepts are outstanding at once where the system takes them one by one (AcceptEx).  An error
-    ends the stream; a connection that was reset before it was accepted is not an error.
+    `depth` is how many accepts are outstanding at once where the system takes them one by one (AcceptEx).  Each gets a
+    connection, also while whoever made it is busy: with more than one, processes that share a listener are served in
+    batches.  An error ends the stream; a connection that was reset before it was accepted is not an error.
     """
 
     __slots__ = ("depth",)
     stream = True
     handle: socket.socket
 
-    def __init__(self, sock: socket.socket, depth: int = 16) -> None:
+    def __init__(self, sock: socket.socket, depth: int = 1) -> None:
         super().__init__(sock)
         self.depth = depth
 

@@ -63,6 +63,10 @@ _PATIENCE = 5
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
 _WORTH_JOINING = 64
 
+#: The most that is handed to one call of ``send``, bytes.  Windows takes all that it is given, where other systems take
+#: what their buffer has room for: nobody would ever have to wait for a slow peer.
+_MOST_AT_ONCE = 256 * 1024 if sys.platform == "win32" else sys.maxsize
+
 
 class FlowControl(transports._FlowControlMixin):
     """Pauses a protocol's writing above the high-water mark and resumes it at the low one (both in bytes).
@@ -128,7 +132,7 @@ class PythonStream(FlowControl):
             self._write_otherwise(data)
             return
         try:
-            sent = self._sock.send(data)
+            sent = self._sock.send(data if len(data) <= _MOST_AT_ONCE else memoryview(data)[:_MOST_AT_ONCE])
         except (BlockingIOError, InterruptedError):
             sent = 0
         except (SystemExit, KeyboardInterrupt):
@@ -513,12 +517,11 @@ class SocketTransport(Stream):
     def _send_some(self, buffers: Sequence[memoryview]) -> int:
         """Try to send at once; the number of bytes taken.  A failure loses the connection."""
         try:
-            if len(buffers) == 1:
-                return self._sock.send(buffers[0])
-            if hasattr(self._sock, "sendmsg"):
+            if len(buffers) > 1 and hasattr(self._sock, "sendmsg"):
                 sent: int = self._sock.sendmsg(buffers[:1024])
                 return sent
-            return self._sock.send(b"".join(buffers))
+            data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
+            return self._sock.send(data[:_MOST_AT_ONCE])
         except (BlockingIOError, InterruptedError):
             return 0
         except (SystemExit, KeyboardInterrupt):

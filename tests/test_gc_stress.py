@@ -14,6 +14,7 @@ import itertools
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,7 +157,10 @@ class Meddler:
 
 def _at_a_high_number(sock: socket.socket) -> socket.socket:
     """The same under a number for which the tables of a driver have no room yet."""
-    other = socket.socket(fileno=os.dup2(sock.fileno(), sock.fileno() + 500, inheritable=False))
+    if sys.platform == "linux":
+        other = socket.socket(fileno=os.dup2(sock.fileno(), sock.fileno() + 500, inheritable=False))
+    else:
+        other = sock.dup()
     other.setblocking(False)
     return other
 

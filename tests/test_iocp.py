@@ -196,10 +196,10 @@ def test_accepts_that_a_shortage_has_cost_are_made_again(
     arm = driver._arm_accept
     room = 2
 
-    def arm_if_there_is_room(sub: Any, association: Any) -> None:
+    def arm_if_there_is_room(sub: Any) -> None:
         if outstanding() >= room:
             raise OSError(errno.ENOBUFS, "no buffer space available")
-        arm(sub, association)
+        arm(sub)
 
     def outstanding() -> int:
         return sum(sub.op is op for sub in driver._outstanding.values())
@@ -451,3 +451,90 @@ def test_the_clock_of_the_loop_is_finer_than_that_of_the_system() -> None:
     before = loop.time()
     assert any(loop.time() > before for _ in range(1000))
     loop.close()
+
+
+# -- connecting on this machine --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("any_address", ["0.0.0.0", "::"])
+async def test_to_connect_to_any_address_is_to_connect_to_this_machine(
+    loop: iocp_loop.IocpEventLoop, any_address: str
+) -> None:
+    family = socket.AF_INET6 if ":" in any_address else socket.AF_INET
+    with socket.socket(family) as listener, socket.socket(family) as client:
+        listener.bind(("::1" if ":" in any_address else "127.0.0.1", 0))
+        listener.listen()
+        client.setblocking(False)
+        await loop.sock_connect(client, (any_address, listener.getsockname()[1]))
+        assert client.getpeername() == listener.getsockname()
+
+
+async def test_a_refused_connection_to_this_machine(loop: iocp_loop.IocpEventLoop) -> None:
+    with socket.socket() as nobody, socket.socket() as client:
+        nobody.bind(("127.0.0.1", 0))
+        client.setblocking(False)
+        with pytest.raises(ConnectionRefusedError):
+            await loop.sock_connect(client, nobody.getsockname())
+
+
+# -- pipes of others -------------------------------------------------------------------------------
+
+
+async def test_a_client_may_read_the_pipe_of_a_server_by_messages(loop: iocp_loop.IocpEventLoop, address: str) -> None:
+    from multiprocessing.connection import Client
+
+    servers = await loop.start_serving_pipe(Echo, address)
+    with await loop.run_in_executor(None, Client, address, "AF_PIPE") as client:
+        await loop.run_in_executor(None, client.send_bytes, b"hello")
+        assert await loop.run_in_executor(None, client.recv_bytes) == b"hello"
+    servers[0].close()
+    await asyncio.sleep(0.05)
+
+
+def test_nothing_from_a_handle_that_is_no_pipe_is_an_answer(
+    monkeypatch: pytest.MonkeyPatch, pipe: tuple[Handle, Handle]
+) -> None:
+    """A serial port says at once that it has nothing, as often as it is asked."""
+    monkeypatch.setattr(lib, "iocp_file_type", lambda handle: lib.IOCP_DEVICE)
+    driver = IocpDriver()
+    got: list[Any] = []
+    op = ops.Read(pipe[0], 100)
+    op.complete = lambda value, error: got.append((value, error))
+    driver.submit(op)
+    sub = op.driver_data
+    sub.finish(sub, 0, 0)
+    assert got == [(b"", None)]
+    lib.iocp_cancel(sub.native)  # the request was not over in truth
+    driver.wait(LIMIT)
+    driver._outstanding.clear()
+    driver._port.count = 0
+    driver.close()
+
+
+# -- amounts ---------------------------------------------------------------------------------------
+
+
+async def test_a_transport_does_not_hand_the_system_more_than_it_may_keep(
+    loop: iocp_loop.IocpEventLoop, pair: Pair
+) -> None:
+    """Windows takes a send of any size at once: nobody would have to wait for the peer."""
+    paused: list[bool] = []
+
+    class Writer(asyncio.Protocol):
+        def pause_writing(self) -> None:
+            paused.append(True)
+
+        def resume_writing(self) -> None:
+            paused.append(False)
+
+    transport, _ = await loop.create_connection(Writer, sock=pair[0])
+    size = 32 << 20
+    transport.write(bytes(size))
+    assert transport.get_write_buffer_size() >= size - (1 << 20)
+    assert paused == [True]
+    received = await loop.run_in_executor(None, read_exactly, pair[1], size)
+    assert len(received) == size
+    await asyncio.sleep(0.05)
+    assert paused == [True, False]
+    transport.close()
+    await asyncio.sleep(0.05)

@@ -231,6 +231,67 @@ def test_console_events_are_signals_and_leave_time_to_clean_up(event: int, handl
     assert (done.stdout, done.returncode) == (f"{expected}\ncleaned up\n", 0), done.stderr
 
 
+def run_with_console(code: str) -> str:
+    """Run `code` in a console of its own; what it has printed."""
+    done = subprocess.run(
+        python_command(code),
+        env=child_environment(),
+        creationflags=subprocess.CREATE_NO_WINDOW,
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_log_off_does_not_end_a_service() -> None:
+    """Services hear of everybody's."""
+    printed = run_with_console(
+        """
+        import asyncio, ctypes, signal, threading
+        import iocp_loop
+        from iocp_loop.ports.iocp_binding import lib
+
+        async def main():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGBREAK, print, "called")
+            lib.iocp_set_service(1)
+            routine = ctypes.WinDLL("kernelbase").CtrlRoutine
+            routine.argtypes = [ctypes.c_void_p]
+            threading.Thread(target=routine, args=[5], daemon=True).start()
+            await asyncio.sleep(0.5)
+            print("lives")
+
+        iocp_loop.run(main(), driver="iocp")
+        """
+    )
+    assert printed == "lives\n"
+
+
+def test_ctrl_c_reaches_the_hundredth_port_too() -> None:
+    printed = run_with_console(
+        """
+        import asyncio, ctypes
+        import iocp_loop
+
+        others = [iocp_loop.new_event_loop("iocp") for _ in range(100)]
+
+        async def main():
+            asyncio.get_running_loop().call_later(0.1, ctypes.windll.kernel32.GenerateConsoleCtrlEvent, 0, 0)
+            await asyncio.sleep(30)
+
+        try:
+            iocp_loop.run(main(), driver="iocp")
+        except KeyboardInterrupt:
+            print("interrupted")
+        for loop in others:
+            loop.close()
+        """
+    )
+    assert printed == "interrupted\n"
+
+
 def test_a_closed_console_ends_a_program_without_handlers() -> None:
     """One whose loop has let go of its handler, and one that has never had any."""
     code = """

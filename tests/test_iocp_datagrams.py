@@ -108,7 +108,7 @@ async def test_a_paused_endpoint_resumes_when_its_sends_fail(
     transport, protocol = await loop.create_datagram_endpoint(Datagrams, sock=reluctant)
     transport.set_write_buffer_limits(high=100)
     for _ in range(20):
-        transport.sendto(b"x" * 100, ("127.0.0.1", 0))  # to no port: refused
+        transport.sendto(bytes(66_000), ("127.0.0.1", 9))  # longer than any datagram: refused
     assert protocol.calls == ["pause_writing"]
     await until(lambda: len(protocol.errors) == 20)
     assert protocol.calls == ["pause_writing", "resume_writing"]

@@ -64,9 +64,35 @@ def reap(port: Any, seconds: float = 10) -> list[tuple[int, int, int]]:
 
 
 def associate(port: Any, sock: socket.socket) -> bool:
-    skips = ffi.new("int *")
+    skips = ffi.new("int[3]")
     assert lib.iocp_associate_socket(port, sock.fileno(), skips) == 0
     return bool(skips[0])
+
+
+@pytest.mark.parametrize(
+    ("status", "socket_error", "file_error"),
+    [
+        (0x00000000, 0, 0),
+        (0x4000000F, 0, 0),  # STATUS_RECEIVE_PARTIAL, informational
+        (0x40000010, 0, 0),  # STATUS_RECEIVE_EXPEDITED, informational
+        (0x00000103, 997, 997),  # STATUS_PENDING
+        (0x00000102, 10060, 0),  # STATUS_TIMEOUT, a success but for sockets
+        (0x80000005, 10040, 234),  # STATUS_BUFFER_OVERFLOW: a datagram, a message of a pipe
+        (0xC0000120, 995, 995),  # STATUS_CANCELLED
+        (0xC000020D, 10054, None),  # STATUS_CONNECTION_RESET
+        (0xC0000236, 10061, None),  # STATUS_CONNECTION_REFUSED
+        (0xC000A012, 10052, None),  # STATUS_HOPLIMIT_EXCEEDED
+        (0xC00000BE, 10051, 53),  # STATUS_BAD_NETWORK_PATH: no FileNotFoundError for a socket
+        (0xC0000022, 10013, 5),  # STATUS_ACCESS_DENIED
+        (0xC0000017, 10055, 8),  # STATUS_NO_MEMORY
+        (0xC00000B0, 10058, 233),  # STATUS_PIPE_DISCONNECTED
+        (0xC0000008, 10038, 6),  # STATUS_INVALID_HANDLE
+    ],
+)
+def test_statuses_are_errors_by_their_names(status: int, socket_error: int, file_error: int | None) -> None:
+    assert lib.iocp_error_of_status(status, 1) == socket_error
+    if file_error is not None:
+        assert lib.iocp_error_of_status(status, 0) == file_error
 
 
 def test_a_wait_that_runs_out_takes_its_time(port: Any) -> None:
@@ -154,7 +180,7 @@ def test_a_cancelled_receive_completes_as_aborted(port: Any, pair: tuple[socket.
 def test_a_request_that_its_thread_left_behind_says_so(port: Any, pair: tuple[socket.socket, socket.socket]) -> None:
     # Wine: the thread that made the request ends before it has written the result.
     sub = ffi.new("iocp_submission *")
-    assert lib.iocp_associate_socket(port, pair[0].fileno(), ffi.new("int *")) == 0
+    assert lib.iocp_associate_socket(port, pair[0].fileno(), ffi.new("int[3]")) == 0
     assert lib.iocp_receive(pair[0].fileno(), sub, ffi.NULL, 0) == PENDING
     assert lib.iocp_cancel(sub) == 0
     time.sleep(0.1)  # now the entry is on the port
@@ -275,7 +301,7 @@ def test_a_socket_of_another_port_is_used_by_event(port: Any, pair: tuple[socket
     first = ffi.new("iocp_port *")
     assert lib.iocp_port_open(first, 0) == 0
     associate(first, one)
-    assert lib.iocp_associate_socket(port, one.fileno(), ffi.new("int *")) == INVALID_PARAMETER
+    assert lib.iocp_associate_socket(port, one.fileno(), ffi.new("int[3]")) == INVALID_PARAMETER
     sub = ffi.new("iocp_submission *")
     buffer = ffi.new("char[]", 100)
     assert lib.iocp_emulate(sub) == 0

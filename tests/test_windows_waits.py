@@ -20,11 +20,21 @@ from asyncio import windows_utils
 
 import iocp_loop
 from iocp_loop import operations as ops
+from iocp_loop.ports.iocp_binding import lib
 
-from .support import LIMIT, turns, until
+from .support import LIMIT, WINE, turns, until
 
 Loop = iocp_loop.IocpEventLoop
 PipeHandle: Any = windows_utils.PipeHandle
+
+
+#: What a system may do with its wait completion packets: carry them out, say of one that comes that its cancel is
+#: pending, refuse to associate them.
+@pytest.fixture(autouse=True, params=["", "pending", "refuse"])
+def packets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param and not (WINE and lib.iocp_has_wait_packets()):
+        pytest.skip("this is no emulation of wait completion packets, which could be told to do that")
+    monkeypatch.setenv("IOCP_LOOP_EMULATE", request.param)
 
 
 @pytest.fixture

@@ -20,10 +20,15 @@ from windows_python import SetupError, WindowsPython, end_cleanly, say
 
 ROOT = Path(__file__).resolve().parent.parent
 
+EMULATION = ROOT / "tools" / "windows_emulation"
+
 #: What the tests need of the project.
 STAGED = ("iocp_loop", "tests", "examples", "benchmarks", "docs", "conftest.py", "pyproject.toml", "setup.py",
           "README.md", "CHANGELOG.md")  # fmt: skip
 NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_iocp.c", ".*_cache")
+
+#: Libraries that pip cannot install from here: they need one that has no wheel.
+NOT_TO_BE_HAD = ("blockbuster",)
 
 
 def requirements() -> list[str]:
@@ -31,7 +36,8 @@ def requirements() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["libraries"]]
-    return [each for each in wanted if ";" not in each and not re.match(r"iocp_loop\b", each)]
+    here = re.compile("|".join(("iocp_loop", *NOT_TO_BE_HAD)))
+    return [each for each in wanted if ";" not in each and not here.match(each)]
 
 
 @contextlib.contextmanager
@@ -55,19 +61,25 @@ def stage(python: WindowsPython) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def compile_binding(python: WindowsPython, folder: Path) -> None:
-    """Build _iocp.pyd and _hot.pyd: cffi writes the one's C inside Windows Python, mingw-w64 compiles both here."""
+def compile_binding(python: WindowsPython, folder: Path, *, emulate: bool = False) -> None:
+    """Build _iocp.pyd and _hot.pyd: cffi writes the one's C inside Windows Python, mingw-w64 compiles both here.
+
+    `emulate`: what Wine lacks comes from ``windows_emulation/``.
+    """
     package = folder / "iocp_loop"
     build = folder / "build"
     build.mkdir()
     if python.run([str(package / "_cffi_build.py"), str(build / "_iocp.c")], timeout=120) != 0:
         raise SetupError("cffi could not write the C of iocp_loop._iocp")
     native = package / "_native" / "windows"
+    # Other compilers know no extensions of GNU's.
+    python.check_c11(sorted(native.glob("*.c")))
     python.compile(
-        [build / "_iocp.c", *sorted(native.glob("*.c"))],
+        [build / "_iocp.c", *sorted(native.glob("*.c")), *(EMULATION.glob("*.c") if emulate else ())],
         package / "_iocp.pyd",
         includes=[native],
         libraries=["ws2_32", "mswsock", "ntdll", "kernel32"],
+        flags=[f'-DIOCP_LOOP_EMULATION="{EMULATION / "emulation.h"}"'] if emulate else (),
     )
     hot = package / "_native" / "hot"
     python.compile(sorted(hot.glob("*.c")), package / "_hot.pyd", includes=[hot], libraries=["ws2_32"])
@@ -81,6 +93,7 @@ def main() -> int:
     parser.add_argument("version", help="X.Y, or auto: what this machine has")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that pytest may take")
     parser.add_argument("--run", action="store_true", help="run python.exe with the arguments instead of pytest")
+    parser.add_argument("--emulate", action="store_true", help="compile in what Wine lacks (tools/windows_emulation)")
     # Only the first argument can be the version: later words belong to pytest's own options.
     argv = sys.argv[1:]
     if not argv or not re.fullmatch(r"auto|\d+\.\d+", argv[0]):
@@ -91,8 +104,9 @@ def main() -> int:
         python = WindowsPython(options.version)
         python.build(requirements())
         with python.wine.session(), stage(python) as folder:
-            compile_binding(python, folder)
-            say(f"testing on Windows Python {python.version}")
+            compile_binding(python, folder, emulate=options.emulate)
+            emulated = ", with what Wine lacks emulated" if options.emulate else ""
+            say(f"testing on Windows Python {python.version}, {python.wine.version()}{emulated}")
             if not options.run:
                 # poll can be had here too (by select), but is tested where it is used; --driver poll runs it.
                 if not any(argument.startswith("--driver") for argument in arguments):

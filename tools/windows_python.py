@@ -345,15 +345,25 @@ class WindowsPython:
               "--implementation", "cp", "--only-binary", ":all:", *arguments])  # fmt: skip
 
     def compile(
-        self, sources: Sequence[Path], output: Path, includes: Sequence[Path], libraries: Sequence[str]
+        self,
+        sources: Sequence[Path],
+        output: Path,
+        includes: Sequence[Path],
+        libraries: Sequence[str],
+        flags: Sequence[str] = (),
     ) -> None:
         """Cross-compile an extension module; it is linked against the DLL itself, so no import library is needed."""
         output.parent.mkdir(parents=True, exist_ok=True)
         include_flags = [f"-I{folder}" for folder in (self.include, *includes)]
         library_flags = [f"-l{name}" for name in libraries]
         must([MINGW + "gcc", "-O2", "-g", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-static-libgcc",
-              "-D_WIN32_WINNT=0x0A00", *include_flags, "-o", output, *sources,
+              "-D_WIN32_WINNT=0x0A00", *flags, *include_flags, "-o", output, *sources,
               self.root / f"{self.dll}.dll", self.root / "python3.dll", *library_flags])  # fmt: skip
+
+    def check_c11(self, sources: Sequence[Path]) -> None:
+        """SetupError if one of `sources`, which must not include Python's headers, is not plain C11."""
+        must([MINGW + "gcc", "-std=c11", "-Wall", "-Wpedantic", "-Werror", "-D_WIN32_WINNT=0x0A00", "-fsyntax-only",
+              *sources])  # fmt: skip
 
     def run(self, arguments: Sequence[str], *, cwd: Path | None = None, timeout: float = 3600) -> int:
         """Run python.exe with `arguments`; its output goes to this process's stdout.  Returns the exit code."""
@@ -424,6 +434,10 @@ class Wine:
             "PYTHONUTF8": "1",
             "PYTHONPATH": "",
         }
+
+    def version(self) -> str:
+        """As it names itself: ``wine-8.0 (...)``."""
+        return must([find_wine() or "wine64", "--version"]).strip()
 
     def _start(self, program: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

@@ -26,6 +26,10 @@ They get a real buffer.
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).
 
+An accept that is outstanding is a connection promised to this process, busy or not: the kernel serves accepts in the
+order in which they were made, whoever made them.  So a listener has one, and processes that share it take turns.  What
+else has connected when one completes is taken by plain calls.
+
 A wait for a handle (the exit of a process) is no request on that handle, which need not be associated: a wait
 completion packet, or where Windows has none a thread of the system's pool, puts the entry on the port.  Taking it back
 tells for certain whether the entry is or will be there, so a cancel that meets the signal half way loses nothing.
@@ -36,9 +40,14 @@ I/O is refused: it has to be served by a thread.
 
 What may complete out of order
 ------------------------------
-Sends of one socket are carried out in the order of submission, but entries of one handle may come off the queue in any
-order, and completions at once overtake older ones that pend.  ``CancelIoEx`` is a request: the entry comes all the
-same, with ERROR_OPERATION_ABORTED or with the result, if that was earlier.
+Operations on different handles, and the two directions of one.  The kernel keeps the order of the requests of a handle,
+but entries may come off the queue in any order, completions at once overtake older ones that pend, and an operation may
+need several requests.  So an operation stands in line behind those of its handle and direction, and begins when it is
+the first.  ``CancelIoEx`` is a request: the entry comes all the same, with ERROR_OPERATION_ABORTED or with the result,
+if that was earlier.
+
+A number is the handle's that had it until that is closed, and anybody's afterwards.  So no request is made by a number
+without a look at its object, and an operation whose object is closed ends as cancelled, whatever the system calls that.
 
 A thread that ends leaves its requests to the port.  But one may come back undone (ERROR_RETRY, see ``iocp.c``; or
 cancelled by nobody), when its thread ended at the wrong moment.  A wait to receive, a poll, an accept is made again
@@ -54,8 +63,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from .. import operations as ops
 from ..operations import IN_FLIGHT, Operation
@@ -70,6 +78,15 @@ from .iocp_turns import IocpTurns
 
 __all__ = ["IocpDriver", "probe"]
 
+_READING = frozenset({ops.Receive, ops.ReceiveInto, ops.ReceiveStream, ops.ReceiveFrom, ops.ReceiveFromInto,
+                      ops.ReceiveFromStream, ops.Accept, ops.AcceptStream, ops.AcceptPipe, ops.Read,
+                      ops.ReadInto})  # fmt: skip
+
+_POSITIONED = frozenset({ops.Read, ops.ReadInto, ops.Write})
+
+#: Kinds whose requests the kernel may have several of: it serves them in order, and each needs only one.
+_ACCEPTING = frozenset({ops.Accept, ops.AcceptStream})
+
 
 class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, ReadinessRequests):
     """The contract of :class:`~iocp_loop.ports.driver.Driver` over an I/O completion port."""
@@ -78,7 +95,7 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
 
     def __init__(self, concurrency: int = 1) -> None:
         super().__init__(concurrency)
-        self._starts: dict[type[Operation], Callable[[Any, Association], None]] = {
+        self._starts = {
             ops.Receive: self._start_receive,
             ops.ReceiveInto: self._start_receive,
             ops.Send: self._start_send,
@@ -100,25 +117,40 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
 
     def submit(self, op: Operation) -> None:
         kind = type(op)
-        if kind is ops.Readiness or kind is ops.ReadinessStream:
+        if kind in self._starts:
+            self._start(op)
+        elif kind is ops.Readiness or kind is ops.ReadinessStream:
             self._start_readiness(op)
-            return
-        if isinstance(op, ops.WaitForHandle):
-            self._start_watch(op)
-            return
-        start = self._starts.get(kind)
-        if start is None:
+        elif kind is ops.WaitForHandle:
+            self._start_watch(cast("ops.WaitForHandle", op))
+        else:
             raise NotImplementedError(f"the iocp driver has no operation {op.kind}")
+        self._let_others_know()
+
+    def _start(self, op: Operation) -> None:
+        """Begin `op` if it is the first in its line."""
         self._launch(op)
+        line: list[Operation] | None = None
         try:
             association = self._associations.get(op.fd)
             if association is None or association.handle() is not op.handle:
                 association = self._associate(op.fd, op.handle)
-            start(op, association)
+            # A place in a file that is named does not depend on who came first.
+            if type(op) not in _POSITIONED or getattr(op, "offset", None) is None:
+                line = association.reading if type(op) in _READING else association.writing
+                line.append(op)
+                if line[0] is not op and type(op) not in _ACCEPTING:
+                    op.driver_data = association
+                    return
+            self._starts[type(op)](op, association)
         except BaseException:
             if op.state is IN_FLIGHT:
                 self._retract(op)
+                if line is not None and op in line:
+                    line.remove(op)
             raise
+
+    def _let_others_know(self) -> None:
         if self._sleeping and (self.ready or self._at_once):
             self.wake()  # another thread waits for what is here already
 
@@ -130,24 +162,31 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
         if isinstance(op, ops.WaitForHandle):
             self._end_watch(op)
             return
+        if type(op.driver_data) is Association:  # it has not begun
+            self._leave_line(op.driver_data, op)
+            self._finish(op, None, cancelled_error())
+            return
         subs = op.driver_data if type(op.driver_data) is set else (op.driver_data,)
         armed = [sub for sub in subs if sub.armed]
         for sub in armed:
-            if sub.slot is not None:  # it may have got bytes that come before those of whoever receives next
-                sub.keep = self._associations[op.fd]
-                sub.keep.ending += 1
             lib.iocp_cancel(sub.native)
         if not armed:  # it rests: a paused stream, or one whose `complete` runs just now
             for sub in subs:
+                association = sub.association
                 self._give_back(sub)
+            if association is not None:
+                self._leave_line(association, op)
             self._finish(op, None, cancelled_error())
 
     def resume(self, op: Any) -> None:
         op.paused = False
+        if type(op.driver_data) is Association:
+            return  # it has not begun
         if type(op) is ops.ReceiveStream:
             self._arm(op)
         else:
             self._arm_datagrams(op)
+        self._let_others_know()
 
     # -- waking and closing ------------------------------------------------------------------------
 
@@ -169,6 +208,7 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
         self._at_once.clear()
         for op in list(self.in_flight.values()):
             self._land(op)
+        self._associations.clear()  # their lines hold operations
         self._close_handles()
         self._scratch.close()
         if self._outstanding:
@@ -183,7 +223,8 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
     def _forget_reaped(self) -> None:
         """Take what was reaped off the table without delivering it."""
         for address in self._take_reaped():
-            self._drop(self._outstanding.pop(address))
+            if (sub := self._outstanding.pop(address, None)) is not None:
+                self._drop(sub)
 
     def _drop(self, sub: Submission) -> None:
         if sub.finish == self._accepted and sub.native.accepted:

@@ -37,11 +37,12 @@ PIPE_BUSY = 231
 NO_DATA = 232
 PIPE_NOT_CONNECTED = 233
 MORE_DATA = 234
+PIPE_CONNECTED = 535
 ABORTED = 995
 PENDING = 997
 RETRY = 1237
 WSA_INVALID = 10022
-WSA_NOT_A_SOCKET = 10038
+WSA_MESSAGE_SIZE = 10040
 
 
 def probe() -> str | None:
@@ -108,35 +109,43 @@ class SlotPool:
 class Submission:
     """One request in the kernel's hands, and who takes its completion: ``finish(submission, bytes, error code)``.
 
-    `armed` is True while a completion is to be expected.  `keep` is what the kernel may read or write meanwhile: a
-    buffer or views of our own, whatever becomes of the operation's attributes.  cffi only tells its address (a
-    ``from_buffer`` that lived on would lock a view, and Python's collector does not survive clearing a locked view).
-    `slot` is the piece of the pool that it receives into, if any; `small`: the last receive of its stream would have
-    fitted into one.
+    `association` is that of the handle, None where the request goes to another.  `armed` is True while a completion is
+    to be expected.  `keep` is what the kernel may read or write meanwhile: a buffer or views of our own, whatever
+    becomes of the operation's attributes.  cffi only tells its address (a ``from_buffer`` that lived on would lock a
+    view, and Python's collector does not survive clearing a locked view).  `slot` is the piece of the pool that it
+    receives into, if any; `small`: the last receive of its stream would have fitted into one.
     """
 
-    __slots__ = ("address", "armed", "finish", "keep", "native", "op", "slot", "small")
+    __slots__ = ("address", "armed", "association", "finish", "keep", "native", "op", "slot", "small")
 
     def __init__(self) -> None:
-        self.native = ffi.new("iocp_submission *")
-        self.address = int(ffi.cast("uintptr_t", self.native))
+        self.renew()
         self.armed = False
         self.op: Any = None
+        self.association: Any = None
         self.finish: Callable[[Submission, int, int], None] = nobody
         self.keep: Any = None
         self.slot: Slot | None = None
         self.small = False
 
-    def set_address(self, family: int, address: Any) -> None:
-        """Write a socket address, whose host is numeric, for the request to come.  OSError if it is none."""
+    def renew(self) -> None:
+        """Have other memory from now on."""
+        self.native = ffi.new("iocp_submission *")
+        self.address = int(ffi.cast("uintptr_t", self.native))
+
+    def set_address(self, family: int, address: Any) -> int:
+        """Write a socket address, whose host is numeric, for the request to come.  0, or an error code."""
         host, port, flow, scope = (*address, 0, 0)[:4]
-        if not 0 <= port <= 0xFFFF:
-            raise OverflowError(f"a port is between 0 and 65535, not {port}")
+        if not isinstance(host, str):
+            raise TypeError(f"the host of an address must be a str, not {type(host).__name__}")
+        if not 0 <= port <= 65535:
+            raise OverflowError("a port must be from 0 to 65535")
         if host == "":
             host = "::" if family == socket.AF_INET6 else "0.0.0.0"
         elif host == "<broadcast>":
             host = "255.255.255.255"
-        check(lib.iocp_set_address(self.native, family, host.encode(), port, flow, scope))
+        code: int = lib.iocp_set_address(self.native, family, host.encode(), port, flow, scope)
+        return code
 
     def get_address(self) -> Any:
         """The socket address that the kernel has written, as the socket module puts it; None for other families."""

@@ -1,4 +1,9 @@
-"""Datagrams on driver ``iocp``: a short receive would cut them, so each is received into a buffer of its own."""
+"""Datagrams on driver ``iocp``: a short receive would cut them, so each is received into a buffer of its own.
+
+The buffer takes the largest datagram, however few bytes were asked for.  Nobody knows for sure whether a WSARecvFrom
+whose buffer is too short leaves an entry on the port when it fails at once; so none is, and what is too long is refused
+here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from typing import Any
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT
-from .iocp_binding import ABORTED, WSA_INVALID, Submission, ffi, lib
+from .iocp_binding import ABORTED, WSA_INVALID, WSA_MESSAGE_SIZE, Submission, ffi, lib
 from .iocp_requests import Association, IocpRequests
 
 __all__ = ["DatagramRequests"]
@@ -22,31 +27,39 @@ class DatagramRequests(IocpRequests):
     # -- receiving ---------------------------------------------------------------------------------
 
     def _start_receive_from(self, op: Any, association: Association) -> None:
-        into = memoryview(op.buffer) if hasattr(op, "buffer") else bytearray(min(op.size, LARGEST_DATAGRAM))
+        into = memoryview(op.buffer) if hasattr(op, "buffer") else None
+        most = min(op.size, LARGEST_DATAGRAM) if into is None else into.nbytes
         finish = self._received_datagram if op.stream else self._received_from
-        self._arm_receive_from(self._take(op, finish, into), association)
+        self._arm_receive_from(self._take(op, association, finish, (bytearray(LARGEST_DATAGRAM), into, most)))
 
-    def _arm_receive_from(self, sub: Submission, association: Association) -> None:
-        op = sub.op
-        self._ready_to_emulate(sub, association)
-        memory = ffi.from_buffer(sub.keep, require_writable=True)
-        code = lib.iocp_receive_from(op.fd, sub.native, memory, len(memory))
+    def _arm_receive_from(self, sub: Submission) -> None:
+        memory = ffi.from_buffer(sub.keep[0], require_writable=True)
+        self._request(sub, self._receive_from, memory, sub.op.handle)
+
+    @staticmethod
+    def _receive_from(fd: int, native: Any, memory: Any, sock: Any) -> int:
+        code: int = lib.iocp_receive_from(fd, native, memory, len(memory))
         if code == WSA_INVALID:
             # Windows receives on bound sockets only; others bind theirs on the way.
             with contextlib.suppress(OSError):
-                op.handle.bind(("", 0))
-                code = lib.iocp_receive_from(op.fd, sub.native, memory, len(memory))
-        self._submitted(sub, code, association)
+                sock.bind(("", 0))
+                code = lib.iocp_receive_from(fd, native, memory, len(memory))
+        return code
 
     def _received_from(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
         if code and self._left_undone(op, code):
-            self._arm_receive_from(sub, self._associations[op.fd])
+            self._arm_receive_from(sub)
             return
+        memory, into, most = sub.keep
+        if not code and count > most:
+            code = WSA_MESSAGE_SIZE
         if code:
             self._end(sub, None, code)
             return
-        value: Any = count if hasattr(op, "buffer") else bytes(sub.keep[:count])
+        value: Any = bytes(memory[:count]) if into is None else count
+        if into is not None:
+            into[:count] = memory[:count]
         if isinstance(op, (ops.ReceiveFrom, ops.ReceiveFromInto)):
             value = value, sub.get_address()
         self._end(sub, value)
@@ -57,10 +70,12 @@ class DatagramRequests(IocpRequests):
         if code and self._left_undone(op, code):
             self._arm_datagrams(op)
             return
+        if not code and count > sub.keep[2]:
+            code = WSA_MESSAGE_SIZE
         if code:
             self._end(sub, None, code)
             return
-        datagram: Any = bytes(sub.keep[:count]), sub.get_address()
+        datagram: Any = bytes(sub.keep[0][:count]), sub.get_address()
         patience = 16  # one busy endpoint must not starve the others
         try:
             while True:
@@ -87,22 +102,15 @@ class DatagramRequests(IocpRequests):
         """Arm a stream of datagrams, unless it is armed, paused or over."""
         sub = op.driver_data
         if op.state is IN_FLIGHT and not op.paused and not sub.armed:  # once it is over, `sub` may serve another
-            self._arm_receive_from(sub, self._associations[op.fd])
+            self._arm_receive_from(sub)
 
     # -- sending -----------------------------------------------------------------------------------
 
     def _start_send_to(self, op: ops.SendTo, association: Association) -> None:
-        sub = self._take(op, self._finish_with_count, memoryview(op.data))
-        data = ffi.from_buffer(sub.keep)
-        self._ready_to_emulate(sub, association)
-        if op.address is None:
-            code = lib.iocp_send(op.fd, sub.native, data, len(data))
+        sub = self._take(op, association, self._finish_with_count, memoryview(op.data))
+        code = 0 if op.address is None else sub.set_address(association.family, op.address)
+        if code:
+            self._submitted(sub, code)
         else:
-            try:
-                sub.set_address(sub.op.handle.family, op.address)
-            except OSError as error:
-                self._give_back(sub)
-                self._finish(op, None, error)
-                return
-            code = lib.iocp_send_to(op.fd, sub.native, data, len(data))
-        self._submitted(sub, code, association)
+            send = lib.iocp_send if op.address is None else lib.iocp_send_to
+            self._request(sub, send, ffi.from_buffer(sub.keep), sub.keep.nbytes)

@@ -11,6 +11,7 @@ from .iocp_binding import (
     END_OF_FILE,
     MORE_DATA,
     PENDING,
+    PIPE_CONNECTED,
     PIPE_NOT_CONNECTED,
     Submission,
     error_of,
@@ -31,75 +32,62 @@ class FileRequests(IocpRequests):
 
     def _start_read(self, op: ops.Read | ops.ReadInto, association: Association) -> None:
         into = memoryview(op.buffer) if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
-        self._arm_read(self._take(op, self._was_read, into), association)
+        self._arm_read(self._take(op, association, self._was_read, into))
 
-    def _arm_read(self, sub: Submission, association: Association) -> None:
-        op = sub.op
+    def _arm_read(self, sub: Submission) -> None:
         memory = ffi.from_buffer(sub.keep, require_writable=True)
-        self._ready_to_emulate(sub, association)
-        offset = association.position if op.offset is None else op.offset
-        code = lib.iocp_read(op.fd, sub.native, memory, min(len(memory), LARGEST_REQUEST), offset)
-        self._submitted(sub, code, association)
+        offset = sub.association.position if sub.op.offset is None else sub.op.offset
+        self._request(sub, lib.iocp_read, memory, min(len(memory), LARGEST_REQUEST), offset)
 
     def _was_read(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
         if code == ABORTED and self._left_undone(op, code):
-            self._arm_read(sub, self._associations[op.fd])
+            self._arm_read(sub)
             return
         if code in _END_OF_STREAM:
             count = code = 0
         elif code == MORE_DATA:  # the rest of a message comes with the next read
             code = 0
-        elif not code and not count and len(sub.keep):
-            # Somebody has written nothing to the other end of a pipe: no data, and not the end either.
+        elif not code and not count and len(sub.keep) and lib.iocp_file_type(op.fd) == lib.IOCP_PIPE:
+            # Somebody has written nothing to the other end of a pipe: no data, and not the end either.  What else
+            # answers so would do it again at once: a serial port that has nothing.
             if op.state is CANCELLING:
                 self._end(sub, None, ABORTED)
             else:
-                self._arm_read(sub, self._associations[op.fd])
+                self._arm_read(sub)
             return
         if code:
             self._end(sub, None, code)
             return
         if op.offset is None:
-            self._associations[op.fd].position += count
+            sub.association.position += count
         self._end(sub, count if isinstance(op, ops.ReadInto) else bytes(sub.keep[:count]))
 
     def _start_write(self, op: ops.Write, association: Association) -> None:
-        sub = self._take(op, self._was_written, memoryview(op.data))
-        data = ffi.from_buffer(sub.keep)
-        self._ready_to_emulate(sub, association)
+        sub = self._take(op, association, self._was_written, memoryview(op.data))
         offset = association.position if op.offset is None else op.offset
-        code = lib.iocp_write(op.fd, sub.native, data, min(len(data), LARGEST_REQUEST), offset)
-        self._submitted(sub, code, association)
+        self._request(sub, lib.iocp_write, ffi.from_buffer(sub.keep), min(sub.keep.nbytes, LARGEST_REQUEST), offset)
 
     def _was_written(self, sub: Submission, count: int, code: int) -> None:
         if not code and sub.op.offset is None:
-            self._associations[sub.op.fd].position += count
+            sub.association.position += count
         self._end(sub, count, code)
 
     def _start_accept_pipe(self, op: ops.AcceptPipe, association: Association) -> None:
-        self._arm_accept_pipe(self._take(op, self._pipe_accepted), association)
-
-    def _arm_accept_pipe(self, sub: Submission, association: Association) -> None:
-        self._ready_to_emulate(sub, association)
-        code = lib.iocp_pipe_accept(sub.op.fd, sub.native)
-        if code == 0 and sub.native.bytes:
-            self._next_dispatch(sub)  # the client was there first: no entry tells of it
-        else:
-            self._submitted(sub, code, association)
+        self._request(self._take(op, association, self._pipe_accepted), lib.iocp_pipe_accept)
 
     def _pipe_accepted(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
         if code and self._left_undone(op, code):
-            self._arm_accept_pipe(sub, self._associations[op.fd])
+            self._request(sub, lib.iocp_pipe_accept)
         else:
-            self._end(sub, None, code)
+            self._end(sub, None, 0 if code == PIPE_CONNECTED else code)
 
     # -- waiting for handles -----------------------------------------------------------------------
 
     def _start_watch(self, op: ops.WaitForHandle) -> None:
         self._launch(op)
-        sub = self._take(op, self._signalled)
+        sub = self._take(op, None, self._signalled)
         code = lib.iocp_watch_handle(self._port, sub.native, op.fd)
         if code != PENDING:
             self._give_back(sub)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE
 from .iocp_binding import ABORTED, INVALID_HANDLE, PENDING, Submission, check, ffi, lib
-from .iocp_requests import UNDONE, IocpRequests
+from .iocp_requests import UNDONE, IocpRequests, still_open
 
 __all__ = ["POLLS_PER_DEVICE", "ReadinessRequests"]
 
@@ -31,7 +31,7 @@ class ReadinessRequests(IocpRequests):
         base = self._base_socket(op.fd)
         device = self._device_with_room()
         self._launch(op)
-        sub = self._take(op, self._polled, (device, base))
+        sub = self._take(op, None, self._polled, (device, base))
         device.polls += 1
         self._arm_poll(sub)
 
@@ -51,7 +51,9 @@ class ReadinessRequests(IocpRequests):
     def _arm_poll(self, sub: Submission) -> None:
         device, base = sub.keep
         sub.armed = True
-        code = lib.iocp_poll(device.handle, sub.native, base, sub.op.events)
+        code = ABORTED
+        if still_open(sub.op):
+            code = lib.iocp_poll(device.handle, sub.native, base, sub.op.events)
         if code == PENDING:
             self._outstanding[sub.address] = sub
         else:

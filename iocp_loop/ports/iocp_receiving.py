@@ -35,18 +35,12 @@ class ReceiveRequests(DatagramRequests):
     def _start_receive(self, op: ops.Receive | ops.ReceiveInto, association: Association) -> None:
         if association.stream:
             into = memoryview(op.buffer) if isinstance(op, ops.ReceiveInto) else None
-            sub = self._take(op, self._receive_once, into)
-            if association.ending:
-                association.waiting.append(op)
-            else:
-                self._arm_receive(sub, association)
+            self._arm_receive(self._take(op, association, self._receive_once, into))
         else:
             self._start_receive_from(op, association)
 
-    def _arm_receive(self, sub: Submission, association: Association) -> None:
-        if association.emulated:
-            self._ready_to_emulate(sub, association)
-        self._submitted(sub, lib.iocp_receive(sub.op.fd, sub.native, ffi.NULL, 0), association)
+    def _arm_receive(self, sub: Submission) -> None:
+        self._request(sub, lib.iocp_receive, ffi.NULL, 0)
 
     def _receive_once(self, sub: Submission, count: int, code: int) -> None:
         """Something can be received now, or the wait for it has failed."""
@@ -61,9 +55,9 @@ class ReceiveRequests(DatagramRequests):
             if op.state is CANCELLING:
                 self._end(sub, None, ABORTED)
             else:
-                self._arm_receive(sub, self._associations[op.fd])
+                self._arm_receive(sub)
         except (SystemExit, KeyboardInterrupt):
-            self._arm_receive(sub, self._associations[op.fd])
+            self._arm_receive(sub)
             raise
         except BaseException as error:
             self._end_with(sub, None, error)
@@ -73,7 +67,7 @@ class ReceiveRequests(DatagramRequests):
     # -- streams -----------------------------------------------------------------------------------
 
     def _start_receive_stream(self, op: ops.ReceiveStream, association: Association) -> None:
-        self._take(op, self._receive_some)
+        self._take(op, association, self._receive_some)
         self._arm(op)
 
     def _arm(self, op: ops.ReceiveStream) -> None:
@@ -81,19 +75,14 @@ class ReceiveRequests(DatagramRequests):
         sub = op.driver_data
         if op.state is not IN_FLIGHT or op.paused or sub.armed:
             return  # in this order: once it is over, the submission may serve another
-        association = self._associations[op.fd]
-        if association.ending:
-            association.waiting.append(op)
-            return
-        slot = self._slots.take() if sub.small and not association.emulated else None
-        if slot is not None and (op.state is not IN_FLIGHT or op.paused or sub.armed):
-            self._slots.give_back(slot)  # making slots ran the garbage collector, and a finalizer has ended the stream
-            return
+        slot = self._slots.take() if sub.small and not sub.association.emulated else None
         if slot is None:
-            self._arm_receive(sub, association)
-            return
-        sub.slot = slot
-        self._submitted(sub, lib.iocp_receive(op.fd, sub.native, slot[0], SLOT_SIZE), association)
+            self._arm_receive(sub)
+        elif op.state is not IN_FLIGHT or op.paused or sub.armed:
+            self._slots.give_back(slot)  # making slots ran the garbage collector, and a finalizer has ended the stream
+        else:
+            sub.slot = slot
+            self._request(sub, lib.iocp_receive, slot[0], SLOT_SIZE)
 
     def _receive_some(self, sub: Submission, count: int, code: int) -> None:
         """One receive of a stream, delivered at once.  The hottest function of this driver."""
@@ -146,7 +135,6 @@ class ReceiveRequests(DatagramRequests):
     def _receive_from_slot(self, sub: Submission, op: Any, slot: Slot, count: int, code: int) -> None:
         """The same for a receive that had memory: the data are here already, whatever has become of the stream."""
         data = slot[1][slot[2] : slot[2] + count]
-        association = sub.keep if op.state is CANCELLING else None
         sub.slot = None
         self._slots.give_back(slot)
         full = count == SLOT_SIZE
@@ -168,16 +156,3 @@ class ReceiveRequests(DatagramRequests):
                 self._next_dispatch(sub)  # there may be more
             else:
                 self._arm(op)
-            if association is not None:
-                self._end_of_a_cancelled_receive(association)
-
-    def _end_of_a_cancelled_receive(self, association: Association) -> None:
-        """Let those go on that stood in line behind it."""
-        association.ending -= 1
-        if not association.ending:
-            waiting, association.waiting = association.waiting, []
-            for op in waiting:
-                if type(op) is ops.ReceiveStream:
-                    self._arm(op)
-                elif op.state is IN_FLIGHT:
-                    self._arm_receive(op.driver_data, association)

@@ -75,7 +75,9 @@ class PythonIocpTurns(_Base):
     def _deliver_reaped(self) -> None:
         outstanding = self._outstanding
         for address, count, code in self._reaped:
-            self._finish_submission(outstanding.pop(address), count, code)
+            sub = outstanding.pop(address, None)
+            if sub is not None:  # else a request that had failed at once, see `_spoiled`
+                self._finish_submission(sub, count, code)
         self._undispatched = False
 
     def _finish_submission(self, sub: Submission, count: int, code: int) -> None:

@@ -50,6 +50,9 @@ __all__ = ["PollDriver"]
 #: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
 SCRATCH_SIZE = 256 * 1024
 
+#: How many connections a listener takes at most before the others have their turn.
+ACCEPTS_IN_A_TURN = 16
+
 #: What an attempt returns when the descriptor was not ready after all.
 NOT_YET = object()
 
@@ -401,7 +404,7 @@ class PollDriver(PollTurns, Driver):
         # One, and twice as many each time that more are left: what one process leaves, others that share the listener
         # may take.  None of them is to take them all because it woke first.
         burst = op.driver_data or 1
-        op.driver_data = min(2 * burst, op.depth)
+        op.driver_data = min(2 * burst, ACCEPTS_IN_A_TURN)
         for _ in range(burst):
             if not op.in_flight:
                 return

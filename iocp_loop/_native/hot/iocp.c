@@ -38,7 +38,7 @@ typedef struct {
     iocp_port *port;
     wait_function call;
     receive_function receive;
-    PyObject *outstanding, *at_once, *associations, *spare, *slots, *in_flight, *submissions, *ready, *before_sleep;
+    PyObject *outstanding, *at_once, *spare, *slots, *in_flight, *submissions, *ready, *before_sleep;
     unsigned long long waits, completions, tokens;
     long next; /* what of the port's batch is dispatched next */
     char sleeping;
@@ -56,9 +56,9 @@ static char scratch[SCRATCH_SIZE];
 /* The slots of the classes of ports/iocp_*.py, and what else comes from there. */
 static struct {
     PyObject *nobody;
-    Py_ssize_t address, armed, finish, keep, op, slot, small; /* of a Submission */
-    Py_ssize_t emulated, ending, skips;                       /* of an Association */
-    Py_ssize_t free;                                          /* of a SlotPool */
+    Py_ssize_t address, armed, association, finish, keep, op, slot, small; /* of a Submission */
+    Py_ssize_t emulated, skips, writing;                                   /* of an Association */
+    Py_ssize_t free;                                                       /* of a SlotPool */
     Py_ssize_t slot_size;
 } at;
 
@@ -73,14 +73,15 @@ static PyObject *use_requests(PyObject *ignored, PyObject *args)
         return NULL;
     at.address = slot_offset(submission, "address");
     at.armed = slot_offset(submission, "armed");
+    at.association = slot_offset(submission, "association");
     at.finish = slot_offset(submission, "finish");
     at.keep = slot_offset(submission, "keep");
     at.op = slot_offset(submission, "op");
     at.slot = slot_offset(submission, "slot");
     at.small = slot_offset(submission, "small");
     at.emulated = slot_offset(association, "emulated");
-    at.ending = slot_offset(association, "ending");
     at.skips = slot_offset(association, "skips");
+    at.writing = slot_offset(association, "writing");
     at.free = slot_offset(pool, "free");
     if (PyErr_Occurred())
         return NULL;
@@ -216,25 +217,24 @@ static int wants_arming(PyObject *op, PyObject *sub)
            && SLOT(sub, at.armed) != Py_True;
 }
 
-/* As _arm of the driver, for a stream that is in flight and neither armed nor paused: receive again. */
+/* As _arm of the driver, for a stream that is in flight and neither armed nor paused: receive again.  That its socket
+ * has been closed, so that its number may be another's, is for the driver in Python too. */
 static int arm(IocpTurns *self, PyObject *op, PyObject *sub)
 {
-    PyObject *number = SLOT(op, operation_slots.fd), *address = SLOT(sub, at.address); /* borrowed, as this is: */
-    PyObject *association = number == NULL ? NULL : PyDict_GetItemWithError(self->associations, number), *slot, *done;
+    PyObject *association = SLOT(sub, at.association), *sock = SLOT(op, operation_slots.handle); /* borrowed */
+    PyObject *number = SLOT(op, operation_slots.fd), *address = SLOT(sub, at.address), *slot, *done; /* as these are */
     char *memory = NULL;
-    if (association == NULL && PyErr_Occurred())
-        return -1;
-    if (association == NULL || SLOT(association, at.emulated) != Py_False
-        || PyLong_AsLong(SLOT(association, at.ending)) != 0) {
+    uintptr_t fd = number == NULL ? 0 : (uintptr_t)PyLong_AsVoidPtr(number);
+    int is_number = !PyErr_Occurred();
+    PyErr_Clear();
+    if (!is_number || association == Py_None || SLOT(association, at.emulated) != Py_False || sock == NULL
+        || !is_socket(sock) || socket_descriptor(sock) != fd) {
         done = PyObject_CallMethodOneArg((PyObject *)self, names.arm, op);
         Py_XDECREF(done);
         return done == NULL ? -1 : 0;
     }
     int skips = SLOT(association, at.skips) == Py_True;
-    uintptr_t fd = (uintptr_t)PyLong_AsVoidPtr(number);
     iocp_submission *native = PyLong_AsVoidPtr(address);
-    if (PyErr_Occurred())
-        return -1;
     if (SLOT(sub, at.small) == Py_True) {
         slot = take_slot(self);
         if (slot == NULL)
@@ -393,11 +393,15 @@ static int end_send(IocpTurns *self, PyObject *op, PyObject *sub)
 {
     PyObject *buffers = Py_NewRef(SLOT(op, operation_slots.all_buffers));
     PyObject *size = Py_NewRef(SLOT(op, operation_slots.all_size));
+    /* Out of its line first: what is freed below may run code that submits another. */
+    int failed = PyList_SetSlice(SLOT(SLOT(sub, at.association), at.writing), 0, 1, NULL);
     set_slot(op, operation_slots.all_sent, size);
-    int failed = PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL);
+    if (!failed)
+        failed = PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL);
     Py_DECREF(buffers);
     if (!failed) {
         set_slot(sub, at.op, Py_None);
+        set_slot(sub, at.association, Py_None);
         set_slot(sub, at.keep, Py_None);
         set_slot(sub, at.finish, at.nobody);
         failed = PyList_Append(self->spare, sub) < 0 || land(op, self->in_flight) < 0
@@ -419,12 +423,13 @@ static Py_ssize_t number_in(PyObject *op, Py_ssize_t offset)
     return number;
 }
 
-/* Whether `count` bytes are all that is left to send; of a submission that needs no more to be given back. */
+/* Whether `count` bytes are all that is left to send; of a submission that needs no more to be given back, and of the
+ * only operation in its line. */
 static int sends_the_rest(PyObject *op, PyObject *sub, Py_ssize_t count)
 {
     const iocp_submission *native = PyLong_AsVoidPtr(SLOT(sub, at.address));
     if ((PyObject *)Py_TYPE(op) != operation_slots.send_all || native->event || native->wait
-        || SLOT(sub, at.slot) != Py_None)
+        || SLOT(sub, at.slot) != Py_None || Py_SIZE(SLOT(SLOT(sub, at.association), at.writing)) != 1)
         return 0;
     PyObject *buffers = SLOT(op, operation_slots.all_buffers); /* borrowed */
     Py_ssize_t sent = number_in(op, operation_slots.all_sent);
@@ -474,12 +479,10 @@ static int deliver(IocpTurns *self, uintptr_t address, unsigned long count, long
 {
     PyObject *number = PyLong_FromVoidPtr((void *)address);
     PyObject *sub = number == NULL ? NULL : PyDict_GetItemWithError(self->outstanding, number);
-    int failed = -1;
-    if (sub == NULL && number != NULL && !PyErr_Occurred())
-        PyErr_SetObject(PyExc_KeyError, number);
+    int failed = PyErr_Occurred() ? -1 : 0; /* one that is not known had failed at once, see _spoiled in Python */
     Py_XINCREF(sub);
-    if (sub != NULL && PyDict_DelItem(self->outstanding, number) == 0)
-        failed = finish(self, sub, count, code);
+    if (sub != NULL)
+        failed = PyDict_DelItem(self->outstanding, number) < 0 ? -1 : finish(self, sub, count, code);
     Py_XDECREF(sub);
     Py_XDECREF(number);
     return failed;
@@ -602,7 +605,6 @@ static int iocp_turns_traverse(IocpTurns *self, visitproc visit, void *arg)
     Py_VISIT(self->port_object);
     Py_VISIT(self->outstanding);
     Py_VISIT(self->at_once);
-    Py_VISIT(self->associations);
     Py_VISIT(self->spare);
     Py_VISIT(self->slots);
     Py_VISIT(self->in_flight);
@@ -618,7 +620,6 @@ static int iocp_turns_clear(IocpTurns *self)
     Py_CLEAR(self->port_object);
     Py_CLEAR(self->outstanding);
     Py_CLEAR(self->at_once);
-    Py_CLEAR(self->associations);
     Py_CLEAR(self->spare);
     Py_CLEAR(self->slots);
     Py_CLEAR(self->in_flight);
@@ -648,7 +649,6 @@ static PyMethodDef iocp_turns_methods[] = {
 static PyMemberDef iocp_turns_members[] = {
     {"_outstanding", T_OBJECT_EX, offsetof(IocpTurns, outstanding), 0, NULL},
     {"_at_once", T_OBJECT_EX, offsetof(IocpTurns, at_once), 0, NULL},
-    {"_associations", T_OBJECT_EX, offsetof(IocpTurns, associations), 0, NULL},
     {"_spare", T_OBJECT_EX, offsetof(IocpTurns, spare), 0, NULL},
     {"_slots", T_OBJECT_EX, offsetof(IocpTurns, slots), 0, NULL},
     {"in_flight", T_OBJECT_EX, offsetof(IocpTurns, in_flight), 0, NULL},

@@ -31,11 +31,16 @@ static struct stream *stream_of(PyObject *self) { return (struct stream *)((char
  * What the system says
  * ------------------------------------------------------------------------------------------------------------------ */
 
+#ifdef _WIN32
+/* As _MOST_AT_ONCE in transports.py. */
+enum { MOST_AT_ONCE = 256 * 1024 };
+#endif
+
 /* Try to send; the number of bytes, 0 if there is no room just now, or -1 with an OSError set. */
 static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
 {
 #ifdef _WIN32
-    int count = send((SOCKET)fd, data, size > INT_MAX ? INT_MAX : (int)size, 0);
+    int count = send((SOCKET)fd, data, size > MOST_AT_ONCE ? MOST_AT_ONCE : (int)size, 0);
     if (count != SOCKET_ERROR)
         return count;
     int code = WSAGetLastError();

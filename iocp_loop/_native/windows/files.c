@@ -27,12 +27,12 @@ long iocp_write(uintptr_t handle, iocp_submission *sub, const void *buffer, unsi
     return file_result(WriteFile((HANDLE)handle, buffer, size, &sub->bytes, overlapped));
 }
 
-/* namedpipeapi/nf-namedpipeapi-createnamedpipew: one more instance of a server's end, in byte mode.  `first`: it must
- * be the first of its name. */
+/* namedpipeapi/nf-namedpipeapi-createnamedpipew: one more instance of a server's end.  `first`: it must be the first of
+ * its name.  It is read as bytes; but its type is that of messages, or clients that want to read those could not. */
 long iocp_pipe_serve(const wchar_t *name, int first, unsigned long buffer_size, uintptr_t *handle)
 {
     DWORD mode = PIPE_ACCESS_DUPLEX | FILE_FLAG_OVERLAPPED | (first ? FILE_FLAG_FIRST_PIPE_INSTANCE : 0);
-    HANDLE pipe = CreateNamedPipeW(name, mode, PIPE_TYPE_BYTE | PIPE_READMODE_BYTE | PIPE_REJECT_REMOTE_CLIENTS,
+    HANDLE pipe = CreateNamedPipeW(name, mode, PIPE_TYPE_MESSAGE | PIPE_READMODE_BYTE | PIPE_REJECT_REMOTE_CLIENTS,
                                    PIPE_UNLIMITED_INSTANCES, buffer_size, buffer_size, 0, NULL);
     if (pipe == INVALID_HANDLE_VALUE)
         return GetLastError();
@@ -40,17 +40,12 @@ long iocp_pipe_serve(const wchar_t *name, int first, unsigned long buffer_size, 
     return 0;
 }
 
-/* namedpipeapi/nf-namedpipeapi-connectnamedpipe.  A client that was there first is a success like any other, but one
- * that puts no entry on the port: `bytes` is 1 then. */
+/* namedpipeapi/nf-namedpipeapi-connectnamedpipe.  ERROR_PIPE_CONNECTED: a client was there first, and no entry tells of
+ * it. */
 long iocp_pipe_accept(uintptr_t handle, iocp_submission *sub)
 {
     OVERLAPPED *overlapped = prepare(sub, handle);
-    long error = file_result(ConnectNamedPipe((HANDLE)handle, overlapped));
-    if (error == ERROR_PIPE_CONNECTED) {
-        sub->bytes = 1;
-        return 0;
-    }
-    return error;
+    return file_result(ConnectNamedPipe((HANDLE)handle, overlapped));
 }
 
 /* fileapi/nf-fileapi-createfilew: a client's end.  ERROR_PIPE_BUSY: no instance is free just now. */

@@ -44,61 +44,99 @@ typedef char overlapped_fits[sizeof(OVERLAPPED) == sizeof(((iocp_submission *)0)
 /* drivers/ddi/ntifs/nf-ntifs-ntqueryinformationfile: FileModeInformation */
 #define FILE_MODE_INFORMATION_CLASS 16
 
+typedef void (*any_function)(void); /* through which C casts one type of function to another without a complaint */
+
 struct found found;
 
+/* Successes and informational statuses (0x0... and 0x4...) are no errors. */
 DWORD error_of_status(NTSTATUS status)
 {
-    return status == STATUS_PENDING ? ERROR_IO_PENDING : RtlNtStatusToDosError(status);
+    if (status == STATUS_PENDING)
+        return ERROR_IO_PENDING;
+    return status >= 0 ? 0 : RtlNtStatusToDosError(status);
 }
 
-/* What Winsock says for a status.  RtlNtStatusToDosError speaks of files and network drives instead. */
+/* What Winsock says for a status.  RtlNtStatusToDosError speaks of files and network drives instead: it has
+ * ERROR_BAD_NETPATH, which Python makes FileNotFoundError, where the network can't be reached.  Of what stands in neither
+ * table nobody has heard that a socket gets it. */
+static const struct {
+    NTSTATUS status;
+    DWORD error;
+} socket_errors[] = {
+    {STATUS_CANCELLED, ERROR_OPERATION_ABORTED},
+    {STATUS_REQUEST_ABORTED, ERROR_OPERATION_ABORTED},
+    /* the connection */
+    {STATUS_CONNECTION_RESET, WSAECONNRESET},
+    {STATUS_CONNECTION_DISCONNECTED, WSAECONNRESET},
+    {STATUS_REMOTE_DISCONNECT, WSAECONNRESET},
+    {STATUS_LINK_FAILED, WSAECONNRESET},
+    {STATUS_PORT_UNREACHABLE, WSAECONNRESET},
+    {STATUS_HOPLIMIT_EXCEEDED, WSAENETRESET},
+    {STATUS_LOCAL_DISCONNECT, WSAECONNABORTED},
+    {STATUS_CONNECTION_ABORTED, WSAECONNABORTED},
+    {STATUS_TRANSACTION_ABORTED, WSAECONNABORTED},
+    {STATUS_CONNECTION_REFUSED, WSAECONNREFUSED},
+    {STATUS_REMOTE_NOT_LISTENING, WSAECONNREFUSED},
+    {STATUS_LINK_TIMEOUT, WSAETIMEDOUT},
+    {STATUS_IO_TIMEOUT, WSAETIMEDOUT},
+    {STATUS_TIMEOUT, WSAETIMEDOUT},
+    {STATUS_GRACEFUL_DISCONNECT, WSAEDISCON},
+    {STATUS_PIPE_DISCONNECTED, WSAESHUTDOWN},
+    {STATUS_INVALID_CONNECTION, WSAENOTCONN},
+    {STATUS_CONNECTION_INVALID, WSAENOTCONN},
+    {STATUS_CONNECTION_ACTIVE, WSAEISCONN},
+    /* the way there */
+    {STATUS_NETWORK_UNREACHABLE, WSAENETUNREACH},
+    {STATUS_PROTOCOL_UNREACHABLE, WSAENETUNREACH},
+    {STATUS_BAD_NETWORK_PATH, WSAENETUNREACH},
+    {STATUS_HOST_UNREACHABLE, WSAEHOSTUNREACH},
+    {STATUS_NETWORK_BUSY, WSAENETDOWN},
+    {STATUS_INVALID_NETWORK_RESPONSE, WSAENETDOWN},
+    {STATUS_UNEXPECTED_NETWORK_ERROR, WSAENETDOWN},
+    {STATUS_NO_SUCH_DEVICE, WSAENETDOWN},
+    {STATUS_OBJECT_NAME_NOT_FOUND, WSAENETDOWN},
+    /* addresses */
+    {STATUS_ADDRESS_ALREADY_EXISTS, WSAEADDRINUSE},
+    {STATUS_TOO_MANY_ADDRESSES, WSAEADDRINUSE},
+    {STATUS_SHARING_VIOLATION, WSAEADDRINUSE},
+    {STATUS_CONFLICTING_ADDRESSES, WSAEADDRNOTAVAIL},
+    {STATUS_INVALID_ADDRESS, WSAEADDRNOTAVAIL},
+    {STATUS_INVALID_ADDRESS_COMPONENT, WSAEADDRNOTAVAIL},
+    {STATUS_ACCESS_DENIED, WSAEACCES},
+    /* memory and arguments */
+    {STATUS_INSUFFICIENT_RESOURCES, WSAENOBUFS},
+    {STATUS_REMOTE_RESOURCES, WSAENOBUFS},
+    {STATUS_PAGEFILE_QUOTA, WSAENOBUFS},
+    {STATUS_QUOTA_EXCEEDED, WSAENOBUFS},
+    {STATUS_WORKING_SET_QUOTA, WSAENOBUFS},
+    {STATUS_COMMITMENT_LIMIT, WSAENOBUFS},
+    {STATUS_NO_MEMORY, WSAENOBUFS},
+    {STATUS_BUFFER_OVERFLOW, WSAEMSGSIZE}, /* a datagram larger than the buffer */
+    {STATUS_INVALID_BUFFER_SIZE, WSAEMSGSIZE},
+    {STATUS_BUFFER_TOO_SMALL, WSAEFAULT},
+    {STATUS_ACCESS_VIOLATION, WSAEFAULT},
+    {STATUS_DEVICE_NOT_READY, WSAEWOULDBLOCK},
+    {STATUS_REQUEST_NOT_ACCEPTED, WSAEWOULDBLOCK},
+    {STATUS_NOT_SUPPORTED, WSAEOPNOTSUPP},
+    {STATUS_NOT_IMPLEMENTED, WSAEOPNOTSUPP},
+    {STATUS_INVALID_PARAMETER, WSAEINVAL},
+    {STATUS_INVALID_HANDLE, WSAENOTSOCK},
+    {STATUS_OBJECT_TYPE_MISMATCH, WSAENOTSOCK},
+};
+
 DWORD socket_error_of_status(NTSTATUS status)
 {
-    if (status == STATUS_SUCCESS)
-        return 0;
-    switch (status) {
-    case STATUS_CANCELLED:
-        return ERROR_OPERATION_ABORTED;
-    case STATUS_BUFFER_OVERFLOW: /* a datagram larger than the buffer */
-        return WSAEMSGSIZE;
-    case STATUS_CONNECTION_RESET:
-    case STATUS_CONNECTION_DISCONNECTED:
-    case STATUS_REMOTE_DISCONNECT:
-    case STATUS_PORT_UNREACHABLE:
-        return WSAECONNRESET;
-    case STATUS_LOCAL_DISCONNECT:
-    case STATUS_CONNECTION_ABORTED:
-    case STATUS_TRANSACTION_ABORTED:
-        return WSAECONNABORTED;
-    case STATUS_CONNECTION_REFUSED:
-        return WSAECONNREFUSED;
-    case STATUS_LINK_TIMEOUT:
-    case STATUS_IO_TIMEOUT:
-        return WSAETIMEDOUT;
-    case STATUS_NETWORK_UNREACHABLE:
-    case STATUS_PROTOCOL_UNREACHABLE:
-        return WSAENETUNREACH;
-    case STATUS_HOST_UNREACHABLE:
-        return WSAEHOSTUNREACH;
-    case STATUS_GRACEFUL_DISCONNECT:
-        return WSAEDISCON;
-    case STATUS_INVALID_CONNECTION:
-    case STATUS_CONNECTION_INVALID:
-        return WSAENOTCONN;
-    case STATUS_ADDRESS_ALREADY_EXISTS:
-        return WSAEADDRINUSE;
-    case STATUS_INVALID_ADDRESS_COMPONENT:
-        return WSAEADDRNOTAVAIL;
-    case STATUS_INSUFFICIENT_RESOURCES:
-    case STATUS_REMOTE_RESOURCES:
-    case STATUS_PAGEFILE_QUOTA:
-        return WSAENOBUFS;
-    case STATUS_INVALID_HANDLE:
-    case STATUS_OBJECT_TYPE_MISMATCH:
-        return WSAENOTSOCK;
-    default:
-        return error_of_status(status);
-    }
+    if (status != STATUS_SUCCESS)
+        for (size_t n = 0; n < sizeof socket_errors / sizeof *socket_errors; n++)
+            if (socket_errors[n].status == status)
+                return socket_errors[n].error;
+    return error_of_status(status);
+}
+
+/* For the tests. */
+unsigned long iocp_error_of_status(unsigned long status, int socket)
+{
+    return socket ? socket_error_of_status((NTSTATUS)status) : error_of_status((NTSTATUS)status);
 }
 
 static DWORD extension(SOCKET s, GUID id, void *function)
@@ -130,15 +168,13 @@ long iocp_start(void)
         if (!error)
             error = extension(s, (GUID)WSAID_CONNECTEX, &found.connect_ex);
         if (!error)
-            error = extension(s, (GUID)WSAID_DISCONNECTEX, &found.disconnect_ex);
-        if (!error)
             error = extension(s, (GUID)WSAID_TRANSMITFILE, &found.transmit_file);
         if (s != INVALID_SOCKET)
             closesocket(s);
-        found.query_information = (query_information_file)(void *)GetProcAddress(ntdll, "NtQueryInformationFile");
-        found.create_packet = (create_wait_packet)(void *)GetProcAddress(ntdll, "NtCreateWaitCompletionPacket");
-        found.associate_packet = (associate_wait_packet)(void *)GetProcAddress(ntdll, "NtAssociateWaitCompletionPacket");
-        found.cancel_packet = (cancel_wait_packet)(void *)GetProcAddress(ntdll, "NtCancelWaitCompletionPacket");
+        found.query_information = (query_information_file)(any_function)GetProcAddress(ntdll, "NtQueryInformationFile");
+        found.create_packet = (create_wait_packet)(any_function)GetProcAddress(ntdll, "NtCreateWaitCompletionPacket");
+        found.associate_packet = (associate_wait_packet)(any_function)GetProcAddress(ntdll, "NtAssociateWaitCompletionPacket");
+        found.cancel_packet = (cancel_wait_packet)(any_function)GetProcAddress(ntdll, "NtCancelWaitCompletionPacket");
         if (!found.associate_packet || !found.cancel_packet)
             found.create_packet = NULL;
         if (!error)
@@ -160,6 +196,7 @@ int iocp_has_wait_packets(void) { return found.create_packet != NULL; }
 long iocp_port_open(iocp_port *port, unsigned long concurrency)
 {
     HANDLE handle = CreateIoCompletionPort(INVALID_HANDLE_VALUE, NULL, 0, concurrency);
+    long error;
     if (handle == NULL)
         return GetLastError();
     port->handle = (uintptr_t)handle;
@@ -174,13 +211,15 @@ long iocp_port_open(iocp_port *port, unsigned long concurrency)
         } else if (timer != NULL)
             CloseHandle(timer);
     }
-    replace_console_port(NULL, handle);
-    return 0;
+    error = add_console_port(handle);
+    if (error)
+        iocp_port_close(port);
+    return error;
 }
 
 void iocp_port_close(iocp_port *port)
 {
-    replace_console_port((HANDLE)port->handle, NULL);
+    remove_console_port((HANDLE)port->handle);
     if (port->timer_packet) {
         CloseHandle((HANDLE)port->timer_packet);
         CloseHandle((HANDLE)port->timer);
@@ -271,20 +310,24 @@ static int let_skip(HANDLE handle)
                                                           | FILE_SKIP_SET_EVENT_ON_HANDLE);
 }
 
-/* ERROR_INVALID_PARAMETER: the socket belongs to a port already.  `skips` tells whether "done at once" is final. */
-long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *skips)
+/* ERROR_INVALID_PARAMETER: the socket belongs to a port already.  `facts` are three: whether "done at once" is final, the
+ * address family and the type. */
+long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *facts)
 {
     WSAPROTOCOL_INFOW info;
     int size = sizeof info;
-    long error = associate(port, (HANDLE)socket, IOCP_KEY_SOCKET);
-    *skips = 0;
-    if (error)
-        return error;
-    if (getsockopt(socket, SOL_SOCKET, SO_PROTOCOL_INFOW, (char *)&info, &size) == 0
-        && (info.dwServiceFlags1 & XP1_IFS_HANDLES) && info.iSocketType == SOCK_STREAM)
+    long error;
+    ZeroMemory(&info, sizeof info);
+    if (getsockopt(socket, SOL_SOCKET, SO_PROTOCOL_INFOW, (char *)&info, &size) != 0)
+        return WSAGetLastError();
+    facts[0] = 0;
+    facts[1] = info.iAddressFamily;
+    facts[2] = info.iSocketType;
+    error = associate(port, (HANDLE)socket, IOCP_KEY_SOCKET);
+    if (!error && (info.dwServiceFlags1 & XP1_IFS_HANDLES) && info.iSocketType == SOCK_STREAM)
         /* Streams only: a WSARecvFrom that fails at once is not always reported as it should be. */
-        *skips = let_skip((HANDLE)socket);
-    return 0;
+        facts[0] = let_skip((HANDLE)socket);
+    return error;
 }
 
 /* ERROR_INVALID_PARAMETER: it belongs to a port already, or has no overlapped I/O (see iocp_is_synchronous).

@@ -38,13 +38,15 @@ typedef struct iocp_port {
 
 long iocp_start(void);
 void iocp_set_closing_signal(int number);
+void iocp_set_service(int yes);
+unsigned long iocp_error_of_status(unsigned long status, int socket);
 int iocp_has_wait_packets(void);
 long iocp_port_open(iocp_port *port, unsigned long concurrency);
 void iocp_port_close(iocp_port *port);
 long iocp_wait(iocp_port *port, long long timeout_ns);
 long iocp_post(iocp_port *port);
 
-long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *skips);
+long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *facts);
 long iocp_associate_file(iocp_port *port, uintptr_t handle, int *skips);
 int iocp_is_synchronous(uintptr_t handle);
 long iocp_cancel(iocp_submission *sub);
@@ -60,7 +62,6 @@ long iocp_accept(uintptr_t listener, iocp_submission *sub, int family, int type,
 long iocp_accept_finish(uintptr_t listener, iocp_submission *sub);
 long iocp_connect(uintptr_t socket, iocp_submission *sub);
 long iocp_connect_finish(uintptr_t socket);
-long iocp_disconnect(uintptr_t socket, iocp_submission *sub);
 long iocp_transmit_file(uintptr_t socket, iocp_submission *sub, uintptr_t file, unsigned long long offset,
                         unsigned long count);
 

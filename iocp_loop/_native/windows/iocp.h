@@ -15,6 +15,10 @@
 #ifndef IOCP_LOOP_IOCP_H
 #define IOCP_LOOP_IOCP_H
 
+#if defined(_WIN32) && !defined(_WIN64)
+#error "iocp_loop wants a 64-bit Python: what the kernel writes to is laid out for 64 bits"
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -67,13 +71,15 @@ typedef struct iocp_port {
 
 long iocp_start(void);
 void iocp_set_closing_signal(int number);
+void iocp_set_service(int yes);
+unsigned long iocp_error_of_status(unsigned long status, int socket);
 int iocp_has_wait_packets(void);
 long iocp_port_open(iocp_port *port, unsigned long concurrency);
 void iocp_port_close(iocp_port *port);
 long iocp_wait(iocp_port *port, long long timeout_ns);
 long iocp_post(iocp_port *port);
 
-long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *skips);
+long iocp_associate_socket(iocp_port *port, uintptr_t socket, int *facts);
 long iocp_associate_file(iocp_port *port, uintptr_t handle, int *skips);
 int iocp_is_synchronous(uintptr_t handle);
 long iocp_cancel(iocp_submission *sub);
@@ -89,7 +95,6 @@ long iocp_accept(uintptr_t listener, iocp_submission *sub, int family, int type,
 long iocp_accept_finish(uintptr_t listener, iocp_submission *sub);
 long iocp_connect(uintptr_t socket, iocp_submission *sub);
 long iocp_connect_finish(uintptr_t socket);
-long iocp_disconnect(uintptr_t socket, iocp_submission *sub);
 long iocp_transmit_file(uintptr_t socket, iocp_submission *sub, uintptr_t file, unsigned long long offset,
                         unsigned long count);
 

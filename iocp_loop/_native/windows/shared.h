@@ -27,7 +27,6 @@ extern struct found {
     LPFN_ACCEPTEX accept_ex;
     LPFN_GETACCEPTEXSOCKADDRS accept_addresses;
     LPFN_CONNECTEX connect_ex;
-    LPFN_DISCONNECTEX disconnect_ex;
     LPFN_TRANSMITFILE transmit_file;
     query_information_file query_information;
     create_wait_packet create_packet; /* the three packet functions are all there or all NULL */
@@ -63,7 +62,12 @@ long associate(iocp_port *port, HANDLE handle, ULONG_PTR key);
 
 /* console.c: the handler of console events, which has to wake every port; and how long a wait may be just now. */
 void start_console(void);
-void replace_console_port(HANDLE old, HANDLE new);
+long add_console_port(HANDLE port);
+void remove_console_port(HANDLE port);
 long long limit_after_console_event(long long timeout_ns);
+
+#ifdef IOCP_LOOP_EMULATION /* for tests: see tools/windows_emulation */
+#include IOCP_LOOP_EMULATION
+#endif
 
 #endif

@@ -92,12 +92,43 @@ long iocp_accept_finish(uintptr_t listener, iocp_submission *sub)
     return 0;
 }
 
+/* To connect to the address "any" means to connect to this machine; ConnectEx takes that for a mistake.  And whether
+ * an address is this machine's. */
+static BOOL is_loopback(SOCKADDR *address)
+{
+    if (address->sa_family == AF_INET6) {
+        IN6_ADDR *six = &((SOCKADDR_IN6 *)address)->sin6_addr;
+        if (IN6_IS_ADDR_UNSPECIFIED(six))
+            *six = in6addr_loopback;
+        return IN6_IS_ADDR_LOOPBACK(six) || (IN6_IS_ADDR_V4MAPPED(six) && six->s6_addr[12] == 127);
+    }
+    IN_ADDR *four = &((SOCKADDR_IN *)address)->sin_addr;
+    if (four->s_addr == htonl(INADDR_ANY))
+        four->s_addr = htonl(INADDR_LOOPBACK);
+    return (ntohl(four->s_addr) >> 24) == 127;
+}
+
+#ifndef SIO_TCP_INITIAL_RTO /* winsock/winsock-ioctls, api/mstcpip/ns-mstcpip-tcp_initial_rto_parameters */
+#define SIO_TCP_INITIAL_RTO 0x98000011
+#endif
+
+/* Windows asks again for some 2 s where the answer was a refusal.  On this machine that is of no use. */
+static void take_the_first_refusal(SOCKET socket)
+{
+    struct {
+        USHORT round_trip_ms;
+        UCHAR retransmissions;
+    } parameters = {(USHORT)-1, (UCHAR)-2}; /* unspecified; none */
+    DWORD bytes = 0;
+    WSAIoctl(socket, SIO_TCP_INITIAL_RTO, &parameters, sizeof parameters, NULL, 0, &bytes, NULL, NULL);
+}
+
 /* mswsock/nc-mswsock-lpfn_connectex, to the address in the submission.  ConnectEx wants a bound socket; one that is
  * not yet gets any address and port. */
 long iocp_connect(uintptr_t socket, iocp_submission *sub)
 {
     OVERLAPPED *overlapped = prepare(sub, socket);
-    const SOCKADDR *address = area_of(sub);
+    SOCKADDR *address = area_of(sub);
     SOCKADDR_STORAGE own;
     int length = sizeof own;
     if (getsockname(socket, (SOCKADDR *)&own, &length) != 0) {
@@ -108,6 +139,8 @@ long iocp_connect(uintptr_t socket, iocp_submission *sub)
         if (bind(socket, (SOCKADDR *)&own, sub->address_length) != 0)
             return WSAGetLastError();
     }
+    if (is_loopback(address))
+        take_the_first_refusal(socket);
     return socket_result(
         !found.connect_ex(socket, address, sub->address_length, NULL, 0, &sub->bytes, overlapped));
 }
@@ -118,13 +151,6 @@ long iocp_connect_finish(uintptr_t socket)
     return socket_result(setsockopt(socket, SOL_SOCKET, SO_UPDATE_CONNECT_CONTEXT, NULL, 0));
 }
 
-/* mswsock/nc-mswsock-lpfn_disconnectex */
-long iocp_disconnect(uintptr_t socket, iocp_submission *sub)
-{
-    OVERLAPPED *overlapped = prepare(sub, socket);
-    return socket_result(!found.disconnect_ex(socket, overlapped, 0, 0));
-}
-
 /* mswsock/nf-mswsock-transmitfile: `count` bytes (at most 2 GiB - 1) of `file` from `offset` on. */
 long iocp_transmit_file(uintptr_t socket, iocp_submission *sub, uintptr_t file, unsigned long long offset,
                         unsigned long count)
@@ -132,7 +158,10 @@ long iocp_transmit_file(uintptr_t socket, iocp_submission *sub, uintptr_t file, 
     OVERLAPPED *overlapped = prepare(sub, socket);
     overlapped->Offset = (DWORD)offset;
     overlapped->OffsetHigh = (DWORD)(offset >> 32);
-    return socket_result(!found.transmit_file(socket, (HANDLE)file, count, 0, overlapped, NULL, 0));
+    long error = socket_result(!found.transmit_file(socket, (HANDLE)file, count, 0, overlapped, NULL, 0));
+    if (!error) /* the only request that does not say how many bytes it has moved at once */
+        sub->bytes = (unsigned long)overlapped->InternalHigh;
+    return error;
 }
 
 /* Put a numeric address (an IPv6 one perhaps with %scope) into the submission. */

@@ -47,28 +47,34 @@ long iocp_watch_handle(iocp_port *port, iocp_submission *sub, uintptr_t handle)
             if (status != STATUS_SUCCESS)
                 CloseHandle(packet);
         }
-        if (status != STATUS_SUCCESS)
-            return error_of_status(status);
-        sub->port = 0; /* tells a packet from a registered wait */
-        sub->wait = (uintptr_t)packet;
-        return ERROR_IO_PENDING;
+        if (status == STATUS_SUCCESS) {
+            sub->port = 0; /* tells a packet from a registered wait */
+            sub->wait = (uintptr_t)packet;
+            return ERROR_IO_PENDING;
+        }
     }
     long error = register_wait(port, sub, (HANDLE)handle, IOCP_KEY_HANDLE);
     return error ? error : ERROR_IO_PENDING;
 }
 
-/* End a watch.  1: its completion is on the port, or was taken from it.  0: none was made, and none will come. */
+/* End a watch.  1: its completion is on the port, or was taken from it.  0: none was made, and none will come.
+ *
+ * A packet that is on its way (STATUS_PENDING) is kept: to close it would be to take its entry back.  Whoever has reaped
+ * that calls this again. */
 int iocp_unwatch_handle(iocp_submission *sub)
 {
     HANDLE wait = (HANDLE)sub->wait;
-    sub->wait = 0;
     if (wait == NULL)
         return 1;
     if (!sub->port) {
         NTSTATUS status = found.cancel_packet(wait, TRUE);
-        CloseHandle(wait);
+        if (status != STATUS_PENDING) {
+            CloseHandle(wait);
+            sub->wait = 0;
+        }
         return status != STATUS_SUCCESS;
     }
+    sub->wait = 0;
     /* Waits for the callback to end if it runs just now; it only posts, so that is at once. */
     UnregisterWaitEx(wait, INVALID_HANDLE_VALUE);
     return sub->posted;
