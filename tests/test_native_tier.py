@@ -76,7 +76,7 @@ print(native.hot is not None, native.why_not)
 
 _TRY_TO_IMPORT = """
 try:
-    import iocp_loop
+    import iocp_loop.loop
 except ImportError as error:
     print(error)
 """
@@ -96,12 +96,12 @@ def test_the_native_tier_is_used_if_it_may_be(value: str) -> None:
 
 def test_without_the_extension_module_everything_works_in_python() -> None:
     done = run_python(_WITHOUT_HOT + _USE_IT, IOCP_LOOP_NATIVE="")
-    assert done.stdout.startswith("False the extension module iocp_loop._hot is missing (")
+    assert done.stdout.startswith("False iocp_loop._hot was not built")
 
 
 def test_a_native_tier_that_is_demanded_and_missing_is_an_error() -> None:
     done = run_python(_WITHOUT_HOT + _TRY_TO_IMPORT, IOCP_LOOP_NATIVE="1")
-    assert "IOCP_LOOP_NATIVE=1, but the extension module iocp_loop._hot is missing" in done.stdout
+    assert "IOCP_LOOP_NATIVE=1, but iocp_loop._hot was not built" in done.stdout
 
 
 _WITHOUT_GIL = "import sys; sys._is_gil_enabled = lambda: False\n"

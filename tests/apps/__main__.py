@@ -1,6 +1,7 @@
 """Runs cases: ``python -m tests.apps [NAME ...] [--on KIND ...]`` prints what became of each on each kind of loop.
 
-``--table FILE`` writes the same as a page of the documentation.  ``--one NAME KIND`` runs one here and now.
+``--table FILE`` writes the same as a page of the documentation.  ``--results FILE`` keeps what became of them, so that
+some may be run again and the table is of all.  ``--one NAME KIND`` runs one here and now.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import asyncio
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -123,6 +125,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--on", action="append", metavar="KIND", help="uring, poll, asyncio, uvloop; default: all")
     parser.add_argument("--table", type=Path, metavar="FILE")
+    parser.add_argument("--results", type=Path, metavar="FILE")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "KIND"))
     options = parser.parse_args()
     cases = everything()
@@ -130,19 +133,23 @@ def main() -> int:
         run_one(cases[options.one[0]], options.one[1])
         return 0
     on = options.on or kinds()
-    rows = []
+    results: dict[str, dict[str, str]] = {}
+    if options.results and options.results.exists():
+        results = json.loads(options.results.read_text())
     for name in options.names or sorted(cases):
         reason = cases[name].missing()
         if reason:
             print(f"{name}: skipped, {reason}")
             continue
         outcomes = {kind: outcome(cases[name], kind) for kind in on}
-        rows.append((cases[name], outcomes))
+        results[name] = outcomes
         for kind, why in outcomes.items():
             print(f"{name} {version(cases[name])} on {kind}: {why or 'ok'}", flush=True)
+    if options.results:
+        options.results.write_text(json.dumps(results, indent=1))
     if options.table:
-        options.table.write_text(table(rows, on))
-    return int(any(why for _, outcomes in rows for kind, why in outcomes.items() if kind in DRIVERS))
+        options.table.write_text(table([(cases[name], results[name]) for name in sorted(results)], on))
+    return int(any(why for outcomes in results.values() for kind, why in outcomes.items() if kind in DRIVERS))
 
 
 if __name__ == "__main__":

@@ -131,17 +131,18 @@ async def uvicorn(folder: Path) -> None:
 
 @case("uvicorn httpx", "4 workers on one port: each gets its share of 400 connections", modules=["uvicorn", "httpx"])
 async def uvicorn_workers(folder: Path) -> None:
-    httpx = load("httpx")
     port = free_port()
     loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
     loop = {"iocp_loop": "iocp_loop:new_event_loop"}.get(loop, loop)
     command = [sys.executable, "-m", "uvicorn", "tests.apps.web:asgi", "--workers", "4", "--port", str(port)]
     async with daemon([*command, "--loop", loop, "--log-level", "warning"], port, folder, cwd=None):
-        served: Counter[str] = Counter()
+        served: Counter[bytes] = Counter()
 
         async def ask() -> None:
-            async with httpx.AsyncClient(timeout=LIMIT) as client:
-                served[(await client.get(f"http://127.0.0.1:{port}/")).headers["x-pid"]] += 1
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            served[(await reader.read()).partition(b"x-pid: ")[2].split()[0]] += 1
+            writer.close()
 
         for _ in range(20):
             await asyncio.gather(*[ask() for _ in range(20)])
