@@ -13,7 +13,6 @@ CASES = {} if WINDOWS else everything()
 
 #: What may fail, and why.
 MAY_FAIL = {
-    "nest_asyncio": "it puts a turn of its own in the place of the loop's, which the native tier has in C",
     "uvicorn_workers": "workers that accept from one inherited socket share its connections unevenly",
 }
 

@@ -41,12 +41,19 @@ class Case(NamedTuple):
     def missing(self) -> str | None:
         """What of it is not here, or None."""
         for module in self.modules:
-            if importlib.util.find_spec(module) is None:
+            if not _is_here(module):
                 return f"{module} is not installed (make test-apps)"
         for name in self.programs:
             if program(name) is None:
                 return f"{name} is not installed (a package of Debian's)"
         return None
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 CASES: dict[str, Case] = {}
