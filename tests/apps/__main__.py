@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,22 +59,23 @@ def run_one(case: Case, kind: str) -> None:
 def outcome(case: Case, kind: str) -> str:
     """Run a case in a process of its own: empty if it passed, else why not."""
     command = [sys.executable, "-W", "ignore", "-X", "faulthandler", "-m", "tests.apps", "--one", case.name, kind]
+    # A session of its own: when it does not end in time, the servers that it has started end with it.
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PATIENCE,
-            check=False,
-        )
+        _, errors = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return f"not finished in {PATIENCE} s"
-    if done.returncode == 0:
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    if process.returncode == 0:
         return ""
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
-    return lines[-1].strip() if lines else f"exit code {done.returncode}"
+    lines = [line for line in errors.splitlines() if line.strip() and not line.startswith((" ", "\t"))]
+    return lines[-1].strip() if lines else f"exit code {process.returncode}"
 
 
 def version(case: Case) -> str:
