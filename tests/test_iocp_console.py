@@ -22,7 +22,7 @@ from .support import LIMIT, WINE, child_environment, in_thread, python_command
 #: Runs in a console of its own, and presses Ctrl-C there.
 CTRL_C = """
     import asyncio, ctypes, sys, threading, time
-    import iocp_loop
+    import iocp_loop, iocp_loop.loop  # which is imported when it is first used: that is not to be interrupted
 
     def press():
         time.sleep(0.3)

@@ -224,6 +224,8 @@ def test_a_run_in_the_middle_of_a_delivery(nested: Nested, busy: bool) -> None:
 
 def test_data_in_the_middle_of_data_received(nested: Nested, reports: list[dict[str, Any]], pair: Pair) -> None:
     """Nobody can take them: the context of the connection is in use.  It fails, and says so; nothing is left out."""
+    if nested.driver == "iocp":
+        pytest.skip("a receive is armed there when data_received is over: nothing comes in the middle of it")
     ours, peer = pair
     got: list[bytes] = []
     lost: asyncio.Future[Any] = nested.create_future()

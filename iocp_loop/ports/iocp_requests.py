@@ -78,7 +78,10 @@ def still_open(op: Operation) -> bool:
     """
     handle = op.handle
     try:
-        return (socket.socket.fileno(handle) if isinstance(handle, socket.socket) else fileno(handle)) == op.fd
+        try:
+            return socket.socket.fileno(handle) == op.fd  # type: ignore[arg-type]  # TypeError if it is none
+        except TypeError:
+            return fileno(handle) == op.fd
     except Exception:  # closed, or an object of the user's that has other things to say
         return False
 
