@@ -106,9 +106,6 @@ _Code: TypeAlias = Any
 
 _FILE_KINDS = frozenset({ops.Read, ops.ReadInto, ops.Write})
 
-#: The option of a socket that tells it from every other one since the system was started; Linux's asm/socket.h.
-_SO_COOKIE = 57
-
 
 class _Stream:
     """The `driver_data` of a receive stream on a socket: how it receives, and what the kernel has of it."""
@@ -121,7 +118,7 @@ class _Stream:
         self.large = False  # to be watched, from the next time it is armed
         self.watched = False  # the readiness poller has it
         self.streak = 0  # pieces in a row that speak for changing between the two ways
-        self.cookie: object = None  # of the socket; None before the first request
+        self.cookie: int | None = None  # of the socket; None before the first request
 
 
 class _FileRequest:
@@ -187,8 +184,9 @@ class UringDriver(UringTurns, PollDriver):
             op.driver_data.large = op.fd in self._watches  # behind who reads there already
             self._go_on(op)
         elif kind in _FILE_KINDS and (status := _status_if_blocking(op.fd)) is not None:
+            request = _FileRequest(op, status)
             self._launch(op)
-            op.driver_data = _FileRequest(op, status)
+            op.driver_data = request
             self._submit_file(op)
         else:
             super().submit(op)
@@ -389,13 +387,7 @@ class UringDriver(UringTurns, PollDriver):
 
     def _same_socket(self, op: ops.ReceiveStream) -> bool:
         """Whether the number of `op` still means the socket that it was submitted for."""
-        cookie: object
-        try:
-            cookie = op.handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
-        except OSError as error:  # it is closed; or the system has no such thing
-            cookie = error.errno
-        except AttributeError:  # the handle was replaced in flight
-            cookie = False
+        cookie: int = lib.uring_cookie(op.fd)
         stream: _Stream = op.driver_data
         if stream.cookie is None:
             stream.cookie = cookie
@@ -515,10 +507,13 @@ class UringDriver(UringTurns, PollDriver):
 
     def _queue_file_request(self, op: Any) -> _Code:
         memory = op.driver_data.memory
-        data = memory if type(op) is ops.Read else ffi.from_buffer(memory)
         prepare = lib.uring_prep_write if type(op) is ops.Write else lib.uring_prep_read
+        request = self._ring, op.fd, op.token
         offset = -1 if op.offset is None else op.offset
-        return prepare(self._ring, op.fd, op.token, data, min(len(data), _MOST), offset)
+        if type(op) is ops.Read:
+            return prepare(*request, memory, min(len(memory), _MOST), offset)
+        with ffi.from_buffer(memory) as data:  # let go at once, even by an error whose traceback lives on
+            return prepare(*request, data, min(len(data), _MOST), offset)
 
     def _move_file_request(self, op: Any, had_ring: bool) -> None:
         """Submit `op` to a new ring, perhaps after another ring had it."""

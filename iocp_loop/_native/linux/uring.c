@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -734,4 +735,11 @@ int uring_wait(uring *ring, int64_t timeout_ns, uint64_t taken)
     default:
         return result;
     }
+}
+
+int64_t uring_cookie(int fd)
+{
+    uint64_t cookie;
+    socklen_t size = sizeof(cookie);
+    return getsockopt(fd, SOL_SOCKET, SO_COOKIE, &cookie, &size) < 0 ? -errno : (int64_t)cookie;
 }

@@ -44,3 +44,5 @@ int uring_prep_read(uring *ring, int fd, uint64_t token, void *data, uint32_t si
 int uring_prep_write(uring *ring, int fd, uint64_t token, const void *data, uint32_t size, int64_t offset);
 int uring_cancel(uring *ring, uint64_t token);
 int uring_cancel_all(uring *ring);
+
+int64_t uring_cookie(int fd);

@@ -145,4 +145,7 @@ int uring_cancel(uring *ring, uint64_t token);
 /* Ask for the end of everything. */
 int uring_cancel_all(uring *ring);
 
+/* What tells a socket from every other one since the system was started (SO_COOKIE); a negative errno if there is none. */
+int64_t uring_cookie(int fd);
+
 #endif
