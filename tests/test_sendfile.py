@@ -395,21 +395,20 @@ async def test_what_was_sent_counts_when_the_sender_is_cancelled_in_that_turn(
 ) -> None:
     ours, peer = small_pair()
     with ours, peer:
-        reading = asyncio.create_task(asyncio.to_thread(read_all, peer))
         if over == "socket":
-            await cancelled_when_sent(loop, asyncio.create_task(loop.sock_sendfile(ours, file)))
+            reading = await cancelled_when_sent(loop, asyncio.create_task(loop.sock_sendfile(ours, file)), peer)
             ours.close()
         else:
             transport, protocol = await loop.create_connection(Recorder, sock=ours)
-            await cancelled_when_sent(loop, asyncio.create_task(loop.sendfile(transport, file)))
+            reading = await cancelled_when_sent(loop, asyncio.create_task(loop.sendfile(transport, file)), peer)
             transport.close()
             await until(lambda: protocol.finished)
         assert file.tell() > 0
         assert await reading == DATA[: file.tell()]
 
 
-async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int]) -> None:
-    """Cancel `sending` when an operation of it has ended, and before it learns that."""
+async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int], peer: socket.socket) -> asyncio.Task[bytes]:
+    """Cancel `sending` when an operation of it has ended, and before it learns that.  Who reads what has come."""
 
     def in_flight() -> list[Any]:
         return [op for op in loop._proactor.in_flight.values() if op.kind == "SendFile"]
@@ -423,8 +422,10 @@ async def cancelled_when_sent(loop: Loop, sending: asyncio.Task[int]) -> None:
         sending.cancel()
 
     op.complete = completed
+    reading = asyncio.create_task(asyncio.to_thread(read_all, peer))  # not before: there would be room at once
     with pytest.raises(asyncio.CancelledError):
         await sending
+    return reading
 
 
 async def test_wrong_arguments_for_a_transport(loop: Loop, path: Path) -> None:

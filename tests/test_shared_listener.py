@@ -1,4 +1,4 @@
-"""Processes or threads that accept on one listener: each gets some connections, and none keeps the others waiting."""
+"""Processes or threads that accept on one listener: whoever is free takes the next connection."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ from .support import LIMIT, WINDOWS, child_environment, listening_socket, python
 if WINDOWS:
     pytest.skip("processes of Windows share a listener otherwise; test_iocp.py", allow_module_level=True)
 
-CLIENTS = 160
-
 SERVER = """
-import asyncio, os, signal, socket, sys, time, warnings
+import asyncio, os, signal, socket, sys, warnings
 warnings.simplefilter("ignore")
 import iocp_loop
 
-driver, kind, clients = sys.argv[1], sys.argv[2], int(sys.argv[3])
-path = sys.argv[4]
+driver, kind, path = sys.argv[1:]
 if kind == "unix":
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -38,9 +35,11 @@ else:
 
 async def serve(number):
     async def answer(reader, writer):
-        if await reader.read(1) == b"b":
-            time.sleep(1)  # a worker that computes: nobody else is to wait for it
+        held = await reader.read(1) == b"b"
         writer.write(b"%d" % number)
+        await writer.drain()
+        if held:
+            os.read(gate, 1)  # a worker that computes
         writer.close()
 
     if kind == "unix":
@@ -52,6 +51,7 @@ async def serve(number):
 
 
 begun, ready = os.pipe()
+gate, opening = os.pipe()
 children = []
 for number in range(4):
     pid = os.fork()
@@ -65,55 +65,59 @@ for _ in children:
     os.read(begun, 1)
 
 
-async def one(what=b"x"):
+async def ask(what):
     if kind == "unix":
         reader, writer = await asyncio.open_unix_connection(path)
     else:
         reader, writer = await asyncio.open_connection(*listener.getsockname())
     writer.write(what)
-    number = await asyncio.wait_for(reader.read(), 20)
-    writer.close()
-    return number
+    number = await asyncio.wait_for(reader.read(1), 20)
+    return number, reader, writer
 
 
 async def main():
-    counts = {}
-    for _ in range(clients // 16):
-        for number in await asyncio.gather(*(one() for _ in range(16))):
-            counts[number] = counts.get(number, 0) + 1
-    busy = asyncio.create_task(one(b"b"))
-    await asyncio.sleep(0.1)
-    others = await asyncio.gather(*(one() for _ in range(12)))
-    assert not busy.done(), "the others have waited for the one that computes"
-    assert await busy not in others
-    return counts
+    # Whoever is free takes the next connection, so that all four are busy in the end.
+    held = []
+    for _ in range(4):
+        held.append(await ask(b"b"))
+        assert len({number for number, _, _ in held}) == len(held), held
+        if len(held) < 4:  # and those who are free serve all others
+            for number, _, writer in await asyncio.gather(*(ask(b"x") for _ in range(12))):
+                assert number not in {busy for busy, _, _ in held}
+                writer.close()
+    os.write(opening, b"xxxx")
+    for _, reader, writer in held:
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
 
 
 try:
-    counts = asyncio.run(main())
+    asyncio.run(main())
 finally:
     for pid in children:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-assert len(counts) == 4 and min(counts.values()) >= 4, counts
 """
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_forked_workers_share_a_listener(driver: str, kind: str, tmp_path: Path) -> None:
-    run_python(SERVER, driver, kind, str(CLIENTS), str(tmp_path / "socket"))
+    run_python(SERVER, driver, kind, str(tmp_path / "socket"))
 
 
 @pytest.mark.parametrize("same", ["the object", "a duplicate"])
 def test_loops_in_threads_share_a_listener(driver: str, same: str) -> None:
-    counts = [0, 0]
     loops: list[Any] = []
     begun = threading.Barrier(3)
+    gate = threading.Event()
 
     def run(number: int, listener: socket.socket) -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            counts[number] += 1
-            writer.write(await reader.read(10))
+            held = await reader.read(1) == b"b"
+            writer.write(b"%d" % number)
+            await writer.drain()
+            if held:
+                gate.wait(LIMIT)  # a loop that computes
             writer.close()
 
         async def serve() -> None:
@@ -126,6 +130,11 @@ def test_loops_in_threads_share_a_listener(driver: str, same: str) -> None:
         with asyncio.Runner(loop_factory=lambda: new_event_loop(driver)) as runner:
             runner.run(serve())
 
+    def ask(what: bytes) -> tuple[bytes, socket.socket]:
+        client = socket.create_connection(address, LIMIT)
+        client.sendall(what)
+        return client.recv(1), client
+
     with listening_socket() as listener:
         address = listener.getsockname()
         listeners = [listener, listener if same == "the object" else listener.dup()]
@@ -133,16 +142,20 @@ def test_loops_in_threads_share_a_listener(driver: str, same: str) -> None:
         for thread in threads:
             thread.start()
         begun.wait(LIMIT)
-        for _ in range(100):
-            with socket.create_connection(address, LIMIT) as client:
-                client.sendall(b"hello")
-                assert client.recv(10) == b"hello"
+        busy, held = ask(b"b")
+        for _ in range(20):
+            number, client = ask(b"x")
+            client.close()
+            assert number != busy  # that one is free
+        number, also_held = ask(b"b")
+        assert number != busy
+        gate.set()
+        held.close()
+        also_held.close()
         for loop, ended in loops:
             loop.call_soon_threadsafe(ended.set)
         for thread in threads:
             thread.join(LIMIT)
-    assert sum(counts) == 100
-    assert min(counts) >= 4, counts
 
 
 def test_a_killed_server_leaves_its_port_free(driver: str) -> None:
