@@ -26,7 +26,7 @@ else:
     # The same functions and constants, in a plain object: looking one up in cffi's own takes as long as a call.
     lib = SimpleNamespace(library=_lib, **{name: getattr(_lib, name) for name in dir(_lib)})
 
-__all__ = ["SlotPool", "Submission", "error_of", "ffi", "lib", "probe"]
+__all__ = ["SlotPool", "Submission", "error_of", "ffi", "lib", "pointer_to", "probe"]
 
 # Windows' error codes (debug/system-error-codes, winsock/windows-sockets-error-codes-2).
 INVALID_HANDLE = 6
@@ -111,8 +111,7 @@ class Submission:
 
     `association` is that of the handle, None where the request goes to another.  `armed` is True while a completion is
     to be expected.  `keep` is what the kernel may read or write meanwhile: a buffer or views of our own, whatever
-    becomes of the operation's attributes.  cffi only tells its address (a ``from_buffer`` that lived on would lock a
-    view, and Python's collector does not survive clearing a locked view).  `slot` is the piece of the pool that it
+    becomes of the operation's attributes; a request has a `pointer_to` it.  `slot` is the piece of the pool that it
     receives into, if any; `small`: the last receive of its stream would have fitted into one.
     """
 
@@ -156,6 +155,16 @@ class Submission:
         if ":" in host:
             return host, numbers[0], numbers[1], numbers[2]
         return host, numbers[0]
+
+
+def pointer_to(memory: Any, *, writable: bool = False) -> Any:
+    """Where the memory of a buffer is, for the kernel; whoever calls keeps the buffer.
+
+    A ``from_buffer`` that lived on, if only in the traceback of an error, would lock a view, and Python's collector
+    does not survive clearing a locked view.  BufferError if the memory is to be `writable` and is not.
+    """
+    with ffi.from_buffer(memory, require_writable=writable) as array:
+        return ffi.cast("char *", array)
 
 
 def nobody(sub: Submission, count: int, code: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import operations as ops
 from ..operations import CANCELLING, IN_FLIGHT
-from .iocp_binding import ABORTED, WSA_INVALID, WSA_MESSAGE_SIZE, Submission, ffi, lib
+from .iocp_binding import ABORTED, WSA_INVALID, WSA_MESSAGE_SIZE, Submission, lib, pointer_to
 from .iocp_requests import Association, IocpRequests
 
 __all__ = ["DatagramRequests"]
@@ -33,17 +33,16 @@ class DatagramRequests(IocpRequests):
         self._arm_receive_from(self._take(op, association, finish, (bytearray(LARGEST_DATAGRAM), into, most)))
 
     def _arm_receive_from(self, sub: Submission) -> None:
-        memory = ffi.from_buffer(sub.keep[0], require_writable=True)
-        self._request(sub, self._receive_from, memory, sub.op.handle)
+        self._request(sub, self._receive_from, pointer_to(sub.keep[0], writable=True), sub.op.handle)
 
     @staticmethod
     def _receive_from(fd: int, native: Any, memory: Any, sock: Any) -> int:
-        code: int = lib.iocp_receive_from(fd, native, memory, len(memory))
+        code: int = lib.iocp_receive_from(fd, native, memory, LARGEST_DATAGRAM)
         if code == WSA_INVALID:
             # Windows receives on bound sockets only; others bind theirs on the way.
             with contextlib.suppress(OSError):
                 sock.bind(("", 0))
-                code = lib.iocp_receive_from(fd, native, memory, len(memory))
+                code = lib.iocp_receive_from(fd, native, memory, LARGEST_DATAGRAM)
         return code
 
     def _received_from(self, sub: Submission, count: int, code: int) -> None:
@@ -113,4 +112,4 @@ class DatagramRequests(IocpRequests):
             self._submitted(sub, code)
         else:
             send = lib.iocp_send if op.address is None else lib.iocp_send_to
-            self._request(sub, send, ffi.from_buffer(sub.keep), sub.keep.nbytes)
+            self._request(sub, send, pointer_to(sub.keep), sub.keep.nbytes)

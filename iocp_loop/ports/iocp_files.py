@@ -15,8 +15,8 @@ from .iocp_binding import (
     PIPE_NOT_CONNECTED,
     Submission,
     error_of,
-    ffi,
     lib,
+    pointer_to,
 )
 from .iocp_requests import LARGEST_REQUEST, Association, IocpRequests
 
@@ -31,13 +31,13 @@ class FileRequests(IocpRequests):
     # -- files and pipes ---------------------------------------------------------------------------
 
     def _start_read(self, op: ops.Read | ops.ReadInto, association: Association) -> None:
-        into = memoryview(op.buffer) if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
-        self._arm_read(self._take(op, association, self._was_read, into))
+        into = op.buffer if isinstance(op, ops.ReadInto) else bytearray(min(op.size, LARGEST_REQUEST))
+        self._arm_read(self._take(op, association, self._was_read, memoryview(into)))
 
     def _arm_read(self, sub: Submission) -> None:
-        memory = ffi.from_buffer(sub.keep, require_writable=True)
+        memory = pointer_to(sub.keep, writable=True)
         offset = sub.association.position if sub.op.offset is None else sub.op.offset
-        self._request(sub, lib.iocp_read, memory, min(len(memory), LARGEST_REQUEST), offset)
+        self._request(sub, lib.iocp_read, memory, min(sub.keep.nbytes, LARGEST_REQUEST), offset)
 
     def _was_read(self, sub: Submission, count: int, code: int) -> None:
         op = sub.op
@@ -48,7 +48,7 @@ class FileRequests(IocpRequests):
             count = code = 0
         elif code == MORE_DATA:  # the rest of a message comes with the next read
             code = 0
-        elif not code and not count and len(sub.keep) and lib.iocp_file_type(op.fd) == lib.IOCP_PIPE:
+        elif not code and not count and sub.keep.nbytes and lib.iocp_file_type(op.fd) == lib.IOCP_PIPE:
             # Somebody has written nothing to the other end of a pipe: no data, and not the end either.  What else
             # answers so would do it again at once: a serial port that has nothing.
             if op.state is CANCELLING:
@@ -66,7 +66,7 @@ class FileRequests(IocpRequests):
     def _start_write(self, op: ops.Write, association: Association) -> None:
         sub = self._take(op, association, self._was_written, memoryview(op.data))
         offset = association.position if op.offset is None else op.offset
-        self._request(sub, lib.iocp_write, ffi.from_buffer(sub.keep), min(sub.keep.nbytes, LARGEST_REQUEST), offset)
+        self._request(sub, lib.iocp_write, pointer_to(sub.keep), min(sub.keep.nbytes, LARGEST_REQUEST), offset)
 
     def _was_written(self, sub: Submission, count: int, code: int) -> None:
         if not code and sub.op.offset is None:

@@ -21,6 +21,7 @@ from .iocp_binding import (
     ffi,
     handle_of_file,
     lib,
+    pointer_to,
 )
 from .iocp_requests import Association, IocpRequests, still_open
 
@@ -44,7 +45,7 @@ class SocketRequests(IocpRequests):
 
     def _start_send(self, op: ops.Send, association: Association) -> None:
         sub = self._take(op, association, self._finish_with_count, memoryview(op.data))
-        self._request(sub, lib.iocp_send, ffi.from_buffer(sub.keep), min(sub.keep.nbytes, LARGEST_SEND))
+        self._request(sub, lib.iocp_send, pointer_to(sub.keep), min(sub.keep.nbytes, LARGEST_SEND))
 
     def _start_send_all(self, op: ops.SendAll, association: Association) -> None:
         sub = self._take(op, association, self._sent_some)
@@ -65,7 +66,7 @@ class SocketRequests(IocpRequests):
             room -= views[-1].nbytes
             if not room:
                 break
-        pieces = [ffi.from_buffer(view) for view in views]
+        pieces = [pointer_to(view) for view in views]
         if len(pieces) == 1:
             self._request(sub, lib.iocp_send, pieces[0], views[0].nbytes)
         else:
