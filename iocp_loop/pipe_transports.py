@@ -226,6 +226,9 @@ class ReadingSide(PipeTransport):
             raise
         except BaseException as exc:
             self._run(self._fatal_error, exc, "Fatal error: protocol.data_received() call failed.")
+        finally:
+            if self._held and self.is_reading():  # what ends the loop's run is on its way; another may follow
+                self._loop.call_soon(self._deliver_held)
 
     def _fill_buffer(self, protocol: Any, data: memoryview) -> None:
         """Give a BufferedProtocol as much of `data`, which is held, as its buffer takes."""

@@ -77,7 +77,7 @@ class PythonTls:
 
     def _do_read(self) -> None:
         """Give the protocol what has come, until there is no more or it wants no more."""
-        if self._state is not _State.WRAPPED and self._state is not _State.FLUSHING:
+        if not self._is_open():
             return
         try:
             if not self._app_reading_paused:
@@ -90,11 +90,13 @@ class PythonTls:
         except Exception as exc:
             self._fatal_error(exc, "Fatal error on SSL protocol")
 
+    def _is_open(self) -> bool:
+        """Whether there may be something to read."""
+        return self._state is _State.WRAPPED or self._state is _State.FLUSHING
+
     def _read_all(self) -> None:
         full = True
-        while (
-            full and not self._app_reading_paused and (self._state is _State.WRAPPED or self._state is _State.FLUSHING)
-        ):
+        while full and not self._app_reading_paused and self._is_open():
             read = self._read_for_buffered_protocol if self._app_protocol_is_buffer else self._read_for_protocol
             full, ended = read()
             if ended:
@@ -114,7 +116,11 @@ class PythonTls:
         return count == size, ended
 
     def _read_for_buffered_protocol(self) -> tuple[bool, bool]:
-        with writable_view(self._app_protocol_get_buffer(self._incoming.pending)) as view:
+        protocol = self._app_protocol
+        buffer = self._app_protocol_get_buffer(self._incoming.pending)
+        if self._app_protocol is not protocol or not self._is_open():
+            return True, False  # it has been replaced, or has closed: look again who wants what there is
+        with writable_view(buffer) as view:
             size = view.nbytes
             if not size:
                 raise RuntimeError("get_buffer() returned an empty buffer")

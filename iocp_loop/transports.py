@@ -92,7 +92,7 @@ class FlowControl(transports._FlowControlMixin):
 
     def release_protocol(self) -> None:
         """Let a paused protocol write, because it is about to be replaced; its successor's first write pauses that."""
-        if self._protocol_paused:
+        if self._protocol_paused and self._protocol is not None:
             self._protocol_paused = False
             self._protocol.resume_writing()
 
@@ -118,6 +118,7 @@ class PythonStream(FlowControl):
         def _copy_to_protocol(self, data: memoryview) -> None: ...
         def _enqueue(self, buffers: Iterable[Any]) -> None: ...
         def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
+        def _hold(self, data: memoryview) -> None: ...
         def _receive_ended(self, error: BaseException | None) -> None: ...
         def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
         def _write_otherwise(self, data: Any) -> None: ...
@@ -401,21 +402,29 @@ class SocketTransport(Stream):
 
         Each call may pause, and the rest is held; close, and it is dropped; or set a protocol, and it is that one's.
         """
-        while data and not self._closing:
-            if self._paused:
-                self._held = ((bytes(data), None), *self._held)
-                self._choose_receiver()
-                return
-            if not self._buffered:
-                self._received(bytes(data), None)
-                return
-            buffer = self._get_buffer_of_protocol(len(data))
-            if buffer is not None:
-                with buffer:  # let go of before the protocol is told, which may give its buffer another size
-                    count = min(len(data), buffer.nbytes)
-                    buffer[:count] = data[:count]
-                data = data[count:]
-                self._received_into(count, None)
+        try:
+            while data and not self._paused and not self._closing:
+                if not self._buffered:
+                    rest, data = data, data[:0]
+                    self._received(bytes(rest), None)
+                elif (buffer := self._get_buffer_of_protocol(len(data))) is not None:
+                    with buffer:  # let go of before the protocol is told, which may give its buffer another size
+                        count = min(len(data), buffer.nbytes)
+                        buffer[:count] = data[:count]
+                    data = data[count:]
+                    self._received_into(count, None)
+        finally:
+            self._hold(data)
+
+    def _hold(self, data: memoryview) -> None:
+        """Keep what is left of a completion: the protocol has paused, or what ends the loop's run is on its way."""
+        if data and not self._closing:
+            self._held = ((bytes(data), None), *self._held)
+            self._choose_receiver()
+            if not self._paused:
+                if self._receive is not None:
+                    self._proactor.pause(self._receive)  # until it is delivered
+                self._loop.call_soon(self._deliver_held)
 
     def _end_of_stream(self) -> None:
         try:
@@ -446,21 +455,27 @@ class SocketTransport(Stream):
         if self._closing or not self._paused:
             return
         self._paused = False
+        self._go_on_receiving()
+
+    def _go_on_receiving(self) -> None:
+        """What is held comes first."""
         if self._held:
             self._loop.call_soon(self._deliver_held)
         else:
             self._resume_receive()
 
     def _deliver_held(self) -> None:
-        while self._held and not self._paused and not self._closing:
-            (value, error), *rest = self._held
-            self._held = tuple(rest)
-            if self._buffered:
-                self._received_into(value, error)
-            else:
-                self._received(value, error)
-        if not self._held and not self._paused and not self._closing:
-            self._resume_receive()
+        try:
+            while self._held and not self._paused and not self._closing:
+                (value, error), *rest = self._held
+                self._held = tuple(rest)
+                if self._buffered:
+                    self._received_into(value, error)
+                else:
+                    self._received(value, error)
+        finally:
+            if not self._paused and not self._closing:
+                self._go_on_receiving()
 
     def _resume_receive(self) -> None:
         if self._receive is not None:

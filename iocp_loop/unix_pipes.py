@@ -142,8 +142,10 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
             self._fatal_error(exc, "Fatal read error on pipe transport")
 
     def _deliver(self, data: bytes | memoryview) -> None:
-        self._feed(data)
-        self._run(self._go_on)
+        try:
+            self._feed(data)
+        finally:
+            self._run(self._go_on)
 
     def _wants_more(self) -> bool:
         return self.is_reading() and self._held is None
@@ -160,9 +162,11 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
     def _read_each_turn(self) -> None:
         """Read what is always ready."""
         self._next_turn = None
-        self._read()
-        if self._next_turn is None and self._wants_more():
-            self._next_turn = self._loop.call_soon(self._read_each_turn)
+        try:
+            self._read()
+        finally:
+            if self._next_turn is None and self._wants_more():
+                self._next_turn = self._loop.call_soon(self._read_each_turn)
 
     def _read(self) -> None:
         if not self._wants_more():

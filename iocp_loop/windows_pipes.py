@@ -114,8 +114,10 @@ class _Reading(ReadingSide, _Channelled):
             self._note_the_peer_left()
             self._run(self._end_of_stream)
         else:
-            self._feed(data)
-            self._run(self._arm)  # where it is told if that is refused
+            try:
+                self._feed(data)
+            finally:
+                self._run(self._arm)  # where it is told if that is refused
 
 
 class _Writing(WritingSide, _Channelled):

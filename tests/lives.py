@@ -56,7 +56,7 @@ class Life:
         self.at = at
         self.deed = deed
         self.large = large  # the peer says much at once
-        self.armed = not large  # the deed is still to be done
+        self.armed = at == "connection_made"  # the deed is still to be done
         self.above_tls = False
         self.patience = LIMIT  # seconds
         self.beside: Callable[[], object] = lambda: None  # what goes on elsewhere on the loop
@@ -68,7 +68,7 @@ class Life:
         self.written = bytearray()
         self.written_too_late = bytearray()
         self.lost: BaseException | None = None
-        self.lent: Any = None
+        self.lent: Any = None  # (to the protocol, memory)
         # What has been done so far.
         self.closing = self.aborted = self.paused = self.failed = self.ended_writing = self.writing_paused = False
 
@@ -111,10 +111,13 @@ class Life:
         if self.calls[-1:] != [name]:
             self.calls.append(name)
         getattr(self, name, lambda *_: None)(*args)
+        lent = self.lent and self.lent[1]
         if name == self.at and self.armed:
             self.armed = False
             self.deed(self)
-        return {"get_buffer": self.lent, "eof_received": self.transport is not None}.get(name)
+        if name == "get_buffer":
+            return lent
+        return name == "eof_received" and self.transport is not None
 
     # -- what is noted of some calls ---------------------------------------------------------------
 
@@ -132,11 +135,12 @@ class Life:
         self.data_received(data)
 
     def get_buffer(self, sizehint: int) -> None:
-        self.lent = bytearray(20_000 if self.large else 100)
+        self.lent = self.protocol, bytearray(20_000 if self.large else 100)
 
     def buffer_updated(self, count: int) -> None:
-        lent, self.lent = self.lent, None
-        self.check(type(count) is int and lent and 0 < count <= len(lent), f"buffer_updated({count!r})")
+        (protocol, lent), self.lent = self.lent or (None, b""), None
+        self.check(protocol is self.protocol, "buffer_updated of a protocol that has lent nothing")
+        self.check(type(count) is int and 0 < count <= len(lent), f"buffer_updated({count!r})")
         self.data += lent[:count]
         lent.clear()  # an error while somebody else has a view of it
 
@@ -572,8 +576,10 @@ class Script:
         life, peer = self.life, self.peer
         await self.settle(lambda: peer.ready or life.closing, "the end of the handshake")
         if peer.speaks:
-            await self.listen([LARGE] * 6 * life.large, armed=False)  # which makes the stream one in bulk
-            await self.listen(PIECES, armed=life.large)
+            await self.listen([LARGE] * 6 * life.large)  # which makes the stream one in bulk
+        life.armed = life.armed or life.at != "connection_made"
+        if peer.speaks:
+            await self.listen(PIECES)
         if hasattr(life.transport, "write"):
             life.transport.set_write_buffer_limits(10_000)
             await self.fill(write_much)
@@ -586,10 +592,9 @@ class Script:
         if life.goes_on:
             close(life)
 
-    async def listen(self, pieces: list[bytes], armed: bool) -> None:
+    async def listen(self, pieces: list[bytes]) -> None:
         """The peer says one thing after the other."""
         life, peer = self.life, self.peer
-        life.armed = life.armed or armed
         for piece in pieces:
             if not life.over and not (life.closing and life.above_tls):
                 peer.say(piece)
@@ -617,7 +622,8 @@ class DatagramScript(Script):
 
     async def go_on(self) -> None:
         life, peer = self.life, self.peer
-        await self.listen(PIECES, armed=False)
+        life.armed = life.armed or life.at != "connection_made"
+        await self.listen(PIECES)
         if self.make_full:
             if life.goes_on:
                 life.transport.set_write_buffer_limits(10_000)
@@ -645,6 +651,7 @@ class ProcessScript(Script):
     async def go_on(self) -> None:
         life = self.life
         self.peer.said += b"hello"
+        life.armed = life.armed or life.at != "connection_made"
         await self.settle(lambda: life.calls, "connection_made")
         if life.goes_on:
             life.transport.get_pipe_transport(0).write(b"hello")

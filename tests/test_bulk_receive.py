@@ -350,6 +350,43 @@ def test_system_exit_on_the_way(driver: str, pair: Pair, at: str, bulk: bool) ->
 
 
 @pytest.mark.parametrize("at", ["get_buffer", "buffer_updated"])
+def test_system_exit_with_more_to_come_loses_nothing(driver: str, pair: Pair, at: str) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    protocol = Lender(bytearray(3))
+    loop.run_until_complete(connect(loop, pair, protocol))
+    protocol.at, protocol.action = at, leave
+    pair[1].sendall(b"in pieces of three, ")
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            loop.run_forever()
+    protocol.action = None
+    pair[1].sendall(b"all of them")
+    loop.run_until_complete(until(lambda: len(protocol.data) == 31))
+    assert protocol.data == b"in pieces of three, all of them"
+    protocol.transport.abort()
+    loop.run_until_complete(turns())
+    loop.close()
+
+
+def test_system_exit_loses_nothing_of_what_was_held(driver: str, pair: Pair) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    protocol = Counter(1, leave)
+    transport = loop.run_until_complete(connect(loop, pair, protocol))
+    loop.run_until_complete(turns())
+    transport.pause_reading()
+    for piece in b"one", b"two", b"three":
+        pair[1].sendall(piece)
+        loop.run_until_complete(turns())
+    transport.resume_reading()
+    with pytest.raises(SystemExit):
+        loop.run_forever()
+    loop.run_until_complete(until(lambda: protocol.data == b"onetwothree"))
+    transport.abort()
+    loop.run_until_complete(turns())
+    loop.close()
+
+
+@pytest.mark.parametrize("at", ["get_buffer", "buffer_updated"])
 async def test_another_protocol_is_set_on_the_way(loop: Loop, pair: Pair, at: str) -> None:
     """The method that is being called loses its last reference."""
     memory = bytearray(20_000)

@@ -652,6 +652,37 @@ async def test_a_device_that_is_always_ready_lets_others_run(loop: iocp_loop.Ioc
             await until(lambda: source.count > count + 10)
 
 
+def test_system_exit_with_more_to_come_loses_nothing(driver: str, incoming: Pipe) -> None:
+    class Leaving(asyncio.BufferedProtocol):
+        exits = 0
+        data = bytearray()
+        buffer = bytearray(3)
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return self.buffer
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.data += self.buffer[:nbytes]
+            self.exits += 1
+            if self.exits < 4:
+                sys.exit(3)
+
+    loop = iocp_loop.new_event_loop(driver)
+    reader, writer = incoming
+    transport, protocol = loop.run_until_complete(loop.connect_read_pipe(Leaving, reader))
+    writer.write(b"in pieces of three, ")
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            loop.run_forever()
+    writer.write(b"all of them")
+    loop.run_until_complete(until(lambda: len(protocol.data) == 31))
+    assert protocol.data == b"in pieces of three, all of them"
+    transport.close()
+    loop.run_until_complete(turns())
+    loop.close()
+    writer.close()
+
+
 @unix_only
 async def test_a_device_that_is_always_ready_is_read_once_in_a_turn(
     loop: iocp_loop.IocpEventLoop, no_leak: None

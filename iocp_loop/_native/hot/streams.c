@@ -227,32 +227,40 @@ static int buffer_updated(PyObject *self, Py_ssize_t count)
     return done == NULL ? fail(self, names.receiving_failed, "Fatal error: protocol.buffer_updated() call failed.") : 0;
 }
 
+/* What is left of `data` from `count` on: to be given bit by bit, or, with an exception on its way that ends the loop's run,
+ * to be held. */
+static int go_on_with_rest(PyObject *self, PyObject *data, Py_ssize_t count)
+{
+    PyObject *exception = PyErr_Occurred() ? take_exception() : NULL;
+    PyObject *whole = PyMemoryView_FromObject(data), *rest, *done;
+    rest = whole == NULL ? NULL : PySequence_GetSlice(whole, count, PyBytes_GET_SIZE(data));
+    done = rest == NULL ? NULL : PyObject_CallMethod(self, exception == NULL ? "_copy_to_protocol" : "_hold", "O", rest);
+    Py_XDECREF(whole);
+    Py_XDECREF(rest);
+    Py_XDECREF(done);
+    if (exception != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+        Py_DECREF(exception);
+        return -1;
+    }
+    return done == NULL ? -1 : 0;
+}
+
 /* Copy what has come into the protocol's buffer; what does not fit in, or is not taken now, goes the slower way. */
 static int copy_to_protocol(PyObject *self, PyObject *data)
 {
     PyObject *buffer;
     Py_buffer view;
     Py_ssize_t size = PyBytes_GET_SIZE(data), count = 0;
-    int got = get_buffer(self, size, &buffer, &view);
-    if (got < 0)
-        return -1;
-    if (got) {
+    int got = get_buffer(self, size, &buffer, &view), failed = got < 0 ? -1 : 0;
+    if (got > 0) {
         count = size < view.len ? size : view.len;
         memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
         PyBuffer_Release(&view);
         Py_DECREF(buffer);
-        if (buffer_updated(self, count) < 0)
-            return -1;
-        if (count == size)
-            return 0;
+        failed = buffer_updated(self, count);
     }
-    PyObject *whole = PyMemoryView_FromObject(data), *rest, *done;
-    rest = whole == NULL ? NULL : PySequence_GetSlice(whole, count, size);
-    done = rest == NULL ? NULL : PyObject_CallMethod(self, "_copy_to_protocol", "O", rest);
-    Py_XDECREF(whole);
-    Py_XDECREF(rest);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return count < size ? go_on_with_rest(self, data, count) : failed;
 }
 
 static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)

@@ -224,12 +224,19 @@ static enum filled read_for_buffered_protocol(struct tls *self)
     Py_ssize_t size = pending_in(self->incoming, "_incoming"), count;
     PyObject *hint = size < 0 ? NULL : PyLong_FromSsize_t(size), *buffer = NULL;
     PyObject *get_buffer = hint == NULL ? NULL : get(self->app_get_buffer, "_app_protocol_get_buffer");
+    PyObject *protocol = Py_XNewRef(self->app_protocol);
     if (get_buffer != NULL)
         buffer = PyObject_CallOneArg(get_buffer, hint);
+    int wanted = self->app_protocol == protocol && (self->state == wrapped || self->state == flushing);
+    Py_XDECREF(protocol);
     Py_XDECREF(get_buffer);
     Py_XDECREF(hint);
     if (buffer == NULL)
         return FAILED;
+    if (!wanted) { /* it has been replaced, or has closed: look again who wants what there is */
+        Py_DECREF(buffer);
+        return FULL;
+    }
     Py_buffer view;
     int lent = PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE);
     Py_DECREF(buffer); /* the view keeps it */
