@@ -138,7 +138,7 @@ class Life:
         self.lent = self.protocol, bytearray(20_000 if self.large else 100)
 
     def buffer_updated(self, count: int) -> None:
-        (protocol, lent), self.lent = self.lent or (None, b""), None
+        (protocol, lent), self.lent = self.lent or (None, bytearray()), None
         self.check(protocol is self.protocol, "buffer_updated of a protocol that has lent nothing")
         self.check(type(count) is int and 0 < count <= len(lent), f"buffer_updated({count!r})")
         self.data += lent[:count]

@@ -87,6 +87,10 @@ def asyncios_loop() -> Iterator[tuple[asyncio.AbstractEventLoop, Reports]]:
     loop.close()
 
 
+def kinds_of(reports: Reports) -> list[type]:
+    return [type(report.get("exception")) for report in reports]
+
+
 def be_right(loop: Loop, reports: Reports, life: Life, made: Made, script: type[Script]) -> tuple[Outcome, list[type]]:
     """Lead a life on our loop: what it came to, and what was reported."""
     bystander = Bystander(loop)
@@ -95,7 +99,7 @@ def be_right(loop: Loop, reports: Reports, life: Life, made: Made, script: type[
         outcome = loop.run_until_complete(asyncio.wait_for(script(loop, life, made).lead(), 3 * LIMIT))
     finally:
         loop.run_until_complete(bystander.leave())
-    told = [type(report.get("exception")) for report in reports]
+    told = kinds_of(reports)
     assert not life.wrong, life.deed.__name__
     assert set(told) <= RAISED, life.deed.__name__
     reports.clear()
@@ -108,15 +112,21 @@ def walk(
     """Lead a life on our loop, and the same on asyncio's own.  Where all is right there, both come to the same."""
     ours, theirs = born(), born()
     outcome = be_right(loop, reports, ours, make(), script)
-    theirs.patience = 2
     with asyncios_loop() as (other, told):
+
+        def be_right_there() -> None:
+            assert not theirs.wrong
+            assert set(kinds_of(told)) <= RAISED
+
+        theirs.patience = 2
+        theirs.beside = be_right_there  # else there is nothing to wait for
         try:
             expected = other.run_until_complete(script(other, theirs, make()).lead())
+            be_right_there()
         except (AssertionError, AttributeError):
             return
-        kinds = [type(report.get("exception")) for report in told]
-    if not theirs.wrong and set(kinds) <= RAISED and not differs_there(ours):
-        assert outcome == (expected, kinds)
+    if not differs_there(ours):
+        assert outcome == (expected, kinds_of(told))
 
 
 def differs_there(life: Life) -> bool:
