@@ -72,6 +72,7 @@ FAMILIES = (
     Family("timers", "timers_and_threads"),
     Family("threads", "timers_and_threads"),
     Family("signals", "timers_and_threads", moves=False),
+    Family("loops", "loops", moves=False),
     Family("forks", "forks", stock=False, stops=True),
     Family("ports", "ports", stock=False, moves=False),
     Family("faults", "faults", preload=True),

@@ -217,7 +217,9 @@ class Side:
                 self.transport.write_eof()
 
     def close(self) -> None:
-        """Close, after what was written."""
+        """Close, after what was written; perhaps again."""
+        if self.closed and "again" in self.stage.without:
+            return
         self.will_close()
         self.transport.close()
 
