@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -210,8 +209,8 @@ class _Sender:
             self.stage.check(result == len(want), f"sendfile() gave {result}, not {len(want)}")
             self.stage.note("sender", f"sent {result}")
             if result:  # else asyncio's own leaves it where it was
-                place = file.tell() if step.file == "memory" else os.lseek(file.fileno(), 0, os.SEEK_CUR)
-                self.stage.check(place == step.offset + result, f"the file stands at {place} after {step}")
+                place = step.offset + result
+                self.stage.check(file.tell() == place, f"the file stands at {file.tell()}, not at {place}: {step}")
 
     async def _meddle(self, step: _Step, sending: asyncio.Task[Any]) -> None:
         """Do something else with the connection meanwhile."""
