@@ -156,6 +156,8 @@ class _Sender:
 
     async def play(self, step: _Step) -> None:
         """One step, to its end."""
+        if step.what in self.stage.without:
+            return
         if step.what == "write":
             await self._write(step.size or 0)
         elif step.what == "wrong":
