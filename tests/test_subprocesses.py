@@ -218,7 +218,7 @@ async def test_signals(loop: iocp_loop.IocpEventLoop, watched: str, how: str) ->
     if sys.platform == "win32":
         number, status = signal.SIGTERM, KILLED  # there is no other that a process of another group can be sent
     else:
-        number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "send_signal": signal.SIGHUP}[how]
+        number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "send_signal": signal.SIGUSR1}[how]
         status = -number
     getattr(process, how)(*[number] * (how == "send_signal"))
     assert await asyncio.wait_for(process.wait(), LIMIT) == status
