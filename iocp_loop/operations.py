@@ -38,6 +38,7 @@ __all__ = [
     "Buffer",
     "Completion",
     "Connect",
+    "FileOperation",
     "HandleLike",
     "Operation",
     "Read",
@@ -120,6 +121,11 @@ class Operation:
 
     #: True for kinds that yield many completions.
     stream: ClassVar[bool] = False
+    #: True for kinds whose value is lost where nobody takes it: what a cancelled one has got is kept for the next.
+    precious: ClassVar[bool] = False
+    #: What has to hold on the handle before the call can succeed; of one direction, it is also its place: operations of
+    #: a handle and a direction are served in the order of their submission.
+    events: int = READABLE
 
     def __init__(self, handle: HandleLike) -> None:
         self.handle = handle
@@ -166,6 +172,7 @@ class Receive(Operation):
     """Receive at most `size` bytes.  Value: ``bytes``, empty at the end of the stream."""
 
     __slots__ = ("size",)
+    precious = True
 
     def __init__(self, sock: socket.socket, size: int) -> None:
         super().__init__(sock)
@@ -176,6 +183,7 @@ class ReceiveInto(Operation):
     """Receive into a writable `buffer`.  Value: the number of bytes, 0 at the end of the stream."""
 
     __slots__ = ("buffer",)
+    precious = True
 
     def __init__(self, sock: socket.socket, buffer: Any) -> None:
         super().__init__(sock)
@@ -186,6 +194,7 @@ class Send(Operation):
     """Send from one buffer.  Value: how many bytes were taken, which may be fewer than were given."""
 
     __slots__ = ("data",)
+    events = WRITABLE
 
     def __init__(self, sock: socket.socket, data: Any) -> None:
         super().__init__(sock)
@@ -199,6 +208,7 @@ class SendAll(Operation):
     """
 
     __slots__ = ("buffers", "sent", "size")
+    events = WRITABLE
 
     def __init__(self, sock: socket.socket, buffers: Sequence[Any]) -> None:
         super().__init__(sock)
@@ -225,6 +235,7 @@ class SendFile(Operation):
     """
 
     __slots__ = ("count", "file", "offset")
+    events = WRITABLE
 
     def __init__(self, sock: socket.socket, file: int, offset: int, count: int) -> None:
         super().__init__(sock)
@@ -237,6 +248,7 @@ class Accept(Operation):
     """Accept one connection.  Value: ``(socket, address)``; the socket is non-blocking and not inherited."""
 
     __slots__ = ()
+    precious = True
     handle: socket.socket
 
     def __init__(self, sock: socket.socket) -> None:
@@ -247,6 +259,7 @@ class Connect(Operation):
     """Connect to `address`, which must be resolved already.  Value: None."""
 
     __slots__ = ("address",)
+    events = WRITABLE
     handle: socket.socket
 
     def __init__(self, sock: socket.socket, address: Address) -> None:
@@ -258,6 +271,7 @@ class ReceiveFrom(Operation):
     """Receive one datagram of at most `size` bytes.  Value: ``(bytes, address)``."""
 
     __slots__ = ("size",)
+    precious = True
 
     def __init__(self, sock: socket.socket, size: int) -> None:
         super().__init__(sock)
@@ -268,6 +282,7 @@ class ReceiveFromInto(Operation):
     """Receive one datagram into a writable `buffer`.  Value: ``(number of bytes, address)``."""
 
     __slots__ = ("buffer",)
+    precious = True
 
     def __init__(self, sock: socket.socket, buffer: Any) -> None:
         super().__init__(sock)
@@ -278,6 +293,7 @@ class SendTo(Operation):
     """Send one datagram to `address` (None: to where the socket is connected).  Value: the number of bytes."""
 
     __slots__ = ("address", "data")
+    events = WRITABLE
 
     def __init__(self, sock: socket.socket, data: Any, address: Address) -> None:
         super().__init__(sock)
@@ -290,37 +306,45 @@ class SendTo(Operation):
 # --------------------------------------------------------------------------------------------------
 
 
-class Read(Operation):
-    """Read at most `size` bytes from a file or pipe; `offset` None: from where it stands.  Value: ``bytes``."""
+class FileOperation(Operation):
+    """What reads and writes of files and pipes share.  `offset` in bytes; None: from where the file stands."""
 
-    __slots__ = ("offset", "size")
+    __slots__ = ("offset",)
+
+    def __init__(self, handle: HandleLike, offset: int | None) -> None:
+        super().__init__(handle)
+        self.offset = offset
+
+
+class Read(FileOperation):
+    """Read at most `size` bytes from a file or pipe.  Value: ``bytes``, empty at the end."""
+
+    __slots__ = ("size",)
 
     def __init__(self, handle: HandleLike, size: int, offset: int | None = None) -> None:
-        super().__init__(handle)
+        super().__init__(handle, offset)
         self.size = size
-        self.offset = offset
 
 
-class ReadInto(Operation):
-    """Read from a file or pipe into a writable `buffer`.  Value: the number of bytes."""
+class ReadInto(FileOperation):
+    """Read from a file or pipe into a writable `buffer`.  Value: the number of bytes, 0 at the end."""
 
-    __slots__ = ("buffer", "offset")
+    __slots__ = ("buffer",)
 
     def __init__(self, handle: HandleLike, buffer: Any, offset: int | None = None) -> None:
-        super().__init__(handle)
+        super().__init__(handle, offset)
         self.buffer = writable_view(buffer)
-        self.offset = offset
 
 
-class Write(Operation):
+class Write(FileOperation):
     """Write from one buffer to a file or pipe.  Value: how many bytes were taken, perhaps fewer than were given."""
 
-    __slots__ = ("data", "offset")
+    __slots__ = ("data",)
+    events = WRITABLE
 
     def __init__(self, handle: HandleLike, data: Any, offset: int | None = None) -> None:
-        super().__init__(handle)
+        super().__init__(handle, offset)
         self.data = readable_view(data)
-        self.offset = offset
 
 
 class AcceptPipe(Operation):
@@ -344,14 +368,15 @@ class WaitForHandle(Operation):
 class Readiness(Operation):
     """Wait until one of `events` (READABLE, WRITABLE) holds.  Value: the events that do.
 
-    An error or a hang-up on the handle counts as every event that was asked for, as with select(2).
+    An error or a hang-up on the handle counts as every event that was asked for, as with select(2).  Raises ValueError
+    for other events, or none.
     """
 
     __slots__ = ("events",)
 
     def __init__(self, handle: HandleLike, events: int) -> None:
         super().__init__(handle)
-        self.events = events
+        self.events = checked_events(events)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -420,7 +445,7 @@ class ReadinessStream(Operation):
     """Tell each time that one of `events` holds, level-triggered, until cancelled.  Values: the events that hold.
 
     The readiness is looked at anew after each completion was delivered.  An error or a hang-up counts as every event
-    that was asked for.
+    that was asked for.  Raises ValueError for other events, or none.
     """
 
     __slots__ = ("events",)
@@ -428,7 +453,7 @@ class ReadinessStream(Operation):
 
     def __init__(self, handle: HandleLike, events: int) -> None:
         super().__init__(handle)
-        self.events = events
+        self.events = checked_events(events)
 
 
 class Completion(NamedTuple):
@@ -444,6 +469,13 @@ class Completion(NamedTuple):
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def checked_events(events: int) -> int:
+    """`events`, READABLE, WRITABLE or both.  Raises ValueError for anything else."""
+    if not events or events & ~(READABLE | WRITABLE):
+        raise ValueError(f"events must be READABLE, WRITABLE or both, not {events!r}")
+    return events
 
 
 def readable_view(data: Any) -> memoryview:

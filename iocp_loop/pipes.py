@@ -15,6 +15,7 @@ from .proactor import Proactor
 
 if sys.platform == "win32":
     from . import named_pipes
+    from .operations import AcceptPipe
     from .windows_channels import PATIENCE, BlockingChannel, Channel, open_channel
     from .windows_pipes import DuplexPipeTransport, ReadPipeTransport, WritePipeTransport
 else:
@@ -111,7 +112,7 @@ class PipeMethods(asyncio.BaseEventLoop):
             return [named_pipes.PipeServer(self, self._proactor, address, welcome)]
 
         def _check_named_pipes(self) -> None:
-            if self._proactor.driver.name != "iocp":
+            if AcceptPipe not in self._proactor.driver.kinds:
                 raise NotImplementedError(f"driver {self._proactor.driver.name} has no named pipes; iocp has")
 
         def _make_duplex_pipe_transport(

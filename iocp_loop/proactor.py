@@ -35,7 +35,6 @@ __all__ = ["Deliver", "Proactor"]
 Deliver = Callable[[Any, BaseException | None], object]
 
 #: Kinds whose value would be lost if nobody took it.
-_PRECIOUS = (ops.Receive, ops.ReceiveInto, ops.Accept, ops.ReceiveFrom, ops.ReceiveFromInto)
 
 
 class _OperationFuture(asyncio.Future[Any]):
@@ -158,7 +157,7 @@ class Proactor:
     def submit(self, op: Operation) -> asyncio.Future[Any]:
         """Submit any operation; the Future of its completion."""
         future = _OperationFuture(self, op, self._loop)
-        if (self._unclaimed or self._lines) and isinstance(op, _PRECIOUS):
+        if (self._unclaimed or self._lines) and op.precious:
             self._submit_in_turn(future, op)
         else:
             future.start()
@@ -282,12 +281,12 @@ class Proactor:
     def _cancel_precious(self, op: Operation) -> None:
         """Ask for the end of an operation whose Future is being cancelled."""
         self.driver.cancel(op)
-        if isinstance(op, _PRECIOUS) and op.state is not ops.NEW:  # new: it stands in line itself
+        if op.precious and op.state is not ops.NEW:  # new: it stands in line itself
             self._lines.setdefault(op.handle, _Line()).ending.add(op)
 
     def _ended_unawaited(self, op: Operation, value: Any, error: BaseException | None) -> None:
         """The last completion of a cancelled operation: keep what it got, and let those behind it go on."""
-        if not isinstance(op, _PRECIOUS):
+        if not op.precious:
             return
         if error is None:
             self.keep_value(op, value)

@@ -217,7 +217,7 @@ class SubprocessMethods(asyncio.BaseEventLoop):
         extra: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> SubprocessTransport:
-        if sys.platform == "win32" and self._proactor.driver.name != "iocp":
+        if sys.platform == "win32" and WaitForHandle not in self._proactor.driver.kinds:
             raise NotImplementedError(f"driver {self._proactor.driver.name} has no subprocesses on Windows; iocp has")
         waiter = self.create_future()
         transport = SubprocessTransport(

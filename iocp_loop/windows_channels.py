@@ -367,7 +367,7 @@ def open_channel(loop: asyncio.AbstractEventLoop, proactor: Proactor, pipe: Any,
     if handles.is_regular_file(number):
         raise ValueError("Pipe transport is only for pipes, sockets and character devices")
     if not handles.is_synchronous(number):
-        if proactor.driver.name != "iocp":
+        if ops.AcceptPipe not in proactor.driver.kinds:
             raise NotImplementedError(f"driver {proactor.driver.name} has no overlapped I/O; that needs driver iocp")
         proactor.driver.register(handle)
         return OverlappedChannel(proactor, handle)

@@ -36,7 +36,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, ClassVar, cast
 
 from .. import operations
@@ -65,6 +65,8 @@ class Driver(ABC):
 
     #: ``"iocp"``, ``"uring"`` or ``"poll"``.
     name: ClassVar[str]
+    #: The kinds of operation that it carries out.
+    kinds: Set[type[Operation]]
 
     def __init__(self, concurrency: int = 1) -> None:
         self.concurrency = concurrency
@@ -190,6 +192,10 @@ class Driver(ABC):
             self._complete(op, value, error)
         for op in remaining:
             self._complete(op, None, cancelled_error())
+
+    def _check_support(self, kind: type[Operation]) -> None:
+        if kind not in self.kinds:
+            raise NotImplementedError(f"driver {self.name} has no operation {kind.__name__}")
 
     def _launch(self, op: Operation) -> None:
         """Enter `op` in the in-flight table."""

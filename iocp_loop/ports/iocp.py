@@ -66,7 +66,7 @@ import warnings
 from typing import Any, cast
 
 from .. import operations as ops
-from ..operations import IN_FLIGHT, Operation
+from ..operations import IN_FLIGHT, READABLE, Operation
 from .driver import cancelled_error, leak
 from .iocp_binding import Submission, lib, probe
 from .iocp_files import FileRequests
@@ -77,12 +77,6 @@ from .iocp_sockets import SocketRequests
 from .iocp_turns import IocpTurns
 
 __all__ = ["IocpDriver", "probe"]
-
-_READING = frozenset({ops.Receive, ops.ReceiveInto, ops.ReceiveStream, ops.ReceiveFrom, ops.ReceiveFromInto,
-                      ops.ReceiveFromStream, ops.Accept, ops.AcceptStream, ops.AcceptPipe, ops.Read,
-                      ops.ReadInto})  # fmt: skip
-
-_POSITIONED = frozenset({ops.Read, ops.ReadInto, ops.Write})
 
 #: Kinds whose requests the kernel may have several of: it serves them in order, and each needs only one.
 _ACCEPTING = frozenset({ops.Accept, ops.AcceptStream})
@@ -114,17 +108,17 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
             ops.ReceiveStream: self._start_receive_stream,
             ops.ReceiveFromStream: self._start_receive_from,
         }
+        self.kinds = frozenset({*self._starts, ops.Readiness, ops.ReadinessStream, ops.WaitForHandle})
 
     def submit(self, op: Operation) -> None:
         kind = type(op)
+        self._check_support(kind)
         if kind in self._starts:
             self._start(op)
-        elif kind is ops.Readiness or kind is ops.ReadinessStream:
-            self._start_readiness(op)
         elif kind is ops.WaitForHandle:
             self._start_watch(cast("ops.WaitForHandle", op))
         else:
-            raise NotImplementedError(f"the iocp driver has no operation {op.kind}")
+            self._start_readiness(op)
         self._let_others_know()
 
     def _start(self, op: Operation) -> None:
@@ -136,8 +130,8 @@ class IocpDriver(IocpTurns, ReceiveRequests, SocketRequests, FileRequests, Readi
             if association is None or association.handle() is not op.handle:
                 association = self._associate(op.fd, op.handle)
             # A place in a file that is named does not depend on who came first.
-            if type(op) not in _POSITIONED or getattr(op, "offset", None) is None:
-                line = association.reading if type(op) in _READING else association.writing
+            if not isinstance(op, ops.FileOperation) or op.offset is None:
+                line = association.reading if op.events == READABLE else association.writing
                 line.append(op)
                 if line[0] is not op and type(op) not in _ACCEPTING:
                     op.driver_data = association

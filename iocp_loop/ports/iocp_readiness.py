@@ -6,7 +6,7 @@ import contextlib
 import socket
 from typing import Any
 
-from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE
+from ..operations import CANCELLING, IN_FLIGHT, READABLE
 from .iocp_binding import ABORTED, INVALID_HANDLE, PENDING, Submission, check, ffi, lib
 from .iocp_requests import UNDONE, IocpRequests, still_open
 
@@ -26,8 +26,6 @@ class ReadinessRequests(IocpRequests):
         self._ear: Submission | None = None
 
     def _start_readiness(self, op: Any) -> None:
-        if not op.events or op.events & ~(READABLE | WRITABLE):
-            raise ValueError(f"events must be READABLE, WRITABLE or both, not {op.events!r}")
         base = self._base_socket(op.fd)
         device = self._device_with_room()
         self._launch(op)

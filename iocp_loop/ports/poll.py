@@ -129,6 +129,7 @@ class PollDriver(PollTurns, Driver):
             ops.ReceiveFromStream: self._receive_datagrams,
             ops.AcceptStream: self._accept_some,
         }
+        self.kinds = frozenset({*self._attempts, *self._stream_steps, ops.Readiness, ops.ReadinessStream})
 
     def _open_poller(self) -> None:
         self._unarmed_poller = False  # whether the poller knows none of the watches
@@ -149,16 +150,7 @@ class PollDriver(PollTurns, Driver):
 
     def submit(self, op: Operation) -> None:
         kind = type(op)
-        if kind is ops.Readiness or kind is ops.ReadinessStream:
-            events = op.events  # type: ignore[attr-defined]  # both kinds have it
-            if not events or events & ~(READABLE | WRITABLE):
-                raise ValueError(f"events must be READABLE, WRITABLE or both, not {events!r}")
-        elif kind in self._attempts:
-            events = WRITABLE if kind in _WRITING_KINDS else READABLE
-        elif kind in self._stream_steps:
-            events = READABLE
-        else:
-            raise NotImplementedError(f"the poll driver has no operation {op.kind}")
+        self._check_support(kind)
         self._adopt_socket_wait(op.fd)
         self._launch(op)
         if kind is ops.Connect:
@@ -175,7 +167,7 @@ class PollDriver(PollTurns, Driver):
         elif kind in self._attempts and op.fd not in self._watches and not _may_block(op) and self._attempt(op):
             return
         try:
-            self._add(op, events)
+            self._add(op, op.events)
         except BaseException:  # epoll refuses regular files too, but no call on one waits: it was made above
             self._retract(op)
             raise
@@ -328,12 +320,12 @@ class PollDriver(PollTurns, Driver):
             if step is not None:
                 step(op)
             elif kind is ops.ReadinessStream:
-                events = held & op.events  # type: ignore[attr-defined]  # this kind has events
+                events = held & op.events
                 if direction == READABLE or not events & READABLE:  # else it was told as a reader
                     self.completions += 1
                     self._complete(op, events, None)
             elif kind is ops.Readiness:
-                self._finish(op, held & op.events)  # type: ignore[attr-defined]  # as above
+                self._finish(op, held & op.events)
             elif not self._attempt(op):
                 break
         watch.sweep()
@@ -527,7 +519,7 @@ def _send_file(op: ops.SendFile) -> Any:
 
 def _may_block(op: Operation) -> bool:
     """Whether a call for `op` on what is not ready would block; a file that is always ready is no matter."""
-    return type(op) in _FILE_KINDS and os.get_blocking(op.fd) and not stat.S_ISREG(os.fstat(op.fd).st_mode)
+    return isinstance(op, ops.FileOperation) and os.get_blocking(op.fd) and not stat.S_ISREG(os.fstat(op.fd).st_mode)
 
 
 def _read(op: ops.Read) -> Any:
@@ -542,8 +534,6 @@ def _write(op: ops.Write) -> Any:
     return os.write(op.fd, op.data) if op.offset is None else os.pwrite(op.fd, op.data, op.offset)
 
 
-_WRITING_KINDS = frozenset({ops.Send, ops.SendAll, ops.SendFile, ops.SendTo, ops.Write, ops.Connect})
-_FILE_KINDS = frozenset({ops.Read, ops.ReadInto, ops.Write})
 _IOV_MAX = 1024  # Linux's and the BSDs' limit on buffers in one call, limits.h
 
 

@@ -76,7 +76,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from .. import operations as ops
-from ..operations import CANCELLING, IN_FLIGHT, READABLE, WRITABLE, Operation
+from ..operations import CANCELLING, IN_FLIGHT, READABLE, Operation
 from .driver import DriverUnavailable, cancelled_error, leak
 from .poll import PollDriver
 from .uring_binding import ffi, forget_probe, lib, new_bytes, open_ring, probe, why_enter_failed
@@ -103,8 +103,6 @@ _RECEIVE_AGAIN = frozenset({*_AGAIN, -errno.EAGAIN, -errno.ENOBUFS})
 
 #: What the functions that queue a request return (an int, but cffi tells no types): 0, or a negative errno.
 _Code: TypeAlias = Any
-
-_FILE_KINDS = frozenset({ops.Read, ops.ReadInto, ops.Write})
 
 
 class _Stream:
@@ -183,7 +181,7 @@ class UringDriver(UringTurns, PollDriver):
             op.driver_data = _Stream()
             op.driver_data.large = op.fd in self._watches  # behind who reads there already
             self._go_on(op)
-        elif kind in _FILE_KINDS and (status := _status_if_blocking(op.fd)) is not None:
+        elif isinstance(op, ops.FileOperation) and (status := _status_if_blocking(op.fd)) is not None:
             request = _FileRequest(op, status)
             self._launch(op)
             op.driver_data = request
@@ -342,7 +340,7 @@ class UringDriver(UringTurns, PollDriver):
         if type(op) is not ops.ReceiveStream and self._attempt(op):
             return
         try:
-            self._add(op, WRITABLE if type(op) is ops.Write else READABLE)
+            self._add(op, op.events)
         except OSError as error:
             self._finish(op, None, error)
 
