@@ -87,16 +87,6 @@ def test_an_unknown_kind_is_refused_and_nothing_is_in_flight(rig: Rig, pair: Pai
     assert not rig.driver.in_flight
 
 
-@pytest.mark.parametrize("kind", [ops.Readiness, ops.ReadinessStream])
-@pytest.mark.parametrize("events", [0, 2, 64 | READABLE])
-def test_readiness_for_unknown_events_is_refused(rig: Rig, pair: Pair, kind: Any, events: int) -> None:
-    op = kind(pair[0], events)
-    with pytest.raises(ValueError, match="events"):
-        rig.driver.submit(op)
-    assert op.state is ops.NEW
-    assert not rig.driver.in_flight
-
-
 def test_a_socket_closed_before_submit_is_an_error_either_way(rig: Rig) -> None:
     ours, peer = tcp_pair()
     peer.close()

@@ -152,3 +152,10 @@ def test_result_is_the_value_or_raises_the_error() -> None:
     error = OSError(errno.ECONNRESET, "reset")
     with pytest.raises(ConnectionResetError):
         Completion(None, None, None, error).result()
+
+
+@pytest.mark.parametrize("kind", [ops.Readiness, ops.ReadinessStream])
+@pytest.mark.parametrize("events", [0, 2, 64 | ops.READABLE])
+def test_readiness_for_unknown_events_is_refused(sock: socket.socket, kind: type[ops.Readiness], events: int) -> None:
+    with pytest.raises(ValueError, match="events"):
+        kind(sock, events)
