@@ -14,7 +14,7 @@ import pytest
 
 from iocp_loop import native
 from iocp_loop import operations as ops
-from iocp_loop.operations import READABLE, WRITABLE, Operation
+from iocp_loop.operations import WRITABLE, Operation
 from iocp_loop.ports import make_driver
 
 from .rig import A_MOMENT, Pair, Rig, received, waiting_operations
