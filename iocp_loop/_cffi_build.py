@@ -1,7 +1,7 @@
 """The cffi (API mode) binding: Win32 on Windows, io_uring by raw system calls on Linux.
 
-setup.py names this file as a cffi module.  The declarations stand in ``_native/<system>/*.cdef.h`` and the C in .c
-files beside them, so that editors, compilers and sanitizers see C as C.  Where there is nothing to bind (macOS, the
+setup.py names this file as a cffi module.  The declarations are those of the header in ``_native/<system>``, beside the
+C in .c files, so that editors, compilers and sanitizers see C as C.  Where there is nothing to bind (macOS, the
 BSDs) `ffibuilder` is None and the package runs on the ``poll`` driver.
 
 Set ``IOCP_LOOP_TARGET=windows`` to write the Windows module's C on another system, for a cross compiler::
@@ -12,6 +12,7 @@ Set ``IOCP_LOOP_TARGET=windows`` to write the Windows module's C on another syst
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def make_ffi(target: str) -> Any:
     root = Path(__file__).resolve().parent.parent
     sources = [path.relative_to(root).as_posix() for path in sorted(stem.parent.glob("*.c"))]
     ffi = cffi.FFI()
-    ffi.cdef(stem.with_suffix(".cdef.h").read_text(encoding="utf-8"))
+    ffi.cdef(declarations(stem.with_suffix(".h").read_text(encoding="utf-8")))
     ffi.set_source(
         binding.module,
         f'#include "{stem.name}.h"',
@@ -53,6 +54,16 @@ def make_ffi(target: str) -> Any:
         libraries=list(binding.libraries),
     )
     return ffi
+
+
+def declarations(header: str) -> str:
+    """What cffi can read of a C header: all but its directives, and the part of a struct behind ``/* private */``.
+
+    Of the directives, a ``#define`` of a number stays.
+    """
+    header = re.sub(r"/\* private \*/.*?\n}", "...;\n}", header, flags=re.DOTALL)
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    return re.sub(r"^#(?!define \w+ \d+ *$).*\n", "", header, flags=re.MULTILINE)
 
 
 def this_system() -> str:

@@ -66,6 +66,10 @@ typedef struct uring {
     size_t memory_size;
     int incremental; /* 1 where the kernel has incremental buffers (Linux 6.12) */
 
+    int events_hold; /* the epoll instance may have events to tell; whoever takes them says whether some are left */
+
+    /* private */
+
     int shared; /* several threads submit: `lock` guards the submission queue */
     pthread_mutex_t lock;
 
@@ -73,7 +77,6 @@ typedef struct uring {
     int wake_armed;
     int epoll_fd; /* an epoll instance, whose events end a wait too; -1: none */
     int epoll_armed;
-    int events_hold; /* it may have events to tell; whoever takes them says whether some are left */
 
     /* The mapped queues; see io_uring(7). */
     void *rings;
