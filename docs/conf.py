@@ -14,6 +14,12 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"iocp_loop {release}"
+# Every reference leads somewhere.  There is no inventory of Python's documentation offline: its names are not looked up.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(_?asyncio|socket|collections)\..*"),
+    ("py:class", r"HandleLike|Deliver|_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno"),  # aliases and kin
+]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
