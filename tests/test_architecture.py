@@ -152,6 +152,14 @@ def test_a_named_function_is_there(file: str, name: str) -> None:
     assert name in defined(path), f"docs/architecture.md names {file}::{name}, which is gone"
 
 
+def test_the_example_of_an_operation_names_every_file_that_knows_of_it() -> None:
+    start = PAGE.index("## Adding an operation")
+    section = PAGE[start : PAGE.index("\n## ", start)]
+    for path in [*modules().values(), *(PACKAGE / "_native").rglob("*.[ch]")]:
+        if re.search(r"ReceiveFromInto|recvfrom_into|iocp_receive_from", path.read_text(encoding="utf-8")):
+            assert path.name in section, path
+
+
 def test_the_way_of_a_byte_is_short() -> None:
     """At most five files in and four out, on each driver and tier."""
     rows = re.findall(r"^\| (in|out), (.*?) \|(.*)$", PAGE, re.MULTILINE)
