@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import inspect
 import itertools
 import os
+import selectors
 import socket
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from hypothesis import settings
 import iocp_loop
 from iocp_loop.ports import DRIVERS, availability, make_driver
 
-from .rig import Rig
+from .rig import POLLERS, Rig, driver_of_another_system
 from .support import LIMIT, listening_socket, open_files, tcp_pair
 
 # A test that fails, fails again; and a busy machine is no failure.
@@ -46,13 +48,21 @@ def drivers_to_test(config: pytest.Config) -> list[str]:
     return [forced] if forced != "auto" else [name for name in DRIVERS if availability(name).available]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_poller: the test runs on the pollers and the waker of other systems too")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"drivers: {', '.join(drivers_to_test(config))}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "driver" in metafunc.fixturenames:
-        metafunc.parametrize("driver", drivers_to_test(metafunc.config), scope="session")
+    if "driver" not in metafunc.fixturenames:
+        return
+    drivers = drivers_to_test(metafunc.config)
+    if "poll" in drivers and any(metafunc.definition.iter_markers("every_poller")):
+        drivers = [*drivers, *(f"poll-{kind.__name__}" for kind in POLLERS)]
+    metafunc.parametrize("driver", drivers, scope="session")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -125,6 +135,14 @@ def pair(no_leak: None) -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture
+def pipe() -> Iterator[tuple[Any, Any]]:
+    """The two ends of an overlapped named pipe of Windows."""
+    rig: Any = importlib.import_module(".windows_rig", __package__)  # for Windows only
+    with rig.overlapped_pipe() as ends:
+        yield ends
+
+
+@pytest.fixture
 def listener(no_leak: None) -> Iterator[socket.socket]:
     """A non-blocking TCP socket that listens on the loopback interface."""
     with listening_socket() as sock:
@@ -132,9 +150,10 @@ def listener(no_leak: None) -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def rig(driver: str, no_leak: None) -> Iterator[Rig]:
+def rig(driver: str, monkeypatch: pytest.MonkeyPatch, no_leak: None) -> Iterator[Rig]:
     """A driver by itself.  At the end nothing may be in flight."""
-    rig = Rig(make_driver(driver))
+    name, _, poller = driver.partition("-")
+    rig = Rig(driver_of_another_system(getattr(selectors, poller), monkeypatch) if poller else make_driver(name))
     yield rig
     rig.driver.close()
     assert not rig.driver.in_flight

@@ -167,3 +167,15 @@ def test_the_way_of_a_byte_is_short() -> None:
     for way, case, stations in rows:
         files = dict.fromkeys(re.findall(r"`([\w/]+\.(?:py|c))::", stations))
         assert len(files) <= (5 if way == "in" else 4), f"{case}: {list(files)}"
+
+
+# -- the tests themselves --------------------------------------------------------------------------
+
+
+def test_test_files_do_not_import_from_each_other() -> None:
+    """What several of them need stands in support.py, rig.py and their kin."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.findall(
+            r"^\s*from \.+(?:\w+\.)*(test_\w+) import|^\s*import .*\b(test_\w+)$", path.read_text("utf-8"), re.M
+        )
+        assert not found, f"{path.name} imports from {found}"
