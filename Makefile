@@ -87,7 +87,7 @@ test: $(VENV)/.test ## the tests, on every driver that this machine has (ARGS=)
 # Without the tests of what has nothing to do with the tier: the benchmarks, the examples, the drivers' bindings, and
 # Windows.
 NOT_OF_A_TIER := benchmarks benchmarks_runs examples choice signatures native_windows named_pipes \
-    pytest_asyncio pytest_plugin echo_program run_command built recipes apps $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
+    pytest_asyncio pytest_plugin echo_program run_command built recipes apps docs architecture $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
 WITHOUT := $(foreach name,$(NOT_OF_A_TIER),--ignore=tests/test_$(name).py)
 
 test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without those that do not touch it (ARGS=)
