@@ -9,7 +9,9 @@ import inspect
 import itertools
 import os
 import selectors
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -21,7 +23,7 @@ import iocp_loop
 from iocp_loop.ports import DRIVERS, availability, make_driver
 
 from .rig import POLLERS, Rig, driver_of_another_system
-from .support import LIMIT, listening_socket, open_files, tcp_pair
+from .support import LIMIT, WINDOWS, listening_socket, open_files, tcp_pair
 
 # A test that fails, fails again; and a busy machine is no failure.
 settings.register_profile("project", derandomize=True, database=None, deadline=None)
@@ -163,3 +165,20 @@ def rig(driver: str, monkeypatch: pytest.MonkeyPatch, no_leak: None) -> Iterator
 def address() -> str:
     """A name that no named pipe of Windows has."""
     return rf"\\.\pipe\iocp_loop-test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def display() -> Iterator[str]:
+    """The name of a display to open windows on: one that nobody sees, else the user's own."""
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    if shutil.which("Xvfb") is None:
+        if not WINDOWS and not os.environ.get("DISPLAY"):
+            pytest.skip("there is neither a display nor Xvfb")
+        yield os.environ.get("DISPLAY", "")
+        return
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-nolisten", "tcp"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        yield f":{server.stdout.readline().strip()}"
+        server.terminate()
