@@ -202,8 +202,8 @@ PyObject *receive_for(PyObject *op);
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
 /* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner provides; -1
- * with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full, so that
- * there may be more. */
+ * with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full,
+ * so that there may be more. */
 ssize_t receive_into(PyObject *op, int *filled);
 enum { NO_BUFFER = -2 };
 /* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
