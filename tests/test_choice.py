@@ -319,7 +319,7 @@ def test_when_no_descriptor_is_left_for_a_ring() -> None:
         loop.run_until_complete(asyncio.sleep(0.001))
         print(loop.driver)
         os.close(spare.pop())
-        os.close(spare.pop())  # two are enough for a poller, and no ring is to be had any more
+        os.close(spare.pop())  # two are enough for a poller, and there can be no ring any more
         with iocp_loop.CompletionPort() as port:
             print(port.driver)
             port.post("value")

@@ -108,7 +108,7 @@ def main() -> int:
             emulated = ", with what Wine lacks emulated" if options.emulate else ""
             say(f"testing on Windows Python {python.version}, {python.wine.version()}{emulated}")
             if not options.run:
-                # poll can be had here too (by select), but is tested where it is used; --driver poll runs it.
+                # poll is available here too (by select), but is tested where it is used; --driver poll runs it.
                 if not any(argument.startswith("--driver") for argument in arguments):
                     arguments[:0] = ["--driver", "iocp"]
                 arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider"]

@@ -90,7 +90,7 @@ CLASSES = (
         left_out=(
             "test_close",  # makes a transport by a private method, of a socket that blocks
             "test_double_bind",  # makes asyncio's own PipeServer
-            "test_connect_pipe_cancel",  # puts a function in the place of one of _overlapped
+            "test_connect_pipe_cancel",  # replaces a function of _overlapped
             "test_address_argument_type_error",  # calls methods of asyncio's proactor
         ),
     ),
@@ -123,7 +123,7 @@ def make_case(source: Source, driver: str) -> Any:
         group, _, test = listed.partition(".")
         if group == source.name and hasattr(case, test):
             setattr(case, test, _expected_to_fail(getattr(case, test), reason))
-    # What CPython's tests leave unclosed is their affair: warnings are shown, and end nothing.
+    # CPython's tests leave things unclosed: warnings are shown, and end nothing.
     case.pytestmark = [pytest.mark.filterwarnings("default")]
     return case
 

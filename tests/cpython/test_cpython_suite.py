@@ -23,7 +23,7 @@ except ImportError as error:
 from .expected_failures import EXPECTED_FAILURES
 from .suite import make_case, sources
 
-#: On Windows poll can be had too, but is no loop for pipes, processes and all that only iocp has.
+#: On Windows poll is available too, but is no loop for pipes, processes and all that only iocp has.
 DRIVERS = [name for name in choice.DRIVERS if choice.availability(name).available]
 if "iocp" in DRIVERS:
     DRIVERS = ["iocp"]
