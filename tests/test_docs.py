@@ -186,5 +186,9 @@ def test_the_figures_of_the_readme_are_those_of_the_performance_page() -> None:
     for place, mode in enumerate(("protocol", "streams", "sock")):
         ours, stock, uvloop = (float(cell.split(", ")[place]) for cell in shown)
         assert [stock, uvloop, ours] == [round(cost, 1) for cost in costs(f"{mode} 1 KiB x 100", tcp)]
+    differences = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    rows = ("iocp_loop on uring, on poll", "asyncio (selector)", "uvloop |")
+    counted = [cells(differences[differences.index("## CPython's own tests") :], row)[-2] for row in rows]
+    assert cells(readme, "CPython's own tests of every loop, passed")[:3] == counted
     ours, stock, uvloop = map(float, cells(readme, "memory of an idle TLS connection, KiB")[:3])
     assert [stock, uvloop, ours] == [round(cost) for cost in costs("protocol tls, 1000 idle after 1 KiB")]

@@ -85,7 +85,7 @@ def main() -> int:
         stock: Any = asyncio.DefaultEventLoopPolicy
         factory = stock._loop_factory if module is asyncio else module.new_event_loop
         return _run_one(factory, *options.one.split("."))
-    failed, passed = [], 0
+    names: dict[int, list[str]] = {PASSED: [], FAILED: [], SKIPPED: []}
     for source in MIXINS:
         for test in _names(source):
             name = f"{source.name}.{test}"
@@ -94,11 +94,12 @@ def main() -> int:
                 code = subprocess.run(command, capture_output=True, timeout=LIMIT).returncode
             except subprocess.TimeoutExpired:
                 code = FAILED
-            passed += code == PASSED
-            if code not in (PASSED, SKIPPED):
-                failed.append(name)
-    print(*failed, sep="\n")
-    print(f"{options.loop}: {passed} of {passed + len(failed)} passed, Python {sys.version.split()[0]}")
+            names[code if code in names else FAILED].append(name)
+    for code, word in (SKIPPED, "skipped"), (FAILED, "failed"):
+        for name in names[code]:
+            print(f"{word}: {name}")
+    passed, failed = len(names[PASSED]), len(names[FAILED])
+    print(f"{options.loop}: {passed} of {passed + failed} passed, Python {sys.version.split()[0]}")
     return 0
 
 
