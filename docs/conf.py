@@ -14,7 +14,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"iocp_loop {release}"
-# Every reference leads somewhere.  There is no inventory of Python's documentation offline: its names are not looked up.
+# Every reference leads somewhere, but to names of Python itself: offline there is no inventory of its documentation.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(_?asyncio|socket|collections)\..*"),
