@@ -87,7 +87,7 @@ test: $(VENV)/.test ## the tests, on every driver that this machine has (ARGS=)
 # Without the tests of what has nothing to do with the tier: the benchmarks, the examples, the drivers' bindings, and
 # Windows.
 NOT_OF_A_TIER := benchmarks benchmarks_runs examples choice signatures native_windows named_pipes \
-    pytest_asyncio pytest_plugin echo_program run_command built recipes apps $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
+    pytest_asyncio pytest_plugin echo_program run_command built recipes apps docs architecture $(patsubst tests/test_%.py,%,$(wildcard tests/test_iocp*.py tests/test_windows*.py))
 WITHOUT := $(foreach name,$(NOT_OF_A_TIER),--ignore=tests/test_$(name).py)
 
 test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without those that do not touch it (ARGS=)
@@ -118,7 +118,7 @@ VERSIONS ?=
 test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (VERSIONS="3.13 3.14 3.15", ARGS=)
 	@PYTHON=$(RUN) tools/test_debian.sh $(VERSIONS) $(if $(ARGS),-- $(ARGS))
 
-# auto: the version of the environment's Python, or else another that can be had as Windows Python.
+# auto: the version of the environment's Python, or else another that exists as Windows Python.
 VERSION ?= auto
 
 test-windows: $(VENV)/.made ## the tests on Windows Python under Wine, as it is and with what it lacks emulated (VERSION=, ARGS=)
@@ -132,7 +132,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(VENV)/.dev ## let ruff format, and mend what it can
+format: $(VENV)/.dev ## let ruff format, and fix what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [all|echo|http|micro|latency|many|idle|syscalls|publish] ...``."""
+"""The command line: ``python -m benchmarks [all|echo|http|micro|latency|many|idle|syscalls|publish|plots] ...``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .benchmark import Plan
 from .native import BuildFailed
 from .peers import DEFAULT, PEERS, Absent, Present, probe
 from .progress import progress
-from .publish import PublishFailed, publish
+from .publish import PublishFailed, publish, redraw
 from .report import Report
 from .rounds import interleave, order
 
@@ -298,18 +298,26 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("publish", parents=[place], help="put the last results into the documentation")
     sub.add_argument("--page", type=Path, default=_PAGE, help="the Markdown file (default: docs/performance.md)")
+    sub = commands.add_parser("plots", help="draw the plots anew from the tables of the documentation")
+    sub.add_argument("--page", type=Path, default=_PAGE, help="the Markdown file (default: docs/performance.md)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a benchmark; the exit status: 0, 1 if a run failed, 2 if it could not begin."""
-    names = ("all", "publish", *(benchmark.name for benchmark in _BENCHMARKS), "-h", "--help")
+    names = ("all", "publish", "plots", *(benchmark.name for benchmark in _BENCHMARKS), "-h", "--help")
     if not arguments or arguments[0] not in names:
         arguments = ["echo", *arguments]
     options = _parser().parse_args(arguments)
     try:
-        if options.benchmark == "publish":
-            for path in publish(options.output, options.page, _BENCHMARKS):
+        if options.benchmark in ("publish", "plots"):
+            page = options.page
+            paths = (
+                publish(options.output, page, _BENCHMARKS)
+                if options.benchmark == "publish"
+                else redraw(page, page.parent)
+            )
+            for path in paths:
                 print(f"written to {path}", file=sys.stderr)
             return 0
         if sys.platform != "linux":

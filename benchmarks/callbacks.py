@@ -67,7 +67,7 @@ async def _call_later(count: int) -> None:
 
 
 async def _call_later_cancel(count: int) -> None:
-    """Timeouts that never strike: set, and cancelled a hundred later, as those of a busy server are."""
+    """Timeouts that never fire: set, and cancelled a hundred later, as those of a busy server are."""
     loop = asyncio.get_running_loop()
     pending: list[asyncio.TimerHandle] = []
     for number in range(count):

@@ -54,7 +54,7 @@ class Growth:
 
 
 def missing(connections: int) -> str | None:
-    """Why so many connections can't be had here, or None."""
+    """Why so many connections are not possible here, or None."""
     if sys.platform == "win32":
         return None
     import resource

@@ -1,20 +1,32 @@
 """The figures in the documentation: a block of tables in ``docs/performance.md``, and plots beside it.
 
-What people wrote stays as it is: only what stands between the two comments of the block is made anew.
+What people wrote stays as it is: only what stands between the two comments of the block is made anew.  The plots are
+drawn from the tables of the page (`redraw`), so both always tell the same, and a plot can be drawn otherwise without
+measuring anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .benchmark import Benchmark, Place
-from .peers import Absent, Present
-from .plots import Panel, draw
+from .peers import PEERS, Absent, Present
+from .plots import Panel, draw_costs, draw_ratios
 from .report import Report, machine_text, pivot
-from .summary import ratio
 
-__all__ = ["BEGIN", "END", "PublishFailed", "publish"]
+__all__ = ["BEGIN", "END", "OVERVIEW", "PublishFailed", "publish", "redraw"]
+
+#: The picture that tells it all at once: its rows, each with the plot and the row of it where the figures stand.
+OVERVIEW = {
+    "protocol, TCP": ("echo-tcp", "protocol 1 KiB x 100"),
+    "streams, TCP": ("echo-tcp", "streams 1 KiB x 100"),
+    "sock_*, TCP": ("echo-tcp", "sock 1 KiB x 100"),
+    "protocol, UDP": ("echo-udp", "protocol 1 KiB x 100"),
+    "protocol, TLS": ("echo-tls", "protocol 1 KiB x 100"),
+    "streams, TLS": ("echo-tls", "streams 1 KiB x 100"),
+}
 
 BEGIN = "<!-- begin: made by `python -m benchmarks publish`, do not edit -->"
 END = "<!-- end: made by `python -m benchmarks publish` -->"
@@ -44,29 +56,71 @@ def publish(results: Path, page: Path, benchmarks: Sequence[Benchmark]) -> list[
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise PublishFailed(f"{page} has no block for the figures: {BEGIN} ... {END}")
-    written = []
     lines = _head(reports)
     for report in reports:
         lines += ["", f"## {report.benchmark.title}", "", report.benchmark.about, *report.setting]
         for table, cases in _tables(report).items():
             name = "-".join(filter(None, (report.benchmark.name, table)))
             title = ", ".join(filter(None, (report.benchmark.title, table)))
-            panels = _panels(report, cases)
             if table:
                 lines += ["", f"### {title}"]
-            if panels:
-                try:
-                    draw(page.parent / "figures" / f"{name}.svg", title, panels, report.baseline)
-                except ImportError as error:
-                    raise PublishFailed(f"the plots need matplotlib: {error}") from error
-                written.append(page.parent / "figures" / f"{name}.svg")
-                lines += ["", f"![{title}: cost of {report.baseline} over the cost of each peer](figures/{name}.svg)"]
             rows = {case: " ".join(filter(None, (place.panel, place.row))) for case, place in cases.items()}
-            lines += ["", *pivot(report.benchmark.headline, rows, report.samples, report.baseline)]
+            drawn = pivot(report.benchmark.headline, rows, report.samples, report.baseline)
+            if "(" in "".join(drawn[2:]):  # without a ratio there is nothing to draw
+                lines += ["", f"![{title}: cost of {report.baseline} over the cost of each peer](figures/{name}.svg)"]
+            lines += ["", *drawn]
         remarks = report.remarks()
         lines += ["", *remarks] if remarks else []
     page.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
-    return [page, *written]
+    return [page, *redraw(page, page.parent)]
+
+
+def redraw(page: Path, directory: Path) -> list[Path]:
+    """Draw the plots of `page` from its tables, into `directory`; which files were written."""
+    written = []
+    found: dict[str, dict[str, dict[str, tuple[float, float | None]]]] = {}
+    for plot in _PLOT.finditer(page.read_text(encoding="utf-8")):
+        title, baseline, name, table = plot["title"], plot["baseline"], plot["name"], plot["table"]
+        found[name] = dict(_rows(table))
+        panels: dict[str, dict[str, dict[str, float]]] = {}
+        for row, figures in found[name].items():
+            panel, rest = row.split(" ", 1) if "-" in name else ("", row)
+            ratios = {peer: ratio for peer, (_, ratio) in figures.items() if ratio is not None}
+            if ratios:
+                panels.setdefault(panel, {})[rest] = ratios
+        written.append(directory / "figures" / f"{name}.svg")
+        draw_ratios(written[-1], title, [Panel(panel, rows) for panel, rows in panels.items()], baseline)
+    costs = {
+        label: {peer: cost for peer, (cost, _) in found[plot_name][row].items() if not peer.startswith("c-")}
+        for label, (plot_name, row) in OVERVIEW.items()
+        if row in found.get(plot_name, {})
+    }
+    if costs:
+        written.append(directory / "figures" / "overview.svg")
+        title = "CPU time of an echo server, microseconds per message of 1 KiB, 100 connections (less is better)"
+        draw_costs(written[-1], title, costs)
+    return written
+
+
+#: A plot in the page, and the table below it.
+_PLOT = re.compile(
+    r"^!\[(?P<title>.+): cost of (?P<baseline>\S+) over .*\]\(figures/(?P<name>[\w-]+)\.svg\)\n\n"
+    r"(?P<table>(?:\|.*\n)+)",
+    re.MULTILINE,
+)
+_CELL = re.compile(r"([\d.,]+)(?: \(([\d.]+)\))?")
+
+
+def _rows(table: str) -> Iterator[tuple[str, dict[str, tuple[float, float | None]]]]:
+    """What `pivot` has drawn: for each case the figure and the ratio of each peer that has one."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    for name, *cells in lines[2:]:
+        row: dict[str, tuple[float, float | None]] = {}
+        for peer, cell in zip(lines[0][1:], cells, strict=True):
+            matched = _CELL.fullmatch(cell)
+            if matched is not None and peer in PEERS:
+                row[peer] = float(matched[1].replace(",", "")), float(matched[2]) if matched[2] else None
+        yield name, row
 
 
 def _head(reports: Sequence[Report]) -> list[str]:
@@ -95,15 +149,3 @@ def _tables(report: Report) -> dict[str, dict[str, Place]]:
         place = report.benchmark.place(case)
         tables.setdefault(place.table, {})[case] = place
     return tables
-
-
-def _panels(report: Report, cases: dict[str, Place]) -> list[Panel]:
-    """The ratios of each panel; none where the baseline has no figure."""
-    panels: dict[str, dict[str, dict[str, float]]] = {}
-    peers = [peer.peer.name for peer in report.peers if peer.peer.name != report.baseline]
-    for case, place in cases.items():
-        taken = {peer: ratio(report.samples, case, peer, report.benchmark.headline.metric, report.baseline)
-                 for peer in peers}  # fmt: skip
-        if ratios := {peer: value for peer, value in taken.items() if value is not None}:
-            panels.setdefault(place.panel, {})[place.row] = ratios
-    return [Panel(title, rows) for title, rows in panels.items()]

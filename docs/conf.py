@@ -14,6 +14,12 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"iocp_loop {release}"
+# Every reference leads somewhere, but to names of Python itself: offline there is no inventory of its documentation.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(_?asyncio|socket|collections)\..*"),
+    ("py:class", r"HandleLike|Deliver|_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno"),  # aliases and kin
+]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -19,7 +19,7 @@ def needed_modules() -> list[str]:
 
 
 def why_missing(module: str, error: ImportError) -> str:
-    """Why the compiled `module` cannot be had, with the way out; `error` is what its import raised."""
+    """Why the compiled `module` is not available, with the way out; `error` is what its import raised."""
     if not isinstance(error, ModuleNotFoundError) or error.name != module:
         return f"{module} cannot be imported: {error}"
     stem = module.rpartition(".")[2]

@@ -38,7 +38,7 @@ _MOST_UNIX = 256 * 1024
 #: What a queued datagram counts beside its data, bytes: so that empty ones fill the buffer too.
 _HEADER = 8
 
-#: Datagrams sent after the end that are let pass before a warning is logged.
+#: Datagrams sent after the end silently ignored before we warn.
 _PATIENCE = 5
 
 #: Seconds between two tries to send where no event tells that there is room again.

@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
 
     ``drivers``: a list of ``name``, ``available`` and ``reason`` (why not; empty if it is).  ``auto``: the driver
     that ``auto`` takes.  ``environment``: the value of IOCP_LOOP_DRIVER or None.  ``in_force``: the driver that a new
-    loop gets, or None if IOCP_LOOP_DRIVER asks for one that cannot be had; ``problem`` says so then.  ``binding``:
+    loop gets, or None if IOCP_LOOP_DRIVER asks for one that does not work; ``problem`` says so then.  ``binding``:
     the compiled extension module of this platform, its ``module`` (None where the platform has none) and ``path``
     (None if it was not built).  ``tier``: what runs with every callback and message, its ``name`` (``native`` or
     ``python``), the ``path`` of the native one or None, the ``reason`` why it is not that (empty if it is) and the

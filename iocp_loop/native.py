@@ -78,8 +78,8 @@ def _describe(handle: Any) -> Any:
 def run_by_method(loop: Any, handle: Any) -> None:
     """Run a handle by its ``_run``, as BaseEventLoop does.
 
-    For debug mode, where slow ones are logged; for handles of other kinds; and for all where a tool has put a function
-    of its own in the place of ``asyncio.Handle._run``.
+    For debug mode, where slow ones are logged; for handles of other kinds; and for all where a tool has replaced
+    ``asyncio.Handle._run``.
     """
     if handle._cancelled:
         return

@@ -32,7 +32,7 @@ __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
 
 _logger = logging.getLogger("asyncio")
 
-#: Writes to a lost pipe that are let pass before a warning is logged.
+#: Writes to a lost pipe silently ignored before we warn.
 _PATIENCE = 5
 
 
@@ -168,7 +168,7 @@ class PipeTransport(asyncio.BaseTransport):
 
 
 class ReadingSide(PipeTransport):
-    """What reads: from the bytes on.  Getting them is the system's affair, and so is the beginning of a pause."""
+    """What reads, once there are bytes.  How they are read, and how a pause begins, is up to the subclass."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._paused = False

@@ -106,7 +106,7 @@ class Proactor:
     def __init__(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
         self._loop = loop
         self.driver = driver
-        # Bound once: transports call these, and another hop would buy nothing.
+        # Bound once: transports call these, and an extra call would only add overhead.
         self.cancel = driver.cancel
         self.pause = driver.pause
         self.resume = driver.resume

@@ -123,7 +123,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
 
     def _report_lost_watch(self, watch: _Watch, error: BaseException) -> None:
         watch.handle.cancel()
-        # The loop is closing, or the descriptor is closed: a selector forgets those in silence too.
+        # The loop is closing, or the descriptor is closed: a selector drops those silently too.
         if not (isinstance(error, OSError) and error.errno in (errno.ECANCELED, errno.EBADF)):
             self.call_exception_handler(
                 {

@@ -108,7 +108,7 @@ class _Wakeup:
 def _waker() -> _Wakeup | None:
     """What a loop holds while it runs, on Windows.  One for all loops: they run one after another.
 
-    None where no socket pair can be had, as a firewall may forbid it: then such a signal waits until the loop wakes.
+    None where no socket pair is available, as a firewall may forbid it: then such a signal waits until the loop wakes.
     """
     try:
         wakeup = _Wakeup()

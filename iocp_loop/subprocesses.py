@@ -6,7 +6,7 @@ operation, without a signal handler, without a child watcher, and in any thread.
 waiting for it is an operation too; the pipes are asyncio's own there, whose end on our side has overlapped I/O.
 
 Every process that was started is watched until it exits.  Where the operation is refused or fails, a thread waits for
-the process; where no thread can be had either, a timer looks now and then.
+the process; where no thread can be started either, a timer checks from time to time.
 """
 
 from __future__ import annotations

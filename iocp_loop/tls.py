@@ -8,8 +8,8 @@ library's (:mod:`asyncio.sslproto`).  What every message goes through is ours:
   class keeps a buffer of 256 KiB for each connection instead.
 - As many records as there are become one piece of data, and no read is tried that can only raise SSLWantReadError.
 - What is received before a record that is not valid is delivered, and then the connection fails.
-- A BufferedProtocol whose buffer was too small is asked for another at once, not in the next turn; one that lends an
-  empty buffer has made a mistake, which is not the end of the stream.
+- A BufferedProtocol whose buffer was too small is asked for another at once, not in the next turn; one that provides
+  an empty buffer has made a mistake, which is not the end of the stream.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PythonTls:
             self._go_on()
 
     def _do_read(self) -> None:
-        """Give the protocol what has come, until there is no more or it wants no more."""
+        """Give the protocol what has come, until there is no more or it pauses."""
         if not self._is_open():
             return
         try:

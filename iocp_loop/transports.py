@@ -57,7 +57,7 @@ __all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
 #: asyncio's own logger: where its users look.
 _logger = logging.getLogger("asyncio")
 
-#: Writes to a lost connection that are let pass before a warning is logged.
+#: Writes to a lost connection silently ignored before we warn.
 _PATIENCE = 5
 
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
@@ -86,7 +86,7 @@ class FlowControl(transports._FlowControlMixin):
         def _maybe_resume_protocol(self) -> None: ...
 
     def _init_flow_control(self) -> None:
-        """In place of the constructor, which wants to be the only one."""
+        """Not ``__init__``: asyncio's does not cooperate with other bases."""
         self._protocol_paused = False
         self.set_write_buffer_limits()
 
@@ -360,7 +360,7 @@ class SocketTransport(Stream):
         self._choose_receiver()
 
     def _choose_receiver(self) -> None:
-        """Who takes the next completion follows from the state, so that the common way has nothing to ask."""
+        """Pick the receiver from the state, so that the hot path needs no checks."""
         receive = self._receive
         if receive is None:
             return

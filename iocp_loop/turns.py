@@ -49,7 +49,7 @@ class PythonTurns(asyncio.BaseEventLoop):
 
     _waited = False  # True: the wait of this turn has been already, see embedding.py; only the native turn looks at it
 
-    _select: Any = None  # what somebody has put in the place of the proactor's `select`; for the native turn as well
+    _select: Any = None  # a replacement of the proactor's `select`, for the native turn as well
     _selector: Any  # what BaseEventLoop waits in: the proactor, whose `select` is the driver's `wait`
 
     def _use(self, driver: Driver) -> None:
@@ -82,7 +82,7 @@ class PythonTurns(asyncio.BaseEventLoop):
             raise ValueError("the time of a timer must be a number, not NaN")
         timer: Any = super().call_at(when, callback, *args, context=context)
         if timer._source_traceback:
-            del timer._source_traceback[-1]  # this frame, which nobody wants to know of
+            del timer._source_traceback[-1]  # this frame, which is of no interest
         return timer  # type: ignore[no-any-return]  # it is one
 
     def _process_events(self, event_list: Any) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import inspect
 import itertools
 import os
+import selectors
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -18,8 +22,8 @@ from hypothesis import settings
 import iocp_loop
 from iocp_loop.ports import DRIVERS, availability, make_driver
 
-from .rig import Rig
-from .support import LIMIT, listening_socket, open_files, tcp_pair
+from .rig import POLLERS, Rig, driver_of_another_system
+from .support import LIMIT, WINDOWS, listening_socket, open_files, tcp_pair
 
 # A test that fails, fails again; and a busy machine is no failure.
 settings.register_profile("project", derandomize=True, database=None, deadline=None)
@@ -46,13 +50,21 @@ def drivers_to_test(config: pytest.Config) -> list[str]:
     return [forced] if forced != "auto" else [name for name in DRIVERS if availability(name).available]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_poller: the test runs on the pollers and the waker of other systems too")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"drivers: {', '.join(drivers_to_test(config))}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "driver" in metafunc.fixturenames:
-        metafunc.parametrize("driver", drivers_to_test(metafunc.config), scope="session")
+    if "driver" not in metafunc.fixturenames:
+        return
+    drivers = drivers_to_test(metafunc.config)
+    if "poll" in drivers and any(metafunc.definition.iter_markers("every_poller")):
+        drivers = [*drivers, *(f"poll-{kind.__name__}" for kind in POLLERS)]
+    metafunc.parametrize("driver", drivers, scope="session")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -125,6 +137,14 @@ def pair(no_leak: None) -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture
+def pipe() -> Iterator[tuple[Any, Any]]:
+    """The two ends of an overlapped named pipe of Windows."""
+    rig: Any = importlib.import_module(".windows_rig", __package__)  # for Windows only
+    with rig.overlapped_pipe() as ends:
+        yield ends
+
+
+@pytest.fixture
 def listener(no_leak: None) -> Iterator[socket.socket]:
     """A non-blocking TCP socket that listens on the loopback interface."""
     with listening_socket() as sock:
@@ -132,9 +152,10 @@ def listener(no_leak: None) -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def rig(driver: str, no_leak: None) -> Iterator[Rig]:
+def rig(driver: str, monkeypatch: pytest.MonkeyPatch, no_leak: None) -> Iterator[Rig]:
     """A driver by itself.  At the end nothing may be in flight."""
-    rig = Rig(make_driver(driver))
+    name, _, poller = driver.partition("-")
+    rig = Rig(driver_of_another_system(getattr(selectors, poller), monkeypatch) if poller else make_driver(name))
     yield rig
     rig.driver.close()
     assert not rig.driver.in_flight
@@ -144,3 +165,20 @@ def rig(driver: str, no_leak: None) -> Iterator[Rig]:
 def address() -> str:
     """A name that no named pipe of Windows has."""
     return rf"\\.\pipe\iocp_loop-test-{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture
+def display() -> Iterator[str]:
+    """The name of a display to open windows on: one that nobody sees, else the user's own."""
+    pytest.importorskip("tkinter", reason="this Python has no tkinter")
+    if shutil.which("Xvfb") is None:
+        if not WINDOWS and not os.environ.get("DISPLAY"):
+            pytest.skip("there is neither a display nor Xvfb")
+        yield os.environ.get("DISPLAY", "")
+        return
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-nolisten", "tcp"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        yield f":{server.stdout.readline().strip()}"
+        server.terminate()

@@ -32,6 +32,29 @@ else:
 """
 
 
+#: A child's first lines: a seccomp filter that answers io_uring_setup, or all three calls, with an errno.
+REFUSE = """
+import ctypes, struct, sys
+def refuse_io_uring(code, calls=(425,)):  # 425 setup, 426 enter, 427 register: on every architecture
+    LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
+    ALLOW, REFUSE = 0x7FFF0000, 0x00050000
+    lines = [(LOAD, 0, 0, 0)]
+    for call in calls:
+        lines += [(JUMP_IF_EQUAL, 0, 1, call), (RETURN, 0, 0, REFUSE | code)]
+    program = b"".join(struct.pack("HBBI", *line) for line in [*lines, (RETURN, 0, 0, ALLOW)])
+    lines = ctypes.create_string_buffer(program, len(program))
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_void_p)]
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 38, 22, 2
+    assert prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    filter = Program(len(program) // 8, ctypes.addressof(lines))
+    if prctl(PR_SET_SECCOMP, MODE_FILTER, ctypes.byref(filter), 0, 0) != 0:
+        print("no seccomp", ctypes.get_errno())
+        sys.exit()
+"""
+
+
 def _command(program: str | Path, *arguments: str, launcher: bool = False) -> list[str]:
     """The command that runs `program`, the name of a module or a file, with warnings as errors."""
     target = [str(program)] if isinstance(program, Path) else ["-m", program]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import selectors
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, Operation
-from iocp_loop.ports import Driver
+from iocp_loop.ports import Driver, make_driver, poll
 
 from .support import LIMIT
 
@@ -18,6 +21,14 @@ Pair = tuple[socket.socket, socket.socket]
 
 #: A turn that is to show that nothing comes; seconds.
 A_MOMENT = 0.02
+
+
+#: What a poll driver can stand on, here or on another system.
+POLLERS = [
+    kind
+    for name in ("SelectSelector", "PollSelector", "EpollSelector", "KqueueSelector")
+    if (kind := getattr(selectors, name, None)) is not None
+]
 
 
 class Rig:
@@ -109,3 +120,52 @@ def waiting_operations(sock: socket.socket) -> list[Operation]:
         ops.ReceiveStream(sock),
         ops.ReceiveStream(sock, get_buffer=lambda: bytearray(10)),
     ]
+
+
+def driver_of_another_system(poller: type, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A poll driver on `poller`, one of POLLERS, with the waker of systems that have no eventfd."""
+    monkeypatch.setattr(selectors, "DefaultSelector", poller)
+    monkeypatch.setattr(poll, "make_poller", poll._SelectorPoller)
+    monkeypatch.setattr(poll, "make_waker", poll._SocketWaker)
+    return make_driver("poll")
+
+
+class SlowDriver(Driver):
+    """A driver whose operations complete when the test says so, as a kernel's may: after the cancel, with data."""
+
+    name = "poll"
+
+    def submit(self, op: Operation) -> None:
+        if op.handle.fileno() == -1:  # type: ignore[union-attr]  # sockets only
+            raise OSError(errno.EBADF, "closed")
+        self._launch(op)
+
+    def cancel(self, op: Operation) -> None:
+        self._begin_cancel(op)
+
+    def busy(self, fd: int, direction: int) -> bool:
+        return False
+
+    def let_go(self) -> bool:
+        return False
+
+    def finish(self, op: Operation, value: Any, error: BaseException | None = None) -> None:
+        self._finish(op, value, error)
+        self.dispatch()
+
+    def only(self) -> Any:
+        (op,) = self.in_flight.values()
+        return op
+
+    def wait(self, timeout: float | None) -> None: ...
+
+    def dispatch(self) -> None:
+        self._drain_ready()
+
+    def _wake(self) -> None: ...
+
+    def _release(self, timeout: float) -> None:
+        for op in list(self.in_flight.values()):
+            self._land(op)
+
+    def resume(self, op: Any) -> None: ...

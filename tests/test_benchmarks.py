@@ -6,7 +6,6 @@ Nothing is measured here; that runs give figures at all is the subject of test_b
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from benchmarks.__main__ import _command, _parser
 from benchmarks.benchmark import Benchmark, Column, Place
 from benchmarks.peers import DEFAULT, OURS, PEERS, Absent, Peer, Present
 from benchmarks.processes import RunFailed
-from benchmarks.publish import BEGIN, END, PublishFailed, publish
+from benchmarks.publish import BEGIN, END, PublishFailed, publish, redraw
 from benchmarks.report import Report, pivot, table
 from benchmarks.rounds import Sample, interleave, order
 from benchmarks.summary import figure, ratio
@@ -259,7 +258,6 @@ def test_a_report_of_another_benchmark_is_refused() -> None:
 PAGE = f"# Performance\n\nBy hand.\n\n{BEGIN}\nold\n{END}\n\nAlso by hand.\n"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the plots need matplotlib")
 def test_publish_replaces_the_block_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "performance.md"
     page.parent.mkdir()
@@ -301,3 +299,14 @@ def test_the_page_of_the_documentation_has_the_block() -> None:
     text = (Path(__file__).parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     assert text.index(BEGIN) < text.index(END)
+
+
+def test_the_plots_of_the_documentation_are_drawn_from_its_tables(tmp_path: Path) -> None:
+    """`python -m benchmarks plots` draws them anew; by hand nobody changes either."""
+    docs = Path(__file__).parent.parent / "docs"
+    drawn = redraw(docs / "performance.md", tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in (docs / "figures").glob("*.svg")}
+    for path in drawn:
+        text = path.read_text(encoding="utf-8")
+        assert text == (docs / "figures" / path.name).read_text(encoding="utf-8"), path.name
+        assert len(text) < 16_000, f"{path.name}: a plot has a few kilobytes"

@@ -11,6 +11,7 @@ import pytest
 import iocp_loop
 from iocp_loop.ports import DRIVERS, CompletionPort, DriverUnavailable, availability, choice, make_driver
 
+from .programs import REFUSE
 from .support import run_python
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="io_uring and seccomp are Linux's")
@@ -152,27 +153,7 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # -- io_uring refused ------------------------------------------------------------------------------
 
-#: A child's first lines: a seccomp filter that answers io_uring_setup, or all three calls, with an errno.
-REFUSE = """
-import ctypes, struct, sys
-def refuse_io_uring(code, calls=(425,)):  # 425 setup, 426 enter, 427 register: on every architecture
-    LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
-    ALLOW, REFUSE = 0x7FFF0000, 0x00050000
-    lines = [(LOAD, 0, 0, 0)]
-    for call in calls:
-        lines += [(JUMP_IF_EQUAL, 0, 1, call), (RETURN, 0, 0, REFUSE | code)]
-    program = b"".join(struct.pack("HBBI", *line) for line in [*lines, (RETURN, 0, 0, ALLOW)])
-    lines = ctypes.create_string_buffer(program, len(program))
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_void_p)]
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, MODE_FILTER = 38, 22, 2
-    assert prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    filter = Program(len(program) // 8, ctypes.addressof(lines))
-    if prctl(PR_SET_SECCOMP, MODE_FILTER, ctypes.byref(filter), 0, 0) != 0:
-        print("no seccomp", ctypes.get_errno())
-        sys.exit()
-"""
+#: The first lines of a child in which io_uring_setup answers with the errno that it is given.
 REFUSE_IO_URING = REFUSE + "refuse_io_uring(int(sys.argv[1]))\n"
 
 #: What the child then looks at: auto runs, and on what; forced raises, and why.
@@ -338,7 +319,7 @@ def test_when_no_descriptor_is_left_for_a_ring() -> None:
         loop.run_until_complete(asyncio.sleep(0.001))
         print(loop.driver)
         os.close(spare.pop())
-        os.close(spare.pop())  # two are enough for a poller, and no ring is to be had any more
+        os.close(spare.pop())  # two are enough for a poller, and there can be no ring any more
         with iocp_loop.CompletionPort() as port:
             print(port.driver)
             port.post("value")

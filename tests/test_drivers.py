@@ -113,6 +113,7 @@ def test_statistics_count_what_happened(rig: Rig, pair: Pair) -> None:
 # -- waiting and waking ----------------------------------------------------------------------------
 
 
+@pytest.mark.every_poller
 def test_wait_blocks_no_longer_than_its_timeout_and_no_shorter(rig: Rig) -> None:
     resolution = time.get_clock_info("monotonic").resolution
     for timeout in (0.0, 0.0002, 0.001, 0.0017, 0.03):
@@ -141,6 +142,7 @@ def test_wait_does_not_block_while_something_is_ready(rig: Rig, pair: Pair) -> N
     rig.until(lambda: rig.delivered)
 
 
+@pytest.mark.every_poller
 def test_wake_from_another_thread_ends_a_wait(rig: Rig) -> None:
     rig.driver.wait(0)
     start = time.monotonic()
@@ -174,6 +176,7 @@ def test_before_sleep_closes_the_gap_between_the_last_look_and_the_sleep(rig: Ri
     assert time.monotonic() - start < LIMIT / 4
 
 
+@pytest.mark.every_poller
 def test_many_wakes_from_many_threads(rig: Rig) -> None:
     items: list[int] = []
     rig.driver.before_sleep = lambda: bool(items)
@@ -229,6 +232,7 @@ def test_a_dispatch_delivers_so_many_bytes_and_leaves_the_rest_for_the_next(rig:
 # -- an exception that ends the loop ---------------------------------------------------------------
 
 
+@pytest.mark.every_poller
 @pytest.mark.parametrize("count", [5, 50])
 def test_dispatch_survives_an_exception_that_ends_the_loop(rig: Rig, count: int) -> None:
     pairs = [tcp_pair() for _ in range(count)]
@@ -294,6 +298,7 @@ def test_closing_in_the_midst_of_many_completions_keeps_none_of_their_operations
     assert streams() <= before
 
 
+@pytest.mark.every_poller
 def test_close_ends_everything_in_flight_within_its_time(rig: Rig, pair: Pair, listener: socket.socket) -> None:
     with udp_socket() as datagrams:
         operations = [

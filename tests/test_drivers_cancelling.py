@@ -16,6 +16,7 @@ from .rig import A_MOMENT, Pair, Rig, waiting_operations
 from .support import LIMIT, WINDOWS, tcp_pair, udp_socket
 
 
+@pytest.mark.every_poller
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize("turns", [0, 1], ids=["before the kernel saw it", "in the kernel"])
 def test_cancel_ends_an_operation_with_ecanceled(rig: Rig, pair: Pair, number: int, turns: int) -> None:
@@ -100,6 +101,7 @@ def test_operations_may_cancel_each_other_while_they_are_delivered(rig: Rig, cou
         sock.close()
 
 
+@pytest.mark.every_poller
 @pytest.mark.parametrize("number", range(6))
 def test_cancel_of_an_operation_whose_socket_was_closed_behind_its_back(rig: Rig, number: int) -> None:
     ours, peer = tcp_pair()

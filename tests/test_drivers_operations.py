@@ -86,6 +86,7 @@ def test_buffers_of_operations_in_flight_outlive_their_owners(rig: Rig, pair: Pa
     assert done == [1000]
 
 
+@pytest.mark.every_poller
 def test_two_directions_of_one_socket_do_not_wait_for_each_other(rig: Rig, pair: Pair) -> None:
     receive = rig.submit(ops.Receive(pair[0], 10))
     assert rig.value(rig.submit(ops.Send(pair[0], b"out"))) == 3
@@ -133,6 +134,7 @@ def test_send_all_sends_more_buffers_than_one_call_takes(rig: Rig, pair: Pair) -
     assert read_exactly(pair[1], len(whole)) == whole
 
 
+@pytest.mark.every_poller
 def test_send_all_of_more_than_the_kernel_buffers(rig: Rig, pair: Pair) -> None:
     buffers: list[Any] = [os.urandom(1 << 20), bytearray(os.urandom(5 << 20)), memoryview(os.urandom(3 << 20))]
     whole = b"".join(buffers)
@@ -223,6 +225,7 @@ def test_accept_and_connect_on_a_unix_socket(rig: Rig, tmp_path: Path) -> None:
             assert client.getpeername() == path
 
 
+@pytest.mark.every_poller
 def test_connect(rig: Rig, listener: socket.socket) -> None:
     with socket.socket() as client:
         client.setblocking(False)
@@ -231,6 +234,7 @@ def test_connect(rig: Rig, listener: socket.socket) -> None:
         client.shutdown(socket.SHUT_WR)  # on Windows it fails unless the socket knows that it is connected
 
 
+@pytest.mark.every_poller
 def test_connect_refused(rig: Rig) -> None:
     with listening_socket() as listener:
         address = listener.getsockname()
@@ -410,6 +414,7 @@ def test_a_file_opened_for_reading_only_is_not_written(rig: Rig, tmp_path: Path)
 # -- readiness -------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_poller
 def test_readiness_tells_what_holds(rig: Rig, pair: Pair) -> None:
     readable = rig.submit(ops.Readiness(pair[0], READABLE))
     assert rig.value(rig.submit(ops.Readiness(pair[0], WRITABLE))) == WRITABLE
@@ -433,12 +438,14 @@ def test_readiness_at_the_end_of_the_stream(rig: Rig, pair: Pair) -> None:
     assert rig.value(op) == READABLE
 
 
+@pytest.mark.every_poller
 def test_an_error_counts_as_every_event_that_was_asked_for(rig: Rig, pair: Pair) -> None:
     reset(pair[1])
     time.sleep(A_MOMENT)
     assert rig.value(rig.submit(ops.Readiness(pair[0], READABLE | WRITABLE))) == READABLE | WRITABLE
 
 
+@pytest.mark.every_poller
 def test_a_readiness_stream_tells_while_it_holds_and_rests_while_not(rig: Rig, pair: Pair) -> None:
     op = rig.submit(ops.ReadinessStream(pair[0], READABLE))
     assert rig.nothing_comes()
@@ -456,6 +463,7 @@ def test_a_readiness_stream_tells_while_it_holds_and_rests_while_not(rig: Rig, p
     assert rig.nothing_comes()
 
 
+@pytest.mark.every_poller
 def test_a_readiness_stream_for_both_events(rig: Rig, pair: Pair) -> None:
     op = rig.submit(ops.ReadinessStream(pair[0], READABLE | WRITABLE))
     rig.until(lambda: WRITABLE in rig.values(op))

@@ -15,6 +15,7 @@ from .rig import A_MOMENT, Pair, Rig, received
 from .support import LIMIT, WINDOWS, in_thread, reset, udp_socket
 
 
+@pytest.mark.every_poller
 def test_a_receive_stream_delivers_all_in_order_and_ends_with_the_stream(rig: Rig, pair: Pair) -> None:
     data = os.urandom(3 << 20)
     op = rig.submit(ops.ReceiveStream(pair[0]))
@@ -55,6 +56,7 @@ def test_a_receive_stream_ends_with_the_error(rig: Rig, pair: Pair) -> None:
     assert rig.nothing_comes()
 
 
+@pytest.mark.every_poller
 def test_a_cancelled_receive_stream_leaves_the_data_that_come_later(rig: Rig, pair: Pair) -> None:
     op = rig.submit(ops.ReceiveStream(pair[0]))
     pair[1].send(b"one")
@@ -65,6 +67,7 @@ def test_a_cancelled_receive_stream_leaves_the_data_that_come_later(rig: Rig, pa
     assert rig.value(rig.submit(ops.Receive(pair[0], 10))) == b"two"
 
 
+@pytest.mark.every_poller
 def test_a_paused_receive_stream_rests_and_loses_nothing(rig: Rig, pair: Pair) -> None:
     op = rig.submit(ops.ReceiveStream(pair[0]))
     pair[1].send(b"1")
@@ -84,6 +87,7 @@ def test_a_paused_receive_stream_rests_and_loses_nothing(rig: Rig, pair: Pair) -
     rig.end(op)
 
 
+@pytest.mark.every_poller
 def test_the_end_of_the_stream_during_a_rest_comes_after_it(rig: Rig, pair: Pair) -> None:
     op = rig.submit(ops.ReceiveStream(pair[0]))
     rig.turn()
@@ -224,6 +228,7 @@ def test_a_receive_stream_may_be_cancelled_by_a_finalizer_while_it_receives(rig:
         assert rig.nothing_comes()
 
 
+@pytest.mark.every_poller
 def test_an_accept_stream_accepts_until_cancelled(rig: Rig, listener: socket.socket) -> None:
     op = rig.submit(ops.AcceptStream(listener))
     clients = [socket.create_connection(listener.getsockname(), LIMIT) for _ in range(50)]

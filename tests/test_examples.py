@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -248,23 +246,6 @@ tkinter.Tk = Tk
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@pytest.fixture
-def display() -> Iterator[str]:
-    """The name of a display to open windows on: one that nobody sees, else the user's own."""
-    pytest.importorskip("tkinter", reason="this Python has no tkinter")
-    if shutil.which("Xvfb") is None:
-        if not WINDOWS and not os.environ.get("DISPLAY"):
-            pytest.skip("there is neither a display nor Xvfb")
-        yield os.environ.get("DISPLAY", "")
-        return
-    with subprocess.Popen(
-        ["Xvfb", "-displayfd", "1", "-nolisten", "tcp"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        assert server.stdout is not None
-        yield f":{server.stdout.readline().strip()}"
-        server.terminate()
 
 
 def test_an_echo_server_in_a_window(driver: str, display: str, tmp_path: Path) -> None:

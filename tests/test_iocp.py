@@ -30,6 +30,7 @@ from iocp_loop.ports.iocp import IocpDriver
 from iocp_loop.ports.iocp_binding import ffi, lib
 
 from .support import LIMIT, WINE, Echo, in_thread, listening_socket, read_all, read_exactly, reset, udp_socket
+from .windows_rig import Handle, result
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -42,42 +43,6 @@ def port() -> Iterator[CompletionPort]:
     with CompletionPort(driver="iocp") as port:
         yield port
     assert port.in_flight == 0
-
-
-class Handle:
-    """A HANDLE with a fileno(), as pipes of asyncio have it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def fileno(self) -> int:
-        return self.number
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _winapi.CloseHandle(self.number)
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[Handle, Handle]]:
-    """The two ends of an overlapped named pipe."""
-    name = rf"\\.\pipe\iocp_loop-test-{os.getpid()}-{time.perf_counter_ns()}"
-    server, client = ffi.new("uintptr_t *"), ffi.new("uintptr_t *")
-    assert lib.iocp_pipe_serve(name, 1, 65536, server) == 0
-    assert lib.iocp_pipe_connect(name, client) == 0
-    with Handle(server[0]) as one, Handle(client[0]) as other:
-        yield one, other
-
-
-def result(port: CompletionPort, operation: ops.Operation) -> Any:
-    """Submit `operation` and wait for its completion, which must be the next one."""
-    port.submit(operation)
-    completion = port.get(LIMIT)
-    assert completion is not None
-    assert completion.operation is operation
-    return completion.result()
 
 
 def overlapped_file(path: Path) -> Handle:

@@ -23,7 +23,7 @@ from iocp_loop.ports import iocp_sockets
 
 from .rig import Pair, Rig, waiting_operations
 from .support import LIMIT, in_thread, read_all, read_exactly, tcp_pair, udp_socket
-from .test_iocp import Handle, pipe  # noqa: F401 - a fixture
+from .windows_rig import Handle
 
 Loop = iocp_loop.IocpEventLoop
 
@@ -81,7 +81,7 @@ def test_datagrams_are_received_in_the_order_of_submission(rig: Rig) -> None:
         assert [peer.recv(10) for _ in range(5)] == [b"0", b"1", b"2", b"3", b"4"]
 
 
-def test_pipes_are_read_and_written_in_the_order_of_submission(rig: Rig, pipe: tuple[Handle, Handle]) -> None:  # noqa: F811 - the fixture
+def test_pipes_are_read_and_written_in_the_order_of_submission(rig: Rig, pipe: tuple[Handle, Handle]) -> None:
     ours, peer = pipe
     reads: list[Any] = [rig.submit(ops.Read(ours, 3)) for _ in range(4)]
     writes: list[Any] = [rig.submit(ops.Write(peer, piece)) for piece in (b"one", b"two", b"thr", b"fou")]

@@ -22,7 +22,7 @@ from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
 
 from .support import LIMIT, Echo, child_environment, python_command, read_exactly
-from .test_iocp import result
+from .windows_rig import result
 
 Pair = tuple[socket.socket, socket.socket]
 

@@ -22,7 +22,7 @@ from iocp_loop.ports.iocp_binding import SlotPool, ffi
 from iocp_loop.ports.iocp_receiving import SLOT_SIZE
 
 from .support import LIMIT, reset
-from .test_iocp_undone import UNDONE, leave_undone
+from .windows_rig import UNDONE, leave_undone
 
 Pair = tuple[socket.socket, socket.socket]
 

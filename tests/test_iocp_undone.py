@@ -13,25 +13,12 @@ if sys.platform != "win32":
 
 from iocp_loop import operations as ops
 from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import ABORTED, RETRY, lib
+from iocp_loop.ports.iocp_binding import RETRY
 
 from .support import LIMIT, udp_socket
+from .windows_rig import UNDONE, leave_undone
 
 Pair = tuple[socket.socket, socket.socket]
-
-
-def leave_undone(driver: IocpDriver, code: int) -> None:
-    """End every request as the end of the thread that made it may: without the result, and cancelled by nobody."""
-    for sub in driver._outstanding.values():
-        assert lib.iocp_cancel(sub.native) == 0
-    driver.wait(LIMIT)
-    assert driver._port.count == len(driver._outstanding)
-    for n in range(driver._port.count):
-        driver._port.batch[3 * n + 2] = code
-    driver.dispatch()
-
-
-UNDONE = {"unfinished": RETRY, "cancelled": ABORTED}
 
 
 @pytest.mark.parametrize("code", UNDONE.values(), ids=UNDONE)

@@ -25,6 +25,7 @@ from iocp_loop import named_pipes, windows_channels
 from iocp_loop.ports import windows_handles
 
 from .support import LIMIT, WINE, Echo, Recorder, open_handles, turns, until
+from .windows_rig import raw_client
 
 Loop = iocp_loop.IocpEventLoop
 PipeHandle: Any = windows_utils.PipeHandle
@@ -48,11 +49,6 @@ async def connect(loop: Loop, address: str, factory: Any = Recorder) -> Any:
     """The protocol of a new client."""
     _, protocol = await loop.create_pipe_connection(factory, address)
     return protocol
-
-
-def raw_client(address: str) -> Any:
-    """A client's end by itself."""
-    return PipeHandle(windows_handles.connect_pipe(address))
 
 
 async def test_echo(loop: Loop, address: str) -> None:

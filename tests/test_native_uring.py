@@ -635,7 +635,7 @@ def test_the_collector_may_find_operations_with_buffers(no_leak: None, pair: Pai
         gc.collect()
 
 
-# -- where io_uring is not to be had ---------------------------------------------------------------
+# -- where io_uring is not available ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

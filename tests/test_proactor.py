@@ -17,9 +17,10 @@ import pytest
 import iocp_loop
 from iocp_loop import operations as ops
 from iocp_loop.operations import CANCELLING, DONE, READABLE, WRITABLE, Operation
-from iocp_loop.ports.driver import Driver, cancelled_error
+from iocp_loop.ports.driver import cancelled_error
 from iocp_loop.proactor import Proactor, advance
 
+from .rig import SlowDriver
 from .support import LIMIT, WINDOWS, fill, in_thread, listening_socket, read_exactly, reset, turns, udp_socket, until
 
 Loop = iocp_loop.IocpEventLoop
@@ -358,47 +359,6 @@ async def test_bytes_left_by_a_cancelled_recv_go_to_a_stream_first(loop: Loop, p
 
 
 # -- with a driver that completes when it is told to -----------------------------------------------
-
-
-class SlowDriver(Driver):
-    """A driver whose operations complete when the test says so, as a kernel's may: after the cancel, with data."""
-
-    name = "poll"
-
-    def submit(self, op: Operation) -> None:
-        if op.handle.fileno() == -1:  # type: ignore[union-attr]  # sockets only
-            raise OSError(errno.EBADF, "closed")
-        self._launch(op)
-
-    def cancel(self, op: Operation) -> None:
-        self._begin_cancel(op)
-
-    def busy(self, fd: int, direction: int) -> bool:
-        return False
-
-    def let_go(self) -> bool:
-        return False
-
-    def finish(self, op: Operation, value: Any, error: BaseException | None = None) -> None:
-        self._finish(op, value, error)
-        self.dispatch()
-
-    def only(self) -> Any:
-        (op,) = self.in_flight.values()
-        return op
-
-    def wait(self, timeout: float | None) -> None: ...
-
-    def dispatch(self) -> None:
-        self._drain_ready()
-
-    def _wake(self) -> None: ...
-
-    def _release(self, timeout: float) -> None:
-        for op in list(self.in_flight.values()):
-            self._land(op)
-
-    def resume(self, op: Any) -> None: ...
 
 
 @pytest.fixture

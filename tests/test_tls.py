@@ -28,7 +28,7 @@ _peers_context = functools.cache(client_context)
 
 
 class Peer:
-    """A client without a loop: a blocking socket, and TLS of which every record can be had before it is sent."""
+    """A client without a loop: a blocking socket, and TLS whose records can be taken before they are sent."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock

@@ -1,4 +1,4 @@
-"""What tools reach for: private parts of asyncio's loops, and functions that they put in the place of asyncio's.
+"""What tools reach for: private parts of asyncio's loops, and functions of asyncio's that they replace.
 
 The tools themselves, where they are installed, are in test_libraries.py.
 """
@@ -344,7 +344,7 @@ async def test_create_task_of_the_base_class(loop: Loop, monkeypatch: pytest.Mon
 
 
 async def test_task_and_future_of_asyncio(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nest_asyncio puts those in Python in the place of those in C."""
+    """As nest_asyncio replaces those in C by those in Python."""
     with monkeypatch.context() as patches:
         patches.setattr(asyncio.tasks, "Task", asyncio.tasks._PyTask)  # type: ignore[attr-defined]  # not in typeshed
         patches.setattr(asyncio.futures, "Future", asyncio.futures._PyFuture)  # type: ignore[attr-defined]  # as above

@@ -20,6 +20,7 @@ from iocp_loop.ports.driver import cancelled_error
 from iocp_loop.proactor import Proactor
 from iocp_loop.transports import SocketTransport
 
+from .rig import SlowDriver
 from .support import (
     LIMIT,
     MUCH,
@@ -34,7 +35,6 @@ from .support import (
     turns,
     until,
 )
-from .test_proactor import SlowDriver
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]

@@ -29,7 +29,7 @@ from iocp_loop import pipes, windows_channels
 from iocp_loop.ports import windows_handles
 
 from .support import LIMIT, Recorder, in_thread, python_command, turns, until
-from .test_named_pipes import raw_client
+from .windows_rig import raw_client
 
 Loop = iocp_loop.IocpEventLoop
 PipeHandle: Any = windows_utils.PipeHandle

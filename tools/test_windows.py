@@ -28,7 +28,7 @@ STAGED = ("iocp_loop", "tests", "examples", "benchmarks", "docs", "conftest.py",
 NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_iocp.c", ".*_cache")
 
 #: Libraries that pip cannot install from here: they need one that has no wheel.
-NOT_TO_BE_HAD = ("blockbuster",)
+NOT_INSTALLABLE = ("blockbuster",)
 
 
 def requirements() -> list[str]:
@@ -36,7 +36,7 @@ def requirements() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["libraries"]]
-    here = re.compile("|".join(("iocp_loop", *NOT_TO_BE_HAD)))
+    here = re.compile("|".join(("iocp_loop", *NOT_INSTALLABLE)))
     return [each for each in wanted if ";" not in each and not here.match(each)]
 
 
@@ -108,7 +108,7 @@ def main() -> int:
             emulated = ", with what Wine lacks emulated" if options.emulate else ""
             say(f"testing on Windows Python {python.version}, {python.wine.version()}{emulated}")
             if not options.run:
-                # poll can be had here too (by select), but is tested where it is used; --driver poll runs it.
+                # poll is available here too (by select), but is tested where it is used; --driver poll runs it.
                 if not any(argument.startswith("--driver") for argument in arguments):
                     arguments[:0] = ["--driver", "iocp"]
                 arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider"]

@@ -14,7 +14,7 @@ as well.  Headers come from a Python of this machine, else from Debian.
 
 Each wheel is then installed by pip into a folder of its own, and tools/smoke.py runs on it with the Python that it is
 for: one of this machine, one of Debian's in a chroot, one for aarch64 under qemu-user, one for Windows under
-Wine.  Nothing there can compile.  What cannot be had or run here is named at the end, with the reason.
+Wine.  Nothing there can compile.  What is not available or cannot run here is named at the end, with the reason.
 
     python tools/wheels.py [--version X.Y ...] [--platform WORD ...] [--no-test]
 

@@ -268,7 +268,7 @@ class Driver(ABC):
 
 
 def receive_into(op: Any, *flags: int) -> int | None:
-    """Receive once for a stream whose owner lends the buffer: how many bytes; None if nothing is to be received now.
+    """Receive once for a stream whose owner provides the buffer: how many bytes; None if nothing is to be received now.
 
     Asking for the buffer may have ended the stream: what there is stays in the socket then.  The buffer is let go of
     before the owner is told, who may give it another size.  Raises what `get_buffer` or receiving raises.

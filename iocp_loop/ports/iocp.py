@@ -20,8 +20,8 @@ and then ``recv`` takes it, into one scratch buffer that all streams share.  So 
 buffer, and a pause or a cancel can lose nothing.  A stream whose data come in small pieces is lent a slot, 16 KiB of a
 pool that is limited, for its next receive: that saves the ``recv``.  What comes then is delivered, also if the stream
 has been paused or cancelled meanwhile, and whoever receives next stands in line behind it.  Once a piece fills the
-slot, or no slot is left, zero bytes are asked for again.  Datagrams can't be had so: a short receive would cut them.
-They get a real buffer.
+slot, or no slot is left, zero bytes are asked for again.  Datagrams get a real
+buffer: a short receive would cut them.
 
 Readiness is a request too: a poll of ``\\Device\\Afd``, which is what ``select`` is made of.  Each operation has a
 poll of its own, on a device handle that at most 500 of them share (a handle's requests form one list in the kernel).

@@ -52,7 +52,7 @@ def probe() -> str | None:
     if _missing is not None:
         return f"the extension module iocp_loop._iocp is missing ({_missing}); reinstall with a C compiler at hand"
     code = lib.iocp_start()
-    return f"Winsock's extension functions can't be had: {error_of(code)}" if code else None
+    return f"Winsock's extension functions are not available: {error_of(code)}" if code else None
 
 
 def error_of(code: int) -> OSError:

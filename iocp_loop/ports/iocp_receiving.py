@@ -17,7 +17,7 @@ __all__ = ["SLOT_SIZE", "ReceiveRequests"]
 #: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
 SCRATCH_SIZE = 256 * 1024
 
-#: The pool of slots for small receives: the size of one, bytes, and how many a port lends at most.
+#: The pool of slots for small receives: the size of one, bytes, and how many a port hands out at most.
 SLOT_SIZE = 16384
 SLOT_LIMIT = 512
 

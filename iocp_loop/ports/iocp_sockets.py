@@ -112,7 +112,7 @@ class SocketRequests(IocpRequests):
                 self._finish(op, None, error)
 
     def _arm_accepts(self, op: ops.Accept | ops.AcceptStream, association: Association) -> None:
-        """Have as many accepts outstanding as `op` asks for.  OSError in a shortage: till the next time it is fewer."""
+        """Have as many accepts outstanding as `op` asks for; fewer, with OSError, when resources run out."""
         subs = op.driver_data
         while len(subs) < (op.depth if type(op) is ops.AcceptStream else 1):
             sub = self._take(op, association, self._accepted)
@@ -145,7 +145,7 @@ class SocketRequests(IocpRequests):
                 if value is not None:
                     self._accept_what_waits(op)
                 self._arm_accept(sub)
-                self._arm_accepts(op, association)  # those that a shortage has cost
+                self._arm_accepts(op, association)  # those that failed when resources had run out
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as exc:
@@ -170,7 +170,7 @@ class SocketRequests(IocpRequests):
         for _ in range(ACCEPTS_IN_A_TURN - 1):
             try:
                 conn, address = op.handle.accept()
-            except OSError:  # there is none, or it is gone; of a shortage the next accept tells
+            except OSError:  # there is none, or it is gone; if resources have run out, the next accept tells
                 return
             conn.setblocking(False)
             self.ready.append((op, (conn, address), None))

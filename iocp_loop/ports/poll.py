@@ -362,7 +362,7 @@ class PollDriver(PollTurns, Driver):
         return count
 
     def _receive_into_buffer(self, op: ops.ReceiveStream) -> int:
-        """One receive of a stream whose owner lends the buffer."""
+        """One receive of a stream whose owner provides the buffer."""
         try:
             count = receive_into(op)
         except _AGAIN:

@@ -40,7 +40,7 @@ from iocp_loop.policy import IocpPolicy
 
 from .expected_failures import EXPECTED_FAILURES
 
-__all__ = ["Source", "make_case", "sources"]
+__all__ = ["MIXINS", "Source", "bases_of", "loops_that_run", "make_case", "sources"]
 
 
 class Source(NamedTuple):
@@ -90,7 +90,7 @@ CLASSES = (
         left_out=(
             "test_close",  # makes a transport by a private method, of a socket that blocks
             "test_double_bind",  # makes asyncio's own PipeServer
-            "test_connect_pipe_cancel",  # puts a function in the place of one of _overlapped
+            "test_connect_pipe_cancel",  # replaces a function of _overlapped
             "test_address_argument_type_error",  # calls methods of asyncio's proactor
         ),
     ),
@@ -105,12 +105,16 @@ def sources() -> Iterator[Source]:
             yield source
 
 
+def bases_of(source: Source) -> list[Any]:
+    """CPython's classes of one group."""
+    module = importlib.import_module(f"test.test_asyncio.{source.module}")
+    return [functools.reduce(getattr, name.split("."), module) for name in source.bases]
+
+
 def make_case(source: Source, driver: str) -> Any:
     """The test class of one group on one driver."""
-    module = importlib.import_module(f"test.test_asyncio.{source.module}")
-    bases: list[Any] = [functools.reduce(getattr, name.split("."), module) for name in source.bases]
     name = f"{source.name}_{driver}"
-    case: Any = type(name, (_OnOurLoop, *bases), {"driver": driver, "__module__": __name__})
+    case: Any = type(name, (_OnOurLoop, *bases_of(source)), {"driver": driver, "__module__": __name__})
     for left_out in source.left_out:
         setattr(case, left_out, None)
     if sys.platform == "win32" and hasattr(case, "_basetest_datagram_sendto_blocking"):
@@ -119,7 +123,7 @@ def make_case(source: Source, driver: str) -> Any:
         group, _, test = listed.partition(".")
         if group == source.name and hasattr(case, test):
             setattr(case, test, _expected_to_fail(getattr(case, test), reason))
-    # What CPython's tests leave unclosed is their affair: warnings are shown, and end nothing.
+    # CPython's tests leave things unclosed: warnings are shown, and end nothing.
     case.pytestmark = [pytest.mark.filterwarnings("default")]
     return case
 
@@ -163,7 +167,7 @@ class _OnOurLoop(_Case):  # type: ignore[misc]  # the base is any class of tests
 
     def run(self: Any, result: Any = None) -> Any:
         # Here and not in setUp: IsolatedAsyncioTestCase makes its loop before it calls that.
-        with _our_loop_by_name(self.driver), _loops_that_run() as loops:
+        with _our_loop_by_name(self.driver), loops_that_run() as loops:
             self.addCleanup(self._check_loops, loops)
             return super().run(result)
 
@@ -242,7 +246,7 @@ def _our_loop_by_name(driver: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loops_that_run() -> Iterator[list[Any]]:
+def loops_that_run() -> Iterator[list[Any]]:
     """Note every loop that runs meanwhile."""
     loops: list[Any] = []
     really: Any = asyncio.events._set_running_loop

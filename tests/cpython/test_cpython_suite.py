@@ -7,6 +7,8 @@ pytest tests/cpython -k "Sock_ and uring"  # one group on one driver
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -20,10 +22,11 @@ except ImportError as error:
         allow_module_level=True,
     )
 
+from ..support import LIMIT, ROOT, WINDOWS
 from .expected_failures import EXPECTED_FAILURES
 from .suite import make_case, sources
 
-#: On Windows poll can be had too, but is no loop for pipes, processes and all that only iocp has.
+#: On Windows poll is available too, but is no loop for pipes, processes and all that only iocp has.
 DRIVERS = [name for name in choice.DRIVERS if choice.availability(name).available]
 if "iocp" in DRIVERS:
     DRIVERS = ["iocp"]
@@ -48,3 +51,16 @@ def test_every_expected_failure_is_a_test() -> None:
         group, _, test = listed.partition(".")
         case = globals().get(f"{group}_{DRIVERS[0]}")
         assert hasattr(case, test), listed
+
+
+@pytest.mark.skipif(WINDOWS or sys.version_info >= (3, 16), reason="it is for Unix, and needs policies")
+@pytest.mark.parametrize(("loop", "test", "code"), [
+    ("iocp_loop", "Sock.test_sock_accept", 0),
+    ("iocp_loop", "EventLoop.test_internal_fds", 2),
+    ("asyncio", "EventLoop.test_internal_fds", 0),
+])  # fmt: skip
+def test_the_program_that_counts(loop: str, test: str, code: int) -> None:
+    """`python -m tests.cpython`, with one test: 0 if it passes, 1 if it fails, 2 if it is skipped."""
+    command = [sys.executable, "-m", "tests.cpython", loop, "--one", test]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3 * LIMIT, check=False)
+    assert done.returncode == code, done.stderr

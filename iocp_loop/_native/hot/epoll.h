@@ -31,10 +31,10 @@ typedef struct EpollTurns {
     int next, count, looked_at; /* of the events: the next, how many, and how far ahead we have looked */
     char sleeping;
     char unarmed;    /* the poller is new, as in a forked child: it knows none of the watches */
-    int contended;   /* turns in which other threads are to be reckoned with, see block */
+    int contended;   /* remaining iterations with GIL contention, see block */
     size_t expected; /* bytes in a piece, see receive_bytes */
     size_t delivered; /* bytes in this dispatch */
-    /* Called after a stream has received so many bytes; NULL where nobody wants to know.  -1: error. */
+    /* Called after a stream has received so many bytes; NULL where nobody listens.  -1: error. */
     int (*received)(struct EpollTurns *self, PyObject *op, size_t count);
     struct epoll_event events[BATCH];
 } EpollTurns;

@@ -1,5 +1,5 @@
 /*
- * Handle and TimerHandle: subclasses of asyncio's own, so that they pass for them everywhere and print as they do.
+ * Handle and TimerHandle: subclasses of asyncio's own, so that they work and print wherever and as those do.
  *
  * The C here fills their slots directly instead of running __init__, runs the callback without going through
  * Context.run, and keeps a few freed objects for the next.  Whoever calls _run() himself calls asyncio's, or what a tool

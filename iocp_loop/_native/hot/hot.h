@@ -161,7 +161,7 @@ int timers_add(struct timers *self, PyObject *handle, double when);
 PyObject *timers_take(struct timers *self, size_t place);
 /* A new list of them, the earliest first. */
 PyObject *timers_list(const struct timers *self);
-/* Whether at least two beside the first are due before `end`; it may be missed. */
+/* Whether at least two beside the first are due before `end`; may return false negatives. */
 int timers_crowded(const struct timers *self, double end);
 
 /* turns.c */
@@ -201,9 +201,9 @@ PyObject *receive_for(PyObject *op);
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
 ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner lends; -1 with
- * errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full, so that
- * there may be more. */
+/* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner provides; -1
+ * with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full,
+ * so that there may be more. */
 ssize_t receive_into(PyObject *op, int *filled);
 enum { NO_BUFFER = -2 };
 /* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */

@@ -331,8 +331,8 @@ static int receive_from_slot(IocpTurns *self, PyObject *op, PyObject *sub, Py_ss
     return deliver_some(self, op, sub, data, full);
 }
 
-/* recv into what op.get_buffer() lends; the value to complete with, NULL if there is none.  `count` is what recv says,
- * or NOTHING if it was not called. */
+/* recv into what op.get_buffer() provides; the value to complete with, NULL if there is none.  `count` is what recv
+ * says, or NOTHING if it was not called. */
 enum { NOTHING = -2 };
 
 static PyObject *receive_into(PyObject *op, PyObject *sock, int *count)

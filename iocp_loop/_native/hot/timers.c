@@ -2,7 +2,7 @@
  * The timers of a loop: a heap by time, and by the order of their making where times are equal.
  *
  * A timer knows its place in the heap (timer_place), so that a cancelled one leaves at once: a busy server sets many
- * timeouts, and hardly any of them strikes.
+ * timeouts, and few ever fire.
  */
 
 #include "hot.h"

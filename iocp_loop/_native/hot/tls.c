@@ -218,7 +218,7 @@ static enum filled read_for_protocol(struct tls *self)
     return with_error(filled, error);
 }
 
-/* The same for a BufferedProtocol, into what it lends. */
+/* The same for a BufferedProtocol, into what it provides. */
 static enum filled read_for_buffered_protocol(struct tls *self)
 {
     Py_ssize_t size = pending_in(self->incoming, "_incoming"), count;
@@ -274,7 +274,7 @@ static int call(struct tls *self, PyObject *method)
 
 static int process_outgoing(struct tls *self);
 
-/* Give the protocol what has come, until there is no more or it wants no more; then see to what that has led to. */
+/* Give the protocol what has come, until there is no more or it pauses; then see to what that has led to. */
 static int read_all(struct tls *self)
 {
     if (!self->app_reading_paused) {

@@ -24,7 +24,7 @@ typedef struct {
     double resolution; /* of the clock, seconds: a timer that is due within it is due */
     PyObject *driver, *wait, *dispatch;
     PyObject *completions; /* the handle that stands for them */
-    PyObject *select;      /* what somebody has put in the place of the wait, or NULL */
+    PyObject *select;      /* a replacement of the wait, or NULL */
     const struct native_driver *native; /* NULL: call the methods of the driver */
     PyObject *task_factory;
     char debug, closed, stopping, waited;
@@ -222,7 +222,7 @@ static PyObject *make_threadsafe(Turns *self, const struct call *call)
     PyObject *handle =
         make_by_asyncio(self, threadsafe_type, NULL, call->named[0], call->args, call->count, call->context);
     PyObject *stack = handle == NULL ? NULL : PyObject_GetAttrString(handle, "_source_traceback");
-    /* Its last line is that of the constructor, which nobody wants to know of. */
+    /* Its last line is that of the constructor, which is of no interest. */
     if (stack != NULL && PyList_Check(stack) && PyList_GET_SIZE(stack) > 0) {
         Py_ssize_t size = PyList_GET_SIZE(stack);
         if (PyList_SetSlice(stack, size - 1, size, NULL) < 0)
@@ -366,8 +366,8 @@ static PyObject *turns_timer_handle_cancelled(Turns *self, PyObject *handle) { P
  * One turn
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* Timers that strike within so long a time, seconds, are woken for together if there are several: to wake for each is
- * what costs most of a short timer.  It is what epoll counts in, so that no other loop is more exact. */
+/* Timers that fire within so long a time, seconds, are woken for together if there are several: waking for each is
+ * most of the cost of a short timer.  It is what epoll counts in, so that no other loop is more exact. */
 static const double TOGETHER = 1e-3;
 
 /* A busy loop, which has callbacks to run in turn after turn, need not ask the system in each of them where that takes a

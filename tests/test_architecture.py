@@ -1,0 +1,184 @@
+"""docs/architecture.md is true: imports point down, and every function that it names is there.
+
+LAYERS is the one place where the layers are written down; the page shows the same to people.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .support import ROOT, WINDOWS
+
+#: Under Wine the tests have a part of the tree only.
+pytestmark = pytest.mark.skipif(WINDOWS, reason="the files are the same on every system")
+
+PACKAGE = ROOT / "iocp_loop"
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+#: Who may import whom: a module imports only what stands below its own line.
+LAYERS = [
+    "__main__ pytest_plugin _startup.sitecustomize",
+    "doctor launch echo takeover",
+    "__init__ workers",
+    "policy",
+    "loop",
+    "clock datagrams embedding pipes readiness signals sockets statistics subprocesses tls turns unix",
+    "named_pipes unix_pipes windows_pipes",
+    "pipe_transports windows_channels servers",
+    "transports",
+    "proactor sendfile debugging ports.windows_handles",
+    "ports.__init__",
+    "ports.port",
+    "ports.choice",
+    "ports.iocp ports.uring",
+    "ports.iocp_turns ports.iocp_files ports.iocp_readiness ports.iocp_sockets ports.poll ports.uring_turns",
+    "ports.iocp_receiving ports.poll_turns",
+    "ports.iocp_datagrams",
+    "ports.iocp_requests",
+    "ports.iocp_binding ports.uring_binding",
+    "ports.driver",
+    "operations native system",
+    "built _cffi_build",
+]
+
+#: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
+HEADERS = ["hot/epoll.h", "hot/hot.h", "windows/shared.h", "linux/uring.h windows/iocp.h"]
+
+#: Extension modules, which import nothing of ours.
+COMPILED = {"_hot", "_iocp", "_uring"}
+
+LEVEL = {module: level for level, line in enumerate(LAYERS) for module in line.split()}
+HEADER_LEVEL = {header: level for level, line in enumerate(HEADERS) for header in line.split()}
+
+
+def modules() -> dict[str, Path]:
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+
+
+def run_time_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """Every relative import but those for the type checker, those inside functions too."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from run_time_imports(ast.Module([other], []))
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node
+        else:
+            yield from run_time_imports(node)
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    known = modules()
+    package = module.split(".")[:-1]
+    for node in run_time_imports(ast.parse(path.read_text(encoding="utf-8"))):
+        base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+        for alias in node.names:
+            names = [".".join([*base, alias.name]), ".".join(base), ".".join([*base, "__init__"])]
+            found = next(name for name in names if name in known or name in COMPILED)
+            if found not in COMPILED and base[-1:] != [alias.name]:
+                yield found
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(modules()) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_imports_point_down(module: str) -> None:
+    for other in set(imported(module, modules()[module])):
+        assert LEVEL[other] > LEVEL[module], f"{module} imports {other}, which does not stand below it"
+
+
+def c_files() -> list[Path]:
+    return sorted(path for path in (PACKAGE / "_native").rglob("*.[ch]") if not path.name.endswith(".cdef.h"))
+
+
+@pytest.mark.parametrize("path", c_files(), ids=lambda path: "/".join(path.parts[-2:]))
+def test_includes_point_down(path: Path) -> None:
+    name = path.relative_to(PACKAGE / "_native").as_posix()
+    level = HEADER_LEVEL[name] if path.suffix == ".h" else -1
+    for line in re.findall(r'^#\s*include "(.*)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+        target = (path.parent / line).resolve().relative_to((PACKAGE / "_native").resolve()).as_posix()
+        assert HEADER_LEVEL[target] > level, f"{name} includes {target}"
+        if not name.startswith("hot/"):
+            assert not target.startswith("hot/"), f"{name}: the binding knows nothing of the native tier"
+
+
+def test_the_page_shows_every_module() -> None:
+    picture = PAGE[PAGE.index("## The layers") : PAGE.index("## The way of a byte")]
+    for path in modules().values():
+        if path.name not in ("__init__.py", "sitecustomize.py"):
+            assert path.stem in picture, f"{path.name} is missing from the layers in docs/architecture.md"
+
+
+# -- the functions that the page names -------------------------------------------------------------
+
+
+@functools.cache
+def defined(path: Path) -> set[str]:
+    """The functions, classes, methods (`Class.method`) and module-level names of a file in Python or C."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return set(re.findall(r"^[A-Za-z_][\w \*]*?\b(\w+)\([^;]*$", text, re.MULTILINE))
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, _FUNCTIONS)}
+        if isinstance(node, (ast.ClassDef, *_FUNCTIONS)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {ast.unparse(target) for target in node.targets}
+        elif isinstance(node, ast.AnnAssign):
+            names.add(ast.unparse(node.target))
+    return names
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+STATIONS = sorted(set(re.findall(r"`([\w/]+\.(?:py|c))::([\w.]+)`", PAGE)))
+
+
+def test_the_page_names_functions() -> None:
+    assert len(STATIONS) > 30
+
+
+@pytest.mark.parametrize(("file", "name"), STATIONS, ids=[f"{file}-{name}" for file, name in STATIONS])
+def test_a_named_function_is_there(file: str, name: str) -> None:
+    path = PACKAGE / file if (PACKAGE / file).exists() else ROOT / file
+    assert path.exists(), f"docs/architecture.md names {file}, which is gone"
+    assert name in defined(path), f"docs/architecture.md names {file}::{name}, which is gone"
+
+
+def test_the_example_of_an_operation_names_every_file_that_knows_of_it() -> None:
+    start = PAGE.index("## Adding an operation")
+    section = PAGE[start : PAGE.index("\n## ", start)]
+    for path in [*modules().values(), *(PACKAGE / "_native").rglob("*.[ch]")]:
+        if re.search(r"ReceiveFromInto|recvfrom_into|iocp_receive_from", path.read_text(encoding="utf-8")):
+            assert path.name in section, path
+
+
+def test_the_way_of_a_byte_is_short() -> None:
+    """At most five files in and four out, on each driver and tier."""
+    rows = re.findall(r"^\| (in|out), (.*?) \|(.*)$", PAGE, re.MULTILINE)
+    assert len(rows) >= 10
+    for way, case, stations in rows:
+        files = dict.fromkeys(re.findall(r"`([\w/]+\.(?:py|c))::", stations))
+        assert len(files) <= (5 if way == "in" else 4), f"{case}: {list(files)}"
+
+
+# -- the tests themselves --------------------------------------------------------------------------
+
+
+def test_test_files_do_not_import_from_each_other() -> None:
+    """What several of them need stands in support.py, rig.py and their kin."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.findall(
+            r"^\s*from \.+(?:\w+\.)*(test_\w+) import|^\s*import .*\b(test_\w+)$", path.read_text("utf-8"), re.M
+        )
+        assert not found, f"{path.name} imports from {found}"
