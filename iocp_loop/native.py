@@ -11,8 +11,7 @@ same.
 
 ``IOCP_LOOP_NATIVE=0`` in the environment forces the Python tier, ``1`` makes its absence an error.
 
-The GIL is what guards its state: where that is off (a free-threaded Python) the module is not even imported, for
-importing it would turn the GIL on, or, with ``PYTHON_GIL=0``, let loops in different threads mix up their data.
+It needs no GIL: on a free-threaded Python loops in several threads run side by side (docs/free-threading.md).
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import asyncio
 import importlib
 import logging
 import os
-import sys
 from asyncio import format_helpers
 from typing import Any
 
@@ -43,8 +41,6 @@ if _wanted not in ("auto", "0", "1"):
     raise ImportError(f"{ENVIRONMENT_VARIABLE}={_wanted}: it must be 0 (the Python tier), 1 (the native tier) or unset")
 if _wanted == "0":
     why_not = f"{ENVIRONMENT_VARIABLE}=0"
-elif not getattr(sys, "_is_gil_enabled", lambda: True)():  # Python 3.13 and newer have it
-    why_not = "the GIL is off, and the native tier is not safe without it; PYTHON_GIL=1 turns it on"
 else:
     try:
         # Not `from . import _hot`: where there is none, that speaks of a circular import.
