@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries test-all test-debian test-windows test-windows-all lint format types docs coverage bench wheel wheels clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries test-all test-debian test-free-threaded test-windows test-windows-all lint format types docs coverage bench wheel wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -117,6 +117,9 @@ VERSIONS ?=
 
 test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (VERSIONS="3.13 3.14 3.15", ARGS=)
 	@PYTHON=$(RUN) tools/test_debian.sh $(VERSIONS) $(if $(ARGS),-- $(ARGS))
+
+test-free-threaded: $(VENV)/.made ## the tests without the GIL, on a CPython 3.14t made for it, as root (ARGS=)
+	@PYTHON=$(RUN) tools/test_free_threaded.sh $(ARGS)
 
 # auto: the version of the environment's Python, or else another that exists as Windows Python.
 VERSION ?= auto

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .ports import CompletionPort as CompletionPort
     from .ports import DriverUnavailable as DriverUnavailable
     from .proactor import Proactor as Proactor
+    from .threads import run_threads as run_threads
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "install",
     "new_event_loop",
     "run",
+    "run_threads",
 ]
 
 #: Where the names are; those without a home of their own are modules.
@@ -57,6 +59,7 @@ _HOMES = {
     "new_event_loop": "loop",
     "operations": None,
     "ports": None,
+    "run_threads": "threads",
 }
 
 _T = TypeVar("_T")

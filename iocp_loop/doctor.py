@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 from typing import Any
 
 from . import native
@@ -32,6 +33,8 @@ def examine() -> dict[str, Any]:
     (None if it was not built).  ``tier``: what runs with every callback and message, its ``name`` (``native`` or
     ``python``), the ``path`` of the native one or None, the ``reason`` why it is not that (empty if it is) and the
     ``environment``, the value of IOCP_LOOP_NATIVE or None.
+    ``gil``: whether this Python ``has`` one for good, whether it is ``on``, and ``turned_on``: whether this package
+    has turned it on.
     """
     from . import __version__
 
@@ -53,6 +56,7 @@ def examine() -> dict[str, Any]:
         "executable": sys.executable,
         "binding": _binding(),
         "tier": _tier(),
+        "gil": _gil(),
         "drivers": [driver._asdict() for driver in drivers],
         "auto": auto,
         "environment": environment,
@@ -79,6 +83,12 @@ def _tier() -> dict[str, str | None]:
     }
 
 
+def _gil() -> dict[str, bool]:
+    has = not sysconfig.get_config_var("Py_GIL_DISABLED")
+    on = native.gil_is_on()
+    return {"has": has, "on": on, "turned_on": on and not native.gil_was_on}
+
+
 def describe(facts: dict[str, Any]) -> str:
     """The facts of `examine`, for people."""
     binding = facts["binding"]
@@ -95,6 +105,7 @@ def describe(facts: dict[str, Any]) -> str:
         f"python     {facts['python']}, {facts['executable']}",
         f"binding    {built}",
         f"tier       {tier['name']}, {tier['path'] or tier['reason']}",
+        f"gil        {_describe_gil(facts['gil'])}",
         "",
     ]
     for driver in facts["drivers"]:
@@ -104,6 +115,16 @@ def describe(facts: dict[str, Any]) -> str:
     in_force = f"none, a new loop cannot be made: {facts['problem']}" if facts["problem"] else facts["in_force"]
     lines += ["", f"auto       takes {facts['auto']}", f"in force   {in_force} ({source})"]
     return "\n".join(lines)
+
+
+def _describe_gil(gil: dict[str, bool]) -> str:
+    if gil["has"]:
+        return "on, as this Python has one: loops in several threads run by turns"
+    if not gil["on"]:
+        return "off, and this package leaves it off: loops in several threads run side by side"
+    if gil["turned_on"]:
+        return "on: a module of this package has turned it on"
+    return "on, though this Python can do without: by PYTHON_GIL=1, -X gil=1 or another module"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 The server itself is an ordinary asyncio program, twice: `Service.echo` for ``asyncio.start_server`` (``--mode
 streams``) and `EchoProtocol` for ``loop.create_server`` (``--mode protocol``).  Nothing in them knows this package.
 The rest of the module is what makes a program of it: options, errors in one line, signals, counting, several
-processes, and an end that is clean.
+threads or processes, and an end that is clean.
 
 It prints ``listening on HOST:PORT driver=NAME`` when it accepts and a summary when it ends.  Exit codes: 0 after
 Ctrl-C or SIGTERM; 2 if it could not begin as it was told to; 1 if all its workers died.
@@ -15,18 +15,22 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
+import signal
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 from .loop import IocpEventLoop, new_event_loop
 from .ports import DRIVERS, DriverUnavailable
-from .workers import Orders, Supervisor, WorkersFailed, report, stop_signals
+from .threads import run_threads
+from .workers import Orders, Supervisor, WorkersFailed, listeners, report, stop_signals
 
 __all__ = ["Counts", "EchoProtocol", "Service", "main"]
 
@@ -42,7 +46,7 @@ GRACE = 2.0
 #: Descriptors that the server asks the system for.
 MAX_DESCRIPTORS = 65536
 
-#: Most processes that ``--workers`` takes.
+#: Most processes that ``--workers`` takes, and threads that ``--threads`` takes.
 MAX_WORKERS = 256
 
 #: Seconds between two reports of a worker to its supervisor.
@@ -184,8 +188,22 @@ async def serve_one(service: Service, conn: socket.socket, mode: str, tls: ssl.S
         conn.close()  # it broke before it began, or it speaks no TLS
 
 
+def welcomer(
+    loop: asyncio.AbstractEventLoop, service: Service, mode: str, tls: ssl.SSLContext | None
+) -> Callable[[socket.socket], None]:
+    """A function that serves a connection which somebody else has accepted; to be called in the loop."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    def welcome(conn: socket.socket) -> None:
+        task = loop.create_task(serve_one(service, conn, mode, tls))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    return welcome
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# One process, or one of several
+# One process, with one thread or several; or one of several
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +228,61 @@ def run_alone(options: argparse.Namespace, listener: socket.socket, tls: ssl.SSL
 
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         return runner.run(main())
+
+
+def run_in_threads(options: argparse.Namespace, listener: socket.socket, tls: ssl.SSLContext | None) -> Counter[str]:
+    """Serve with a loop in each of several threads until a signal comes; the counts of all of them."""
+    services = [Service() for _ in range(options.threads)]
+    sockets = listeners(listener, options.threads)
+    welcomes: list[Callable[[socket.socket], object]] = []  # of the threads that are ready
+    lock = threading.Lock()
+
+    def counts() -> Counter[str]:
+        return sum((service.counts.as_counter() for service in services), Counter())
+
+    async def main(index: int) -> None:
+        loop = cast("IocpEventLoop", asyncio.get_running_loop())
+        service = services[index]
+        sock = sockets[index]
+        if sock is listener and index > 0:  # each closes its own
+            sock = listener.dup()
+        server = None if sock is None else await serve(service, sock, options.mode, tls)
+        with lock:
+            welcome = welcomer(loop, service, options.mode, tls)
+            welcomes.append(lambda conn: loop.call_soon_threadsafe(welcome, conn))
+            if len(welcomes) == options.threads:
+                if server is None:
+                    threading.Thread(target=hand_out, args=(listener, welcomes), name="accept", daemon=True).start()
+                announce(listener, loop.driver)
+        try:
+            with statistics_if_wanted(options, counts) if index == 0 else contextlib.nullcontext() as statistics:
+                await (every(options.stats, statistics.show) if statistics else loop.create_future())
+        finally:
+            if server is not None:
+                server.close()
+            await service.close()
+
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        run_threads(main, threads=options.threads, driver=options.driver)
+    return counts()
+
+
+def hand_out(listener: socket.socket, welcomes: Sequence[Callable[[socket.socket], object]]) -> None:
+    """Windows, where a socket belongs to one completion port: accept for all threads, and give each its share."""
+    for welcome in itertools.cycle(welcomes):
+        try:
+            conn, _ = listener.accept()
+        except OSError:
+            if listener.fileno() < 0:
+                return
+            time.sleep(0.1)  # the client was gone already, or there are no handles left
+            continue
+        try:
+            welcome(conn)
+        except RuntimeError:  # its loop is closed: the program ends
+            conn.close()
 
 
 def run_workers(options: argparse.Namespace, listener: socket.socket) -> Counter[str]:
@@ -241,17 +314,11 @@ def run_as_worker() -> None:
 
     async def main() -> None:
         service, stop = Service(), asyncio.Event()
-        tasks: set[asyncio.Task[None]] = set()
-
-        def welcome(conn: socket.socket) -> None:
-            task = loop.create_task(serve_one(service, conn, mode, tls))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
 
         def tell() -> None:
             report(counts=service.counts.as_counter())
 
-        orders.follow(loop, welcome, stop.set)
+        orders.follow(loop, welcomer(loop, service, mode, tls), stop.set)
         server = None if orders.listener is None else await serve(service, orders.listener, mode, tls)
         report(ready=loop.driver)
         reporter = asyncio.create_task(every(REPORT_INTERVAL, tell))
@@ -460,6 +527,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=1,
         help="processes that share the port (default: %(default)s)",
     )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=_whole_number("the number of threads", 1, MAX_WORKERS),
+        default=1,
+        help="threads of this process that share the port, a loop in each; side by side on a free-threaded Python, "
+        "else by turns (default: %(default)s)",
+    )
     parser.add_argument("--cert", metavar="FILE", help="serve TLS with this certificate chain (PEM)")
     parser.add_argument("--key", metavar="FILE", help="its private key (PEM), if that is not in the same file")
     parser.add_argument(
@@ -561,10 +636,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.worker:
             run_as_worker()
             return 0
+        if options.workers > 1 and options.threads > 1:
+            raise UsageError("--workers and --threads don't go together")
         tls = tls_context(options.cert, options.key)
         _new_loop(options.driver).close()  # if the driver cannot work, say so before the port is taken
         with listen(options.host, options.port) as listener:
-            if options.workers == 1:
+            if options.threads > 1:
+                counts = run_in_threads(options, listener, tls)
+            elif options.workers == 1:
                 counts = run_alone(options, listener, tls)
             else:
                 counts = run_workers(options, listener)

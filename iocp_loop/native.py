@@ -11,8 +11,8 @@ same.
 
 ``IOCP_LOOP_NATIVE=0`` in the environment forces the Python tier, ``1`` makes its absence an error.
 
-The GIL is what guards its state: where that is off (a free-threaded Python) the module is not even imported, for
-importing it would turn the GIL on, or, with ``PYTHON_GIL=0``, let loops in different threads mix up their data.
+It needs no GIL: on a free-threaded Python loops in several threads run side by side (docs/free-threading.md).  Only on
+Windows nobody has tried that yet, and where the GIL is off there it is not imported.
 """
 
 from __future__ import annotations
@@ -23,15 +23,21 @@ import logging
 import os
 import sys
 from asyncio import format_helpers
+from collections.abc import Callable
 from typing import Any
 
 from .built import why_missing
 
-__all__ = ["ENVIRONMENT_VARIABLE", "hot", "why_not"]
+__all__ = ["ENVIRONMENT_VARIABLE", "gil_is_on", "gil_was_on", "hot", "why_not"]
 
 ENVIRONMENT_VARIABLE = "IOCP_LOOP_NATIVE"
 
 _logger = logging.getLogger("asyncio")
+
+#: Whether the GIL is on; only free-threaded Pythons can do without.
+gil_is_on: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+#: Whether it was before the first of our compiled modules was imported.
+gil_was_on = gil_is_on()
 
 #: The module, or None.
 hot: Any = None
@@ -43,8 +49,8 @@ if _wanted not in ("auto", "0", "1"):
     raise ImportError(f"{ENVIRONMENT_VARIABLE}={_wanted}: it must be 0 (the Python tier), 1 (the native tier) or unset")
 if _wanted == "0":
     why_not = f"{ENVIRONMENT_VARIABLE}=0"
-elif not getattr(sys, "_is_gil_enabled", lambda: True)():  # Python 3.13 and newer have it
-    why_not = "the GIL is off, and the native tier is not safe without it; PYTHON_GIL=1 turns it on"
+elif sys.platform == "win32" and not gil_is_on():
+    why_not = "the GIL is off, and on Windows the native tier was not tried without it; PYTHON_GIL=1 turns it on"
 else:
     try:
         # Not `from . import _hot`: where there is none, that speaks of a circular import.

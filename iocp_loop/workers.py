@@ -38,7 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-__all__ = ["MINIMUM_LIFE", "Orders", "Supervisor", "WorkersFailed", "report", "stop_signals"]
+__all__ = ["MINIMUM_LIFE", "Orders", "Supervisor", "WorkersFailed", "listeners", "report", "stop_signals"]
 
 #: Seconds that a worker must have served to be replaced when it dies.
 MINIMUM_LIFE = 1.0
@@ -168,7 +168,7 @@ class Supervisor:
         self._stops = 0  # how many signals have come
         self._next = 0
         self._listener = listener
-        self._sockets: list[socket.socket | None] = list(_listeners(listener, count))
+        self._sockets: list[socket.socket | None] = list(listeners(listener, count))
         self._workers: dict[int, _Worker] = {}
 
     @property
@@ -301,8 +301,8 @@ class Supervisor:
                         break
 
 
-def _listeners(first: socket.socket, count: int) -> list[socket.socket] | list[None]:
-    """A listening socket for each of `count` workers; None where connections are handed over."""
+def listeners(first: socket.socket, count: int) -> list[socket.socket] | list[None]:
+    """A listening socket for each of `count` workers, or threads; None where connections are handed over."""
     if sys.platform == "win32":
         return [None] * count
     if sys.platform != "linux":

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import platform
 import sys
+import sysconfig
 from typing import Any
 
 import pytest
@@ -44,6 +45,17 @@ def test_it_tells_of_each_driver_whether_it_works_and_why_not() -> None:
         (line,) = (line for line in lines if line.startswith(f"{name} "))
         found = availability(name)
         assert (f"not available, {found.reason}" if not found.available else "  available") in line
+
+
+def test_it_tells_of_the_gil() -> None:
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    gil = facts(PYTHON_GIL="")["gil"]
+    assert gil == {"has": not free_threaded, "on": not free_threaded, "turned_on": False}
+    line = next(line for line in output(PYTHON_GIL="").splitlines() if line.startswith("gil "))
+    assert ("off, and this package leaves it off" if free_threaded else "on, as this Python has one") in line
+    if free_threaded:
+        assert facts(PYTHON_GIL="1")["gil"] == {"has": False, "on": True, "turned_on": False}
+        assert "on, though this Python can do without" in output(PYTHON_GIL="1")
 
 
 def test_json_says_the_same() -> None:

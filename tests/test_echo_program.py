@@ -336,6 +336,10 @@ def test_a_taken_port_gets_one_line(workers: str) -> None:
         assert f"cannot listen on 127.0.0.1:{port}: " in refusal("--port", str(port), "--workers", workers)
 
 
+def test_threads_and_workers_do_not_go_together() -> None:
+    assert "--workers and --threads don't go together" in refusal("--workers", "2", "--threads", "2")
+
+
 def test_two_servers_with_workers_do_not_share_a_port() -> None:
     with Server(ECHO, "--port", "0", "--workers", "2") as server:
         assert "cannot listen on" in refusal("--port", str(server.port), "--workers", "2")
@@ -397,6 +401,28 @@ def test_workers_serve_one_port_and_add_up(three: Server, driver: str) -> None:
             sock.shutdown(socket.SHUT_WR)
             assert sock.recv(1) == b""
     assert three.stop_cleanly() == "served 30 connections, 150 bytes, 30 messages\n"
+
+
+def test_threads_serve_one_port_and_add_up(driver: str, mode: str) -> None:
+    with Server(ECHO, "--port", "0", "--driver", driver, "--mode", mode, "--threads", "3") as server:
+        assert server.line == f"listening on 127.0.0.1:{server.port} driver={driver}"
+        for _ in range(3):
+            with contextlib.ExitStack() as stack:
+                for sock in [stack.enter_context(server.connect()) for _ in range(20)]:
+                    exchange(sock, b"hello")
+        with server.connect() as sock:
+            exchange(sock, b"last")  # what its thread has not seen of the others
+            assert server.stop_cleanly() == "served 61 connections, 304 bytes, 61 messages\n"
+
+
+def test_threads_show_statistics_of_all(driver: str) -> None:
+    with Server(ECHO, "--port", "0", "--driver", driver, "--threads", "2", "--stats", "0.05") as server:
+        for _ in range(10):
+            with server.connect() as sock:
+                exchange(sock, b"hello")
+        out, err = server.stop()
+    assert (server.process.returncode, out) == (0, "served 10 connections, 50 bytes, 10 messages\n")
+    assert ": 10 connections, " in err.splitlines()[-1]
 
 
 def test_workers_serve_tls(driver: str, certificate: Certificate) -> None:

@@ -15,6 +15,7 @@ import os
 import random
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,21 @@ class Finalizer:
             next(kind.actions)()
 
 
+#: Free-threaded Python counts objects by the hundred, and waits for more of them the more there are.  There it collects
+#: at every so many calls and returns instead, in the thread that makes them.
+CALLS = 200 if sysconfig.get_config_var("Py_GIL_DISABLED") else 0
+
+
+def collect_at_calls(threshold: int) -> None:
+    numbers = itertools.count()
+
+    def note(*_: object) -> None:
+        if next(numbers) % (CALLS * threshold) == 0:
+            gc.collect()
+
+    sys.setprofile(note)
+
+
 @contextlib.contextmanager
 def collecting(threshold: int, *actions: Action) -> Iterator[None]:
     """Collect garbage all the time; finalizers call `actions` in turn.  What they raise is an error of the test."""
@@ -71,9 +87,12 @@ def collecting(threshold: int, *actions: Action) -> Iterator[None]:
     Finalizer.on = True
     Finalizer()
     gc.set_threshold(threshold, 1000, 1000)
+    if CALLS:
+        collect_at_calls(threshold)
     try:
         yield
     finally:
+        sys.setprofile(None)
         Finalizer.on = False
         gc.set_threshold(*before)
         gc.collect()

@@ -4,6 +4,8 @@
 #
 #     tools/test_debian.sh [VERSION ...] [-- pytest arguments]       VERSION: 3.13, 3.14, 3.15; all by default
 #
+# 3.14t, a free-threaded Python, is there by name only, as Debian has none: free_threaded/make.sh makes it in the root.
+#
 # The root stands in $IOCP_LOOP_DEBIAN, else in ~/.cache/iocp_loop-debian (about 1 GB).  Each step looks first whether
 # its result is there.  It needs to be run by root on a Debian or Ubuntu machine with debootstrap; packages come from the
 # machine's own Debian mirror, wheels by the pip of PYTHON (default: python3).
@@ -20,7 +22,7 @@ fail() { say "$*"; exit 1; }
 
 versions=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    case " $all " in *" $1 "*) versions="$versions $1" ;; *) fail "no version $1 here; there are: $all" ;; esac
+    case " $all 3.14t " in *" $1 "*) versions="$versions $1" ;; *) fail "no version $1 here; there are: $all 3.14t" ;; esac
     shift
 done
 [ $# -eq 0 ] || shift
@@ -50,8 +52,24 @@ if [ ! -d "$root" ]; then
     mv "$root.new" "$root"
 fi
 
+# Where the Python of a version is in the root; and how pip is told of what pip would not guess.
+place_of() {
+    case $1 in *t) echo "/opt/python$1/bin/python$1" ;; *) echo "/usr/bin/python$1" ;; esac
+}
+abi_of() {
+    case $1 in *t) echo "--abi cp$(echo "$1" | tr -d .) --abi none" ;; esac
+}
+
 for version in $versions; do
-    [ -x "$root/usr/bin/python$version" ] || fail "no Python $version in $root, which is older: remove it"
+    [ -x "$root/usr/bin/python${version%t}" ] || fail "no Python ${version%t} in $root, which is older: remove it"
+    if [ ! -x "$root$(place_of "$version")" ]; then
+        say "making Python $version"
+        "$python" -m pip --disable-pip-version-check --quiet download --no-deps --only-binary :all: \
+            --python-version "${version%t}" --implementation cp $(abi_of "$version") \
+            --platform "manylinux2014_$(uname -m)" --dest "$home/interpreter" panda3d==1.10.16 ||
+            { say "the interpreter of Python $version cannot be downloaded"; exit 77; }
+        "$project/tools/free_threaded/make.sh" "$root" "$home"/interpreter/panda3d-*.whl
+    fi
 done
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,8 +89,8 @@ for version in $versions; do
     if ! cmp -s "$home/requirements.txt" "$wheels/requirements.txt"; then
         say "downloading wheels for Python $version"
         rm -rf "$wheels"
-        "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "$version" \
-            --implementation cp --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
+        "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "${version%t}" \
+            --implementation cp $(abi_of "$version") --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
             --platform "manylinux_2_34_$machine" --dest "$wheels" --requirement "$home/requirements.txt"
         cp "$home/requirements.txt" "$wheels/"
     fi
@@ -91,9 +109,10 @@ cat >"$root/run-tests" <<'END'
 #!/bin/sh
 set -eu
 version=$1
-shift
+python=$2
+shift 2
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels/$version PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-[ -x "/venv-$version/bin/pip" ] || "python$version" -m venv --clear "/venv-$version"
+[ -x "/venv-$version/bin/pip" ] || "$python" -m venv --clear "/venv-$version"
 "/venv-$version/bin/pip" install --quiet --editable '/project[test]'
 cd /project
 "/venv-$version/bin/python" -W error -c 'import iocp_loop'
@@ -109,6 +128,6 @@ for version in $versions; do
     unshare --mount sh -c '
         mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && root=$1 && shift &&
         exec chroot "$root" /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin /run-tests "$@"
-    ' sh "$root" "$version" "$@" || { status=$?; say "Python $version: the tests failed"; }
+    ' sh "$root" "$version" "$(place_of "$version")" "$@" || { status=$?; say "Python $version: the tests failed"; }
 done
 exit "$status"

@@ -103,7 +103,6 @@ class PollDriver(PollTurns, Driver):
 
     def __init__(self, concurrency: int = 1) -> None:
         super().__init__(concurrency)
-        self._use_watch(_Watch)
         self._watches: dict[int, _Watch] = {}
         self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
         self._new: set[int] = set()  # descriptors whose watch is newer than the events
@@ -449,6 +448,8 @@ class PollDriver(PollTurns, Driver):
                 self._end_all(watch, error)
                 self._watches.pop(fd, None)
 
+
+PollDriver._use_watch(_Watch)  # once, not by each driver: the native turn has it for all threads
 
 # --------------------------------------------------------------------------------------------------
 # The calls.  Each makes one attempt, without blocking, and returns a value, NOT_YET, or raises.

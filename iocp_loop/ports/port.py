@@ -72,8 +72,8 @@ class CompletionPort:
         registered can be used all the same where the system wants no association; its key is None.
         Raises OSError (Windows: error 87) if the handle belongs to another port.
         """
-        self._check_open()
         with self._tables:
+            self._check_open()
             self._driver.register(handle)
             if isinstance(handle, socket.socket):
                 handle.setblocking(False)
@@ -89,13 +89,13 @@ class CompletionPort:
 
         Raises OSError, ValueError or the like if it is refused outright; there is no completion then.
         """
-        self._check_open()
         completed = self._completed
 
         def complete(value: Any, error: BaseException | None) -> None:
             completed.append(Completion(operation, operation.key, value, error))
 
         with self._tables:
+            self._check_open()
             operation.key = self._keys.get(operation.fd)
             operation.complete = complete
             self._driver.submit(operation)

@@ -145,7 +145,6 @@ class UringDriver(UringTurns, PollDriver):
             raise DriverUnavailable(reason)
         self._ring = None
         self._without_ring = False  # it was refused: this is driver poll from then on
-        self._use_stream(_Stream)
         self._shared = concurrency > 1
         self._memory: Any = b""  # the pool, as one buffer
         self._arrays: tuple[Any, ...] = ()  # token, result, flags, start of each completion of a batch
@@ -618,6 +617,9 @@ class UringDriver(UringTurns, PollDriver):
                 if type(op.driver_data) is _Stream:
                     op.driver_data.armed = op.driver_data.stopping = False
         super().after_fork_in_child()
+
+
+UringDriver._use_stream(_Stream)  # once, not by each driver: the native turn has it for all threads
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
-/* The tables: what the system writes -> the tuple, and back.  Emptied when they have grown to this. */
+/* The tables: what the system writes -> the tuple, and back.  Emptied when they have grown to this, perhaps by another
+ * thread, so that what is found in them is taken with a reference. */
 enum { MOST_ADDRESSES = 4096 };
 static PyObject *tuples, *structures;
 
-static char *scratch;
-enum { SCRATCH_SIZE = 64 * 1024 }; /* no datagram of the Internet is larger */
+enum { LARGEST = 64 * 1024 }; /* no datagram of the Internet is larger */
 
 static int put(PyObject *table, PyObject *key, PyObject *value)
 {
@@ -51,10 +51,8 @@ static PyObject *tuple_of(const struct sockaddr_storage *address, socklen_t leng
     if (length == 0) /* it came over a connection */
         Py_RETURN_NONE;
     PyObject *key = PyBytes_FromStringAndSize((const char *)address, (Py_ssize_t)length);
-    PyObject *tuple = key == NULL ? NULL : PyDict_GetItemWithError(tuples, key);
-    if (tuple != NULL)
-        Py_INCREF(tuple);
-    else if (key != NULL && !PyErr_Occurred()) {
+    PyObject *tuple = key == NULL ? NULL : find(tuples, key);
+    if (tuple == NULL && key != NULL && !PyErr_Occurred()) {
         tuple = make_tuple(address);
         if (tuple != NULL && put(tuples, key, tuple) < 0)
             Py_CLEAR(tuple);
@@ -116,22 +114,20 @@ static int is_literal(PyObject *tuple)
     return 1;
 }
 
-/* As make_structure, by way of the table; borrowed. */
+/* As make_structure, by way of the table. */
 static PyObject *structure_of(int family, PyObject *tuple)
 {
     if (!is_literal(tuple))
         return NULL;
-    PyObject *structure = PyDict_GetItemWithError(structures, tuple);
+    PyObject *structure = find(structures, tuple);
     if (structure != NULL && ((const struct sockaddr *)PyBytes_AS_STRING(structure))->sa_family == family)
         return structure;
     if (structure == NULL && PyErr_Occurred())
         return NULL;
-    structure = make_structure(family, tuple);
-    if (structure == NULL)
-        return NULL;
-    int failed = put(structures, tuple, structure);
-    Py_DECREF(structure); /* the table has it */
-    return failed ? NULL : structure;
+    Py_XSETREF(structure, make_structure(family, tuple));
+    if (structure != NULL && put(structures, tuple, structure) < 0)
+        Py_CLEAR(structure);
+    return structure;
 }
 
 /* How much of a datagram `op` takes, as far as there is room; -1 if its size is not plain. */
@@ -141,7 +137,7 @@ static Py_ssize_t size_wanted(PyObject *op)
     Py_ssize_t wanted = size != NULL && PyLong_CheckExact(size) ? PyLong_AsSsize_t(size) : -1;
     if (wanted < 0)
         PyErr_Clear();
-    return wanted < SCRATCH_SIZE ? wanted : SCRATCH_SIZE;
+    return wanted < LARGEST ? wanted : LARGEST;
 }
 
 /* receive_datagrams(driver, op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
@@ -165,14 +161,17 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
         Py_ssize_t wanted = size_wanted(op);
         if (sock == NULL || !is_socket(sock) || wanted < 0)
             Py_RETURN_NONE;
-        ssize_t size = recvfrom(socket_descriptor(sock), scratch, (size_t)wanted, MSG_DONTWAIT,
+        char *memory = scratch();
+        if (memory == NULL)
+            return NULL;
+        ssize_t size = recvfrom(socket_descriptor(sock), memory, (size_t)wanted, MSG_DONTWAIT,
                                 (struct sockaddr *)&from, &length);
         if (size < 0) {
             if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
                 break;
             return PyErr_SetFromErrno(PyExc_OSError);
         }
-        PyObject *data = PyBytes_FromStringAndSize(scratch, size);
+        PyObject *data = PyBytes_FromStringAndSize(memory, size);
         PyObject *address = data == NULL ? NULL : tuple_of(&from, length);
         PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
         Py_XDECREF(data);
@@ -214,6 +213,9 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
                           MSG_DONTWAIT | MSG_NOSIGNAL,
                           structure == NULL ? NULL : (const struct sockaddr *)PyBytes_AS_STRING(structure),
                           structure == NULL ? 0 : (socklen_t)PyBytes_GET_SIZE(structure));
+    int code = errno;
+    Py_XDECREF(structure);
+    errno = code;
     if (sent >= 0)
         Py_RETURN_TRUE;
     if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
@@ -225,8 +227,7 @@ int add_datagrams(PyObject *module)
 {
     tuples = PyDict_New();
     structures = PyDict_New();
-    scratch = PyMem_Malloc(SCRATCH_SIZE);
-    return tuples == NULL || structures == NULL || scratch == NULL ? -1 : 0;
+    return tuples == NULL || structures == NULL ? -1 : 0;
 }
 
 #endif

@@ -68,10 +68,12 @@ int epoll_take(EpollTurns *self, int *more)
     self->next = self->looked_at = 0;
     self->count = count < 0 ? 0 : count;
     *more = count == BATCH;
+    Py_BEGIN_CRITICAL_SECTION(self);
     for (int n = 0; n < count && !*more; n++) {
         int fd = self->events[n].data.fd;
         *more = fd >= self->sockets_room || self->sockets[fd].op == NULL; /* what is ONESHOT is over */
     }
+    Py_END_CRITICAL_SECTION();
     return count;
 }
 
@@ -113,15 +115,16 @@ int epoll_turn_wait(PyObject *driver, double seconds)
         limit = ms <= INT_MAX ? (int)ms : INT_MAX;
     }
     self->next = self->count = self->looked_at = 0;
-    self->sleeping = 1;
+    WRITE(self->sleeping, 1);
+    FENCE();
     int work = limit == 0 ? 1 : epoll_must_not_sleep(self);
     if (work < 0) {
-        self->sleeping = 0;
+        WRITE(self->sleeping, 0);
         return -1;
     }
     count = work ? epoll_wait(self->fd, self->events, BATCH, 0) : block(self, limit);
     code = errno;
-    self->sleeping = 0;
+    WRITE(self->sleeping, 0);
     if (count < 0) {
         if (code == EINTR)
             return 0;
@@ -245,12 +248,10 @@ static int make_room(EpollTurns *self, int fd)
     return 0;
 }
 
-/* Let the poller tell once that `fd` is readable. */
+/* Let the poller tell once that `fd`, for which there is room, is readable. */
 static int arm_once(EpollTurns *self, int fd)
 {
     struct epoll_event event = {.events = EPOLLIN | EPOLLONESHOT, .data.fd = fd};
-    if (make_room(self, fd) < 0)
-        return -1;
     /* The kernel knows better than we do whether this very file is registered. */
     int known = self->sockets[fd].registered;
     if (epoll_ctl(self->fd, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) < 0
@@ -271,11 +272,29 @@ static int wait_again(EpollTurns *self, PyObject *op)
     return done == NULL ? -1 : 0;
 }
 
-/* The watch of a descriptor; borrowed.  NULL where there is none, or with an exception. */
+/* The Receive that waits on `fd`, or NULL.  `take`: it does not wait there any more. */
+static PyObject *waiting_on(EpollTurns *self, int fd, int take)
+{
+    PyObject *op = NULL;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (fd >= 0 && fd < self->sockets_room) {
+        op = self->sockets[fd].op;
+        if (take)
+            self->sockets[fd].op = NULL;
+        else
+            Py_XINCREF(op);
+    }
+    Py_END_CRITICAL_SECTION();
+    if (op != NULL && SLOT(op, operation_slots.state) != operation_slots.in_flight)
+        Py_CLEAR(op);
+    return op;
+}
+
+/* The watch of a descriptor.  NULL where there is none, or with an exception. */
 static PyObject *watch_of(EpollTurns *self, descriptor fd)
 {
     PyObject *number = PyLong_FromLong(fd);
-    PyObject *watch = number == NULL || self->watches == NULL ? NULL : PyDict_GetItemWithError(self->watches, number);
+    PyObject *watch = number == NULL || self->watches == NULL ? NULL : find(self->watches, number);
     Py_XDECREF(number);
     return watch;
 }
@@ -283,15 +302,19 @@ static PyObject *watch_of(EpollTurns *self, descriptor fd)
 int epoll_busy(PyObject *driver, descriptor fd, int writing)
 {
     EpollTurns *self = (EpollTurns *)driver;
-    if (!writing && fd < self->sockets_room && fd >= 0) {
-        PyObject *op = self->sockets[fd].op;
-        if (op != NULL && SLOT(op, operation_slots.state) == operation_slots.in_flight)
-            return 1;
+    PyObject *op = writing ? NULL : waiting_on(self, fd, 0), *watch;
+    if (op != NULL) {
+        Py_DECREF(op);
+        return 1;
     }
-    PyObject *watch = watch_of(self, fd);
+    watch = watch_of(self, fd);
     if (watch == NULL)
         return PyErr_Occurred() ? -1 : 0;
-    return has_items(SLOT(watch, writing ? at.writers : at.readers));
+    PyObject *queue = take_reference(watch, &SLOT(watch, writing ? at.writers : at.readers));
+    int busy = has_items(queue);
+    Py_XDECREF(queue);
+    Py_DECREF(watch);
+    return busy;
 }
 
 static PyObject *epoll_turns_busy(PyObject *self, PyObject *const *args, Py_ssize_t count)
@@ -308,28 +331,36 @@ static PyObject *epoll_turns_busy(PyObject *self, PyObject *const *args, Py_ssiz
 int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size)
 {
     EpollTurns *self = (EpollTurns *)driver;
-    if (op == NULL) /* where something else stands on the descriptor, the driver in Python sees to it */
-        return watch_of(self, fd) == NULL && !PyErr_Occurred() && self->fd >= 0 && !self->unarmed;
-    int busy = epoll_busy(driver, fd, 0);
-    if (busy < 0 || (!busy && arm_once(self, fd) < 0))
-        return -1;
-    if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
+    if (op == NULL) { /* where something else stands on the descriptor, the driver in Python sees to it */
+        PyObject *watch = watch_of(self, fd);
+        int free = watch == NULL && !PyErr_Occurred() && self->fd >= 0 && !self->unarmed;
+        Py_XDECREF(watch);
+        return free;
+    }
+    int busy = epoll_busy(driver, fd, 0), failed = busy < 0;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (!busy)
+        failed = make_room(self, fd) < 0 || arm_once(self, fd) < 0;
+    Py_END_CRITICAL_SECTION();
+    if (failed || launch(op, ++self->tokens, self->in_flight, self->submissions) < 0)
         return -1;
     if (busy) /* since the question: it waits behind */
         return wait_again(self, op) < 0 ? -1 : 1;
-    Py_XSETREF(self->sockets[fd].op, Py_NewRef(op));
+    PyObject *before;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    before = self->sockets[fd].op;
+    self->sockets[fd].op = Py_NewRef(op);
+    Py_END_CRITICAL_SECTION();
+    Py_XDECREF(before);
     return 1;
 }
 
 /* The socket behind `fd` is ready. */
 static int receive_for_wait(EpollTurns *self, int fd)
 {
-    PyObject *op = self->sockets[fd].op; /* ours from here on */
-    self->sockets[fd].op = NULL;
-    if (op == NULL || SLOT(op, operation_slots.state) != operation_slots.in_flight) {
-        Py_XDECREF(op); /* nobody waits: the next who does looks first */
-        return 0;
-    }
+    PyObject *op = waiting_on(self, fd, 1);
+    if (op == NULL)
+        return 0; /* nobody waits: the next who does looks first */
     PyObject *data = receive_for(op);
     if (data == Py_None) { /* somebody else was faster: wait again, as the driver waits for whatever is not plain */
         int failed = wait_again(self, op);
@@ -346,21 +377,28 @@ static int receive_for_wait(EpollTurns *self, int fd)
     return failed;
 }
 
+/* Whether the poller may know `fd` by such a wait. */
+static int is_registered(EpollTurns *self, int fd)
+{
+    int registered;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    registered = fd < self->sockets_room && self->sockets[fd].registered;
+    Py_END_CRITICAL_SECTION();
+    return registered;
+}
+
 /* _take_socket_wait(fd): the Receive that waits there, which the caller takes over, or None.  The registration is
  * forgotten too; the poller may still have it. */
 static PyObject *take_socket_wait(EpollTurns *self, PyObject *number)
 {
-    long fd = PyLong_AsLong(number);
+    int fd = (int)PyLong_AsLong(number);
     if (fd == -1 && PyErr_Occurred())
         return NULL;
-    if (fd < 0 || fd >= self->sockets_room)
-        Py_RETURN_NONE;
-    struct socket_watch *watch = &self->sockets[fd];
-    PyObject *op = watch->op;
-    watch->op = NULL;
-    watch->registered = 0;
-    if (op != NULL && SLOT(op, operation_slots.state) != operation_slots.in_flight)
-        Py_CLEAR(op);
+    PyObject *op = waiting_on(self, fd, 1);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (fd >= 0 && fd < self->sockets_room)
+        self->sockets[fd].registered = 0;
+    Py_END_CRITICAL_SECTION();
     return op == NULL ? Py_NewRef(Py_None) : op;
 }
 
@@ -369,19 +407,20 @@ static PyObject *socket_waits(EpollTurns *self, PyObject *ignored)
 {
     PyObject *list = PyList_New(0);
     for (int fd = 0; list != NULL && fd < self->sockets_room; fd++) {
-        PyObject *number = self->sockets[fd].op == NULL ? NULL : PyLong_FromLong(fd);
-        if (number != NULL && PyList_Append(list, number) < 0)
+        PyObject *op = waiting_on(self, fd, 0), *number = op == NULL ? NULL : PyLong_FromLong(fd);
+        if (op != NULL && (number == NULL || PyList_Append(list, number) < 0))
             Py_CLEAR(list);
         Py_XDECREF(number);
+        Py_XDECREF(op);
     }
     return list;
 }
 
 static void forget_sockets(EpollTurns *self)
 {
-    for (int n = 0; n < self->sockets_room; n++) {
-        self->sockets[n].registered = 0;
-        Py_CLEAR(self->sockets[n].op);
+    for (int fd = 0; fd < self->sockets_room; fd++) {
+        self->sockets[fd].registered = 0;
+        put_reference((PyObject *)self, &self->sockets[fd].op, NULL);
     }
 }
 
@@ -406,20 +445,20 @@ static int deliver(EpollTurns *self, struct epoll_event event)
     PyObject *watch = watch_of(self, fd), *stream, *done;
     if (watch == NULL && PyErr_Occurred())
         return -1;
-    if (watch == NULL && fd < self->sockets_room && self->sockets[fd].registered)
+    if (watch == NULL && is_registered(self, fd))
         return receive_for_wait(self, fd);
-    watch = Py_NewRef(watch == NULL ? Py_None : watch);
-    stream = watch == Py_None ? NULL : SLOT(watch, at.stream);
+    if (watch == NULL)
+        watch = Py_NewRef(Py_None);
+    stream = watch == Py_None ? NULL : take_reference(watch, &SLOT(watch, at.stream));
     if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
         self->completions++;
-        Py_INCREF(stream);
         failed = receive(self, stream);
-        Py_DECREF(stream);
     } else {
         done = PyObject_CallMethod((PyObject *)self, "_dispatch_other", "iOI", fd, watch, (unsigned)event.events);
         Py_XDECREF(done);
         failed = done == NULL ? -1 : 0;
     }
+    Py_XDECREF(stream);
     Py_DECREF(watch);
     return failed;
 }
@@ -445,6 +484,7 @@ static void look(EpollTurns *self)
         else {
             watches[found++] = watch;
             fetch(watch, (size_t)at.stream + sizeof(PyObject *));
+            Py_DECREF(watch); /* the table has it */
         }
     }
     for (int n = 0; n < found; n++) {
@@ -557,7 +597,21 @@ static PyObject *get_gathered(EpollTurns *self, void *ignored)
     return PyBool_FromLong(self->next < self->count || has_items(self->ready));
 }
 
+/* Asked by whoever has put something into a queue; see the fences in hot.h. */
+static PyObject *get_sleeping(EpollTurns *self, void *ignored)
+{
+    FENCE();
+    return PyBool_FromLong(READ(self->sleeping));
+}
+
+static int set_sleeping(EpollTurns *self, PyObject *value, void *ignored)
+{
+    WRITE(self->sleeping, value == Py_True);
+    return 0;
+}
+
 static PyGetSetDef epoll_turns_getset[] = {
+    {"_sleeping", (getter)get_sleeping, (setter)set_sleeping, NULL, NULL},
     {"gathered", (getter)get_gathered, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -573,7 +627,6 @@ static PyMemberDef epoll_turns_members[] = {
     {"before_sleep", T_OBJECT, offsetof(EpollTurns, before_sleep), 0, NULL},
     {"waits", T_ULONGLONG, offsetof(EpollTurns, waits), 0, NULL},
     {"completions", T_ULONGLONG, offsetof(EpollTurns, completions), 0, NULL},
-    {"_sleeping", T_BOOL, offsetof(EpollTurns, sleeping), 0, NULL},
     {"_unarmed_poller", T_BOOL, offsetof(EpollTurns, unarmed), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };

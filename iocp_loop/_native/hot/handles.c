@@ -6,7 +6,7 @@
  * has put in its place.  A handle that is made from Python, as debug mode does to
  * note where that happened, is initialised by asyncio's code and then no different.
  *
- * The garbage collector.  Nearly every handle is dropped by whoever made it, runs once and is gone, and to let the
+ * The garbage collector.  Free-threaded Python's looks at every object, and a handle is one like any other there.  Else: nearly every handle is dropped by whoever made it, runs once and is gone, and to let the
  * collector look at each would cost more than to run it.  So a handle is not tracked while its loop has it: the loop,
  * when it is traversed, visits what its handles refer to as if the references were its own (handle_visit).  When the
  * loop is done with a handle that somebody else still holds, it is tracked from then on (handle_release): a timer that is
@@ -40,7 +40,7 @@ static struct spares spare_handles, spare_timers;
 
 void timer_set_scheduled(PyObject *timer, int scheduled)
 {
-    Py_XSETREF(SLOT(timer, at.scheduled), Py_NewRef(scheduled ? Py_True : Py_False));
+    put_reference(timer, &SLOT(timer, at.scheduled), Py_NewRef(scheduled ? Py_True : Py_False));
 }
 
 int handle_is_cancelled(PyObject *handle) { return SLOT(handle, at.cancelled) == Py_True; }
@@ -54,8 +54,10 @@ static PyObject *allocate(PyTypeObject *type, struct spares *spares)
     if (spares->count > 0)
         return PyObject_Init(spares->objects[--spares->count], type);
     PyObject *self = PyType_GenericAlloc(type, 0);
+#ifndef Py_GIL_DISABLED
     if (self != NULL)
         PyObject_GC_UnTrack(self);
+#endif
     return self;
 }
 
@@ -179,8 +181,10 @@ static int fill(PyObject *self, PyObject *loop, PyObject *callback, PyObject *co
         return -1;
     for (Py_ssize_t n = 0; n < count; n++)
         PyTuple_SET_ITEM(arguments, n, Py_NewRef(args[n]));
+#ifndef Py_GIL_DISABLED
     if (count > 0)
         PyObject_GC_UnTrack(arguments);
+#endif
     SLOT(self, at.args) = arguments;
     SLOT(self, at.callback) = Py_NewRef(callback);
     SLOT(self, at.loop) = Py_NewRef(loop);
@@ -227,13 +231,21 @@ static PyObject *timer_tp_new(PyTypeObject *type, PyObject *args, PyObject *kwar
  * Running and cancelling
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* As asyncio.Handle._run: 0, or -1 with an exception that is to end the loop. */
+/* As asyncio.Handle._run, unless it was cancelled: 0, or -1 with an exception that is to end the loop. */
 int handle_run(PyObject *handle)
 {
-    PyObject *callback = Py_XNewRef(SLOT(handle, at.callback)), *args = Py_XNewRef(SLOT(handle, at.args));
-    PyObject *context = Py_XNewRef(SLOT(handle, at.context)), *result = NULL;
-    if (callback == NULL || args == NULL || context == NULL || !PyTuple_Check(args))
-        PyErr_SetString(PyExc_TypeError, "a handle that was cancelled or not initialised cannot run");
+    PyObject *callback, *args, *context, *result = NULL;
+    int cancelled;
+    Py_BEGIN_CRITICAL_SECTION(handle);
+    cancelled = handle_is_cancelled(handle);
+    callback = Py_XNewRef(SLOT(handle, at.callback));
+    args = Py_XNewRef(SLOT(handle, at.args));
+    context = Py_XNewRef(SLOT(handle, at.context));
+    Py_END_CRITICAL_SECTION();
+    if (cancelled)
+        result = Py_NewRef(Py_None);
+    else if (callback == NULL || args == NULL || context == NULL || !PyTuple_Check(args))
+        PyErr_SetString(PyExc_TypeError, "a handle that was not initialised cannot run");
     else
         result = call_in_context(context, callback, &PyTuple_GET_ITEM(args, 0), (size_t)PyTuple_GET_SIZE(args));
     Py_XDECREF(callback);
@@ -272,7 +284,7 @@ static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
     if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL)
         failed = leave_heap(self, loop);
     if (!failed) {
-        Py_XSETREF(SLOT(self, at.cancelled), Py_NewRef(Py_True));
+        put_reference(self, &SLOT(self, at.cancelled), Py_NewRef(Py_True));
         if (loop != NULL && turns_in_debug(loop)) {
             /* Before what it shows is gone: "Executing <Handle ...> took 2.5 seconds". */
             text = PyObject_Repr(self);
@@ -283,9 +295,9 @@ static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
     if (failed)
         return NULL;
     if (text != NULL)
-        Py_XSETREF(SLOT(self, at.repr), text);
-    Py_XSETREF(SLOT(self, at.callback), Py_NewRef(Py_None));
-    Py_XSETREF(SLOT(self, at.args), Py_NewRef(Py_None));
+        put_reference(self, &SLOT(self, at.repr), text);
+    put_reference(self, &SLOT(self, at.callback), Py_NewRef(Py_None));
+    put_reference(self, &SLOT(self, at.args), Py_NewRef(Py_None));
     Py_RETURN_NONE;
 }
 

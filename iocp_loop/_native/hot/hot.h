@@ -17,9 +17,27 @@
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it
  *
- * Ownership.  Everything here runs under the GIL but the system call that waits.  A PyObject pointer in a struct owns
- * its reference; one in a local variable owns it too unless the comment beside it says "borrowed".  Functions return
- * new references, or 0 and -1, as those of CPython do.
+ * Ownership.  A PyObject pointer in a struct owns its reference; one in a local variable owns it too unless the comment
+ * beside it says "borrowed".  Functions return new references, or 0 and -1, as those of CPython do.
+ *
+ * Threads.  Where there is a GIL it guards everything but the system call that waits.  Free-threaded Python has none, and
+ * there this holds:
+ *
+ *   - A loop, its driver and its transports belong to the thread that runs the loop; those of a CompletionPort to the thread
+ *     that holds its lock.  Only that thread waits and dispatches: a second one that enters a turn is refused (turns.c).
+ *   - Any thread may call call_soon_threadsafe, wake the loop, and cancel a handle.  So the ready queue and the timers are
+ *     used under the critical section of the loop, and the slots of a handle that cancel() empties under that of the handle.
+ *   - Whoever is about to sleep says so (`sleeping`) before he looks at the queues for the last time; whoever fills a queue
+ *     looks afterwards whether somebody sleeps.  Between the two stands a FENCE on either side, so that one sees the other.
+ *   - What other threads may only do by mistake (write to a transport, sock_recv, call_later) may go wrong for that call and
+ *     for that connection, but must not touch what has been freed: what is read out of a struct and used further is taken
+ *     with a reference, under the critical section of its object.
+ *   - What is static is written when a module is imported, and only read afterwards.  The exceptions: the buffer to receive
+ *     into is one for each thread (scratch), the tables of addresses are dicts, which have a lock of their own and from which
+ *     everything is taken with a reference, and what is known of asyncio's methods is one word (struct asyncio_method).
+ *
+ * A critical section here holds a few assignments.  Nothing that may run Python is called in one, least of all a DECREF of
+ * what may be the last reference: it would be given up meanwhile.
  *
  * Docstrings are plain strings and not PyDoc_STR, which may leave them out: inspect finds the signatures in them.
  *
@@ -34,6 +52,62 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <structmember.h>
+
+/* Before Python 3.13 there is a GIL, and nothing to be done; nor is there in newer ones that have one. */
+#if PY_VERSION_HEX < 0x030D0000
+#define Py_BEGIN_CRITICAL_SECTION(object) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+#if defined(Py_GIL_DISABLED) && !defined(_MSC_VER)
+#define READ(field) __atomic_load_n(&(field), __ATOMIC_RELAXED)
+#define WRITE(field, value) __atomic_store_n(&(field), value, __ATOMIC_RELAXED)
+#define FENCE() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+#elif defined(Py_GIL_DISABLED)
+#define READ(field) (field)
+#define WRITE(field, value) ((field) = (value))
+#define FENCE() MemoryBarrier()
+#else
+#define READ(field) (field)
+#define WRITE(field, value) ((field) = (value))
+#define FENCE() ((void)0)
+#endif
+
+/* A new reference to what is in `*place`, a field of `owner` that another thread may be changing; NULL if that is. */
+static inline PyObject *take_reference(PyObject *owner, PyObject **place)
+{
+    PyObject *object;
+    Py_BEGIN_CRITICAL_SECTION(owner);
+    object = Py_XNewRef(*place);
+    Py_END_CRITICAL_SECTION();
+    return object;
+}
+
+/* Put `value`, whose reference is taken over, into `*place`. */
+static inline void put_reference(PyObject *owner, PyObject **place, PyObject *value)
+{
+    PyObject *before;
+    Py_BEGIN_CRITICAL_SECTION(owner);
+    before = *place;
+    *place = value;
+    Py_END_CRITICAL_SECTION();
+    Py_XDECREF(before);
+}
+
+/* table[key]; NULL if it is not there, or with an exception. */
+static inline PyObject *find(PyObject *table, PyObject *key)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject *value;
+    PyDict_GetItemRef(table, key, &value);
+    return value;
+#else
+    return Py_XNewRef(PyDict_GetItemWithError(table, key));
+#endif
+}
+
+/* What this thread receives into; copied out before anything else can happen.  NULL with an exception. */
+enum { SCRATCH_SIZE = 256 * 1024 };
+char *scratch(void);
 
 /* The object in a slot of a class written in Python; NULL where it was deleted or never set. */
 #define SLOT(object, offset) (*(PyObject **)((char *)(object) + (offset)))
@@ -77,8 +151,7 @@ extern struct operation_slots {
 struct asyncio_method {
     PyTypeObject *type;
     PyObject *name, *globals; /* its name, and the globals of asyncio's own function */
-    unsigned int seen;        /* the version of the type that was looked at last; 0 is none */
-    int replaced;
+    uint64_t seen; /* twice the version of the type that was looked at last (0 is none), and 1 if it is replaced */
 };
 extern struct asyncio_method handle_run_method, create_task_method;
 int find_asyncio_methods(void);
@@ -86,7 +159,8 @@ int look_at_method(struct asyncio_method *self);
 /* Whether it is not asyncio's own any more. */
 static inline int is_replaced(struct asyncio_method *self)
 {
-    return self->seen != 0 && self->type->tp_version_tag == self->seen ? self->replaced : look_at_method(self);
+    uint64_t seen = READ(self->seen);
+    return seen > 1 && READ(self->type->tp_version_tag) == seen >> 1 ? (int)(seen & 1) : look_at_method(self);
 }
 
 /* The exception that is set, taken away, as one object with its traceback. */
@@ -159,8 +233,8 @@ struct timers {
 int timers_add(struct timers *self, PyObject *handle, double when);
 /* Take out the one at `place`; its reference goes to the caller. */
 PyObject *timers_take(struct timers *self, size_t place);
-/* A new list of them, the earliest first. */
-PyObject *timers_list(const struct timers *self);
+/* A new list of those of `loop`, the earliest first. */
+PyObject *timers_list(PyObject *loop, const struct timers *self);
 /* Whether at least two beside the first are due before `end`; may return false negatives. */
 int timers_crowded(const struct timers *self, double end);
 
@@ -256,7 +330,11 @@ void fetch_stream(PyObject *self);
 void fetch_stream_parts(PyObject *self);
 
 /* Getting the GIL back took longer than this: another thread runs Python code all the time. */
+#ifdef Py_GIL_DISABLED
+#define CONTENDED_NS INT64_MAX /* it does not keep us from it */
+#else
 enum { CONTENDED_NS = 500000 };
+#endif
 
 /* For so many turns after that, look for completions with the GIL in hand, for so long, before giving it away: who
  * gives it away gets it back one switch interval later (sys.setswitchinterval), 5 ms. */

@@ -49,10 +49,6 @@ static PyTypeObject *IocpTurns_type;
 /* The longest timeout that is handed to iocp_wait, ns. */
 static const double LONGEST_NS = 4e18;
 
-/* What all streams receive into that have no slot; copied out before anything else can happen. */
-enum { SCRATCH_SIZE = 256 * 1024 };
-static char scratch[SCRATCH_SIZE];
-
 /* The slots of the classes of ports/iocp_*.py, and what else comes from there. */
 static struct {
     PyObject *nobody;
@@ -139,14 +135,15 @@ static int wait(PyObject *driver, double seconds)
         limit = ns < LONGEST_NS ? (long long)ns : (long long)LONGEST_NS;
     }
     self->next = self->port->count = 0;
-    self->sleeping = 1;
+    WRITE(self->sleeping, 1);
+    FENCE();
     int work = limit == 0 ? 1 : busy(self);
     if (work < 0) {
-        self->sleeping = 0;
+        WRITE(self->sleeping, 0);
         return -1;
     }
     code = work ? self->call(self->port, 0) : block(self, limit);
-    self->sleeping = 0;
+    WRITE(self->sleeping, 0);
     if (code) {
         PyErr_SetExcFromWindowsErr(PyExc_OSError, (int)code);
         return -1;
@@ -363,10 +360,11 @@ static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
     if (lent)
         value = receive_into(op, sock, &count);
     else {
-        count = recv((SOCKET)socket_descriptor(sock), scratch, SCRATCH_SIZE, 0);
+        char *memory = scratch();
+        count = memory == NULL ? NOTHING : recv((SOCKET)socket_descriptor(sock), memory, SCRATCH_SIZE, 0);
         if (count > 0) {
             set_slot(sub, at.small, count < at.slot_size ? Py_True : Py_False);
-            value = PyBytes_FromStringAndSize(scratch, count);
+            value = PyBytes_FromStringAndSize(memory, count);
         }
     }
     if (count == SOCKET_ERROR)

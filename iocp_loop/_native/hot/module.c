@@ -51,6 +51,9 @@ PyMODINIT_FUNC PyInit__hot(void)
         Py_DECREF(module);
         return NULL;
     }
+#if defined(Py_GIL_DISABLED) && !defined(_WIN32) /* where iocp.c was not tried without */
+    PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED); /* hot.h tells how */
+#endif
     first = Py_NewRef(module);
     return module;
 }

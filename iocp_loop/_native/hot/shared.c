@@ -219,6 +219,55 @@ int check_sockets(void)
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+ * What is received into
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* With a GIL one is enough for all threads: each copies out of it before another can have the GIL. */
+#ifndef Py_GIL_DISABLED
+#define OF_THREAD
+static int free_at_exit(char *memory) { return 0; }
+#elif defined(_WIN32)
+#define OF_THREAD __declspec(thread)
+static void NTAPI free_memory(void *memory) { free(memory); }
+static int free_at_exit(char *memory)
+{
+    static LONG key_made; /* index + 1, once there is one */
+    if (key_made == 0) {
+        DWORD key = FlsAlloc(free_memory);
+        if (key == FLS_OUT_OF_INDEXES || InterlockedCompareExchange(&key_made, (LONG)key + 1, 0) != 0)
+            FlsFree(key);
+    }
+    return key_made == 0 || !FlsSetValue((DWORD)key_made - 1, memory) ? -1 : 0;
+}
+#else
+#include <pthread.h>
+#define OF_THREAD _Thread_local
+static pthread_key_t key;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static void make_key(void) { pthread_key_create(&key, free); }
+static int free_at_exit(char *memory)
+{
+    pthread_once(&once, make_key);
+    return pthread_setspecific(key, memory) == 0 ? 0 : -1;
+}
+#endif
+
+char *scratch(void)
+{
+    static OF_THREAD char *memory;
+    if (memory == NULL) {
+        char *made = malloc(SCRATCH_SIZE);
+        if (made == NULL || free_at_exit(made) < 0) {
+            free(made);
+            PyErr_NoMemory();
+            return NULL;
+        }
+        memory = made;
+    }
+    return memory;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
  * The drivers that there are
  * ------------------------------------------------------------------------------------------------------------------ */
 
@@ -268,12 +317,17 @@ int find_asyncio_methods(void)
 
 int look_at_method(struct asyncio_method *self)
 {
-    PyObject *method = PyObject_GetAttr((PyObject *)self->type, self->name); /* gives the type a version again */
-    self->replaced = method == NULL || !PyFunction_Check(method) || PyFunction_GET_GLOBALS(method) != self->globals;
-    Py_XDECREF(method);
-    PyErr_Clear();
-    self->seen = self->type->tp_version_tag;
-    return self->replaced;
+    uint64_t version = 0;
+    int replaced;
+    do { /* again if it was changed meanwhile */
+        version = READ(self->type->tp_version_tag);
+        PyObject *method = PyObject_GetAttr((PyObject *)self->type, self->name); /* gives the type a version again */
+        replaced = method == NULL || !PyFunction_Check(method) || PyFunction_GET_GLOBALS(method) != self->globals;
+        Py_XDECREF(method);
+        PyErr_Clear();
+    } while (version != READ(self->type->tp_version_tag));
+    WRITE(self->seen, 2 * version + (uint64_t)replaced);
+    return replaced;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------

@@ -38,8 +38,7 @@ static PyTypeObject *Calls_type;
 /* Small pieces are received into a buffer that stays in the cache, and copied out of it.  Where large ones are to be
  * expected, copying costs more than to receive into memory for the bytes object itself, cut to size afterwards.  Not more
  * at once than malloc takes from its heap: beyond (mallopt(3), M_MMAP_THRESHOLD) each would be mapped anew. */
-enum { SCRATCH_SIZE = 256 * 1024, DIRECT_FROM = 4 * 1024, DIRECT_MOST = 128 * 1024 - 64 };
-static char *scratch; /* one for the process: what is received is copied out before anything else can happen */
+enum { DIRECT_FROM = 4 * 1024, DIRECT_MOST = 128 * 1024 - 64 };
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * The system's calls
@@ -50,10 +49,13 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
     ssize_t count;
     *data = NULL;
     if (*expected < DIRECT_FROM) {
-        count = recv(fd, scratch, most < SCRATCH_SIZE ? most : SCRATCH_SIZE, MSG_DONTWAIT);
+        char *memory = scratch();
+        if (memory == NULL)
+            return NO_BUFFER;
+        count = recv(fd, memory, most < SCRATCH_SIZE ? most : SCRATCH_SIZE, MSG_DONTWAIT);
         if (count <= 0)
             return count;
-        *data = PyBytes_FromStringAndSize(scratch, count);
+        *data = PyBytes_FromStringAndSize(memory, count);
         if (count >= DIRECT_FROM)
             *expected = count < DIRECT_MOST ? (size_t)count : DIRECT_MOST;
     } else {
@@ -599,14 +601,13 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
 
 int add_sockets(PyObject *module)
 {
-    scratch = PyMem_Malloc(SCRATCH_SIZE);
     /* glibc's malloc gives the top of its heap back to the system when 128 KiB of it are free, and a loop that makes and
      * drops large messages would have it give and take with each.  Its limits grow with the largest block that was ever
      * mapped and freed (mallopt(3), M_MMAP_THRESHOLD): after this it keeps up to 2 MiB. */
     PyMem_RawFree(PyMem_RawMalloc(1 << 20));
     SocketWait_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &wait_spec, NULL);
     Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
-    return scratch == NULL || SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
+    return SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
 }
 
 #endif

@@ -66,10 +66,16 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
 static PyObject *stream_write(PyObject *self, PyObject *data)
 {
     struct stream *stream = stream_of(self);
-    if (!stream->direct || !stream->by_call || !PyBytes_CheckExact(data))
+    if (!stream->direct || !PyBytes_CheckExact(data))
         return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+    PyObject *sock = take_reference(self, &stream->sock);
+    if (sock == NULL || !stream->by_call) {
+        Py_XDECREF(sock);
+        return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+    }
     Py_ssize_t size = PyBytes_GET_SIZE(data);
-    Py_ssize_t sent = try_to_send(socket_descriptor(stream->sock), PyBytes_AS_STRING(data), (size_t)size);
+    Py_ssize_t sent = try_to_send(socket_descriptor(sock), PyBytes_AS_STRING(data), (size_t)size);
+    Py_DECREF(sock);
     if (sent == size)
         Py_RETURN_NONE;
     if (sent < 0) {
@@ -89,10 +95,28 @@ static PyObject *stream_write(PyObject *self, PyObject *data)
     Py_RETURN_NONE;
 }
 
-/* protocol.data_received(data) in the context of the connection. */
-static PyObject *give(struct stream *stream, PyObject *data)
+/* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
+static int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
 {
-    PyObject *context = Py_NewRef(stream->context), *protocol = Py_NewRef(stream->protocol), *result = NULL;
+    struct stream *stream = stream_of(self);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    *context = Py_XNewRef(stream->context);
+    *protocol = Py_XNewRef(stream->protocol);
+    Py_END_CRITICAL_SECTION();
+    if (*context != NULL && *protocol != NULL)
+        return 1;
+    Py_XDECREF(*context);
+    Py_XDECREF(*protocol);
+    PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+    return 0;
+}
+
+/* protocol.data_received(data) in the context of the connection. */
+static PyObject *give(PyObject *self, PyObject *data)
+{
+    PyObject *context, *protocol, *result = NULL;
+    if (!find_protocol(self, &context, &protocol))
+        return NULL;
     int entered = enter_context(context);
     if (entered > 0) {
         result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
@@ -111,7 +135,6 @@ static PyObject *give(struct stream *stream, PyObject *data)
 
 static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    struct stream *stream = stream_of(self);
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
@@ -121,11 +144,11 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
         return NULL;
     if (!some)
         return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
-    if (stream->context == NULL || stream->protocol == NULL) {
+    if (stream_of(self)->context == NULL || stream_of(self)->protocol == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
         return NULL;
     }
-    PyObject *result = give(stream, args[0]);
+    PyObject *result = give(self, args[0]);
     if (result != NULL)
         Py_DECREF(result);
     else if (fail(self, names.receiving_failed, "Fatal error: protocol.data_received() call failed.") < 0)
@@ -138,13 +161,11 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* protocol.method(argument) in the context of the connection. */
-static PyObject *ask(struct stream *stream, PyObject *method, PyObject *argument)
+static PyObject *ask(PyObject *self, PyObject *method, PyObject *argument)
 {
-    if (stream->context == NULL || stream->protocol == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+    PyObject *context, *protocol, *result = NULL;
+    if (!find_protocol(self, &context, &protocol))
         return NULL;
-    }
-    PyObject *context = Py_NewRef(stream->context), *protocol = Py_NewRef(stream->protocol), *result = NULL;
     PyObject *callable = PyObject_GetAttr(protocol, method);
     if (callable != NULL)
         result = call_in_context(context, callable, &argument, 1);
@@ -159,8 +180,8 @@ static PyObject *ask(struct stream *stream, PyObject *method, PyObject *argument
 static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
 {
     struct stream *stream = stream_of(self);
-    PyObject *size = PyLong_FromSsize_t(hint), *protocol = Py_XNewRef(stream->protocol);
-    *buffer = size == NULL ? NULL : ask(stream, names.get_buffer, size);
+    PyObject *size = PyLong_FromSsize_t(hint), *protocol = take_reference(self, &stream->protocol);
+    *buffer = size == NULL ? NULL : ask(self, names.get_buffer, size);
     int wanted = !stream->closing && stream->protocol == protocol;
     Py_XDECREF(size);
     Py_XDECREF(protocol);
@@ -221,7 +242,7 @@ static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssi
 static int buffer_updated(PyObject *self, Py_ssize_t count)
 {
     PyObject *number = PyLong_FromSsize_t(count);
-    PyObject *done = number == NULL ? NULL : ask(stream_of(self), names.buffer_updated, number);
+    PyObject *done = number == NULL ? NULL : ask(self, names.buffer_updated, number);
     Py_XDECREF(number);
     Py_XDECREF(done);
     return done == NULL ? fail(self, names.receiving_failed, "Fatal error: protocol.buffer_updated() call failed.") : 0;
@@ -321,20 +342,17 @@ void fetch_stream_parts(PyObject *self)
 
 static PyObject *get_sock(PyObject *self, void *ignored)
 {
-    PyObject *sock = stream_of(self)->sock;
-    if (sock == NULL) {
+    PyObject *sock = take_reference(self, &stream_of(self)->sock);
+    if (sock == NULL)
         PyErr_SetString(PyExc_AttributeError, "_sock");
-        return NULL;
-    }
-    return Py_NewRef(sock);
+    return sock;
 }
 
 static int set_sock(PyObject *self, PyObject *value, void *ignored)
 {
     struct stream *stream = stream_of(self);
     stream->by_call = value != NULL && is_socket(value);
-    Py_XINCREF(value);
-    Py_XSETREF(stream->sock, value);
+    put_reference(self, &stream->sock, Py_XNewRef(value));
     return 0;
 }
 

@@ -67,7 +67,6 @@ PyObject *timers_take(struct timers *self, size_t place)
 
 int timers_add(struct timers *self, PyObject *handle, double when)
 {
-    timer_set_scheduled(handle, 1); /* first: what was in that slot may run code as it goes */
     if (self->count == self->room) {
         size_t room = self->room ? 2 * self->room : 64;
         struct timer *heap = self->heap;
@@ -89,17 +88,21 @@ static int compare(const void *one, const void *other)
     return earlier(one, other) ? -1 : earlier(other, one);
 }
 
-PyObject *timers_list(const struct timers *self)
+PyObject *timers_list(PyObject *loop, const struct timers *self)
 {
     /* Of a copy: what the collector runs when the list is made may change the heap. */
-    size_t count = self->count;
-    struct timer *copy = PyMem_New(struct timer, count);
-    if (copy == NULL)
-        return PyErr_NoMemory();
-    for (size_t n = 0; n < count; n++) {
+    size_t count;
+    struct timer *copy;
+    Py_BEGIN_CRITICAL_SECTION(loop);
+    count = self->count;
+    copy = PyMem_New(struct timer, count);
+    for (size_t n = 0; copy != NULL && n < count; n++) {
         copy[n] = self->heap[n];
         Py_INCREF(copy[n].handle);
     }
+    Py_END_CRITICAL_SECTION();
+    if (copy == NULL)
+        return PyErr_NoMemory();
     qsort(copy, count, sizeof *copy, compare);
     PyObject *list = PyList_New((Py_ssize_t)count);
     for (size_t n = 0; n < count; n++)

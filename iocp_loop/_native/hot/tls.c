@@ -48,17 +48,18 @@ enum { RECORD = 1 << 14 };
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* The object in `member`; NULL with an AttributeError if it was deleted. */
-static PyObject *get(PyObject *member, const char *name)
+static PyObject *get(struct tls *self, PyObject **member, const char *name)
 {
-    if (member == NULL)
+    PyObject *object = take_reference((PyObject *)self, member);
+    if (object == NULL)
         PyErr_SetString(PyExc_AttributeError, name);
-    return Py_XNewRef(member);
+    return object;
 }
 
 /* Find `read` and `write`.  A plain SSLObject only passes its calls on, to an object in C. */
 static int find_methods(struct tls *self)
 {
-    PyObject *object = get(self->sslobj, "_sslobj"), *beneath = NULL;
+    PyObject *object = get(self, &self->sslobj, "_sslobj"), *beneath = NULL;
     if (object == NULL)
         return -1;
     if (Py_IS_TYPE(object, (PyTypeObject *)sslobject_class)) {
@@ -78,16 +79,15 @@ static int find_methods(struct tls *self)
         return -1;
     }
     self->direct = direct && PyCFunction_Check(read);
-    Py_XSETREF(self->read, read);
-    Py_XSETREF(self->write, write);
+    put_reference((PyObject *)self, &self->read, read);
+    put_reference((PyObject *)self, &self->write, write);
     return 0;
 }
 
-/* How many bytes a MemoryBIO holds. */
 /* How many bytes there are in the MemoryBIO that is `member`; -1 with an exception. */
-static Py_ssize_t pending_in(PyObject *member, const char *name)
+static Py_ssize_t pending_in(struct tls *self, PyObject **member, const char *name)
 {
-    PyObject *bio = get(member, name), *pending = bio == NULL ? NULL : PyObject_GetAttr(bio, names.pending);
+    PyObject *bio = get(self, member, name), *pending = bio == NULL ? NULL : PyObject_GetAttr(bio, names.pending);
     Py_ssize_t size = pending == NULL ? -1 : PyLong_AsSsize_t(pending);
     Py_XDECREF(pending);
     Py_XDECREF(bio);
@@ -120,11 +120,11 @@ static Py_ssize_t count_of(PyObject *result, Py_ssize_t most)
  * connection; NOT_NOW; or -1 with an exception. */
 static Py_ssize_t read_into(struct tls *self, PyObject *view, Py_ssize_t size)
 {
-    PyObject *args[] = {NULL, PyLong_FromSsize_t(size), view}, *read = Py_NewRef(self->read), *result = NULL;
-    if (args[1] != NULL)
+    PyObject *args[] = {NULL, PyLong_FromSsize_t(size), view}, *read = get(self, &self->read, "read"), *result = NULL;
+    if (args[1] != NULL && read != NULL)
         result = PyObject_Vectorcall(read, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     Py_XDECREF(args[1]);
-    Py_DECREF(read);
+    Py_XDECREF(read);
     return count_of(result, size);
 }
 
@@ -167,7 +167,7 @@ static enum filled fill(struct tls *self, char *memory, Py_ssize_t size, Py_ssiz
         *count += more;
         if (*count == size)
             break;
-        Py_ssize_t pending = pending_in(self->incoming, "_incoming");
+        Py_ssize_t pending = pending_in(self, &self->incoming, "_incoming");
         if (pending <= 0)
             return pending == 0 ? DRY : FAILED;
     }
@@ -191,7 +191,7 @@ static enum filled with_error(enum filled filled, PyObject *error)
 /* One piece of data for a Protocol. */
 static enum filled read_for_protocol(struct tls *self)
 {
-    Py_ssize_t size = pending_in(self->incoming, "_incoming"), count;
+    Py_ssize_t size = pending_in(self, &self->incoming, "_incoming"), count;
     if (size < 0)
         return FAILED;
     /* A record of which OpenSSL has the beginning already may be larger than what is left of it here. */
@@ -205,7 +205,7 @@ static enum filled read_for_protocol(struct tls *self)
         return filled;
     }
     PyObject *error = filled == FAILED ? take_exception() : NULL; /* it comes after the data */
-    PyObject *protocol = get(self->app_protocol, "_app_protocol"), *result = NULL;
+    PyObject *protocol = get(self, &self->app_protocol, "_app_protocol"), *result = NULL;
     if (protocol != NULL && _PyBytes_Resize(&data, count) == 0)
         result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
     Py_XDECREF(protocol);
@@ -221,10 +221,10 @@ static enum filled read_for_protocol(struct tls *self)
 /* The same for a BufferedProtocol, into what it provides. */
 static enum filled read_for_buffered_protocol(struct tls *self)
 {
-    Py_ssize_t size = pending_in(self->incoming, "_incoming"), count;
+    Py_ssize_t size = pending_in(self, &self->incoming, "_incoming"), count;
     PyObject *hint = size < 0 ? NULL : PyLong_FromSsize_t(size), *buffer = NULL;
-    PyObject *get_buffer = hint == NULL ? NULL : get(self->app_get_buffer, "_app_protocol_get_buffer");
-    PyObject *protocol = Py_XNewRef(self->app_protocol);
+    PyObject *get_buffer = hint == NULL ? NULL : get(self, &self->app_get_buffer, "_app_protocol_get_buffer");
+    PyObject *protocol = take_reference((PyObject *)self, &self->app_protocol);
     if (get_buffer != NULL)
         buffer = PyObject_CallOneArg(get_buffer, hint);
     int wanted = self->app_protocol == protocol && (self->state == wrapped || self->state == flushing);
@@ -251,7 +251,7 @@ static enum filled read_for_buffered_protocol(struct tls *self)
     PyObject *error = filled == FAILED ? take_exception() : NULL;
     PyBuffer_Release(&view); /* before the protocol is called, which may give its buffer another size */
     if (count > 0) {
-        PyObject *buffer_updated = get(self->app_buffer_updated, "_app_protocol_buffer_updated");
+        PyObject *buffer_updated = get(self, &self->app_buffer_updated, "_app_protocol_buffer_updated");
         PyObject *number = buffer_updated == NULL ? NULL : PyLong_FromSsize_t(count);
         PyObject *result = number == NULL ? NULL : PyObject_CallOneArg(buffer_updated, number);
         Py_XDECREF(buffer_updated);
@@ -287,7 +287,7 @@ static int read_all(struct tls *self)
             || (has_items(self->write_backlog) ? call(self, names.do_write) : process_outgoing(self)) < 0)
             return -1;
     }
-    Py_ssize_t pending = pending_in(self->incoming, "_incoming");
+    Py_ssize_t pending = pending_in(self, &self->incoming, "_incoming");
     if (pending < 0)
         return -1;
     if (self->ssl_reading_paused ? pending <= self->incoming_low_water : pending >= self->incoming_high_water)
@@ -317,7 +317,7 @@ static PyObject *tls_do_read(PyObject *object, PyObject *unused)
 static PyObject *tls_data_received(PyObject *object, PyObject *data)
 {
     struct tls *self = (struct tls *)object;
-    PyObject *incoming = get(self->incoming, "_incoming");
+    PyObject *incoming = get(self, &self->incoming, "_incoming");
     PyObject *written = incoming == NULL ? NULL : PyObject_CallMethodOneArg(incoming, names.write, data);
     Py_XDECREF(incoming);
     if (written == NULL)
@@ -333,11 +333,11 @@ static PyObject *tls_data_received(PyObject *object, PyObject *data)
 /* Hand what has been encrypted to the transport, and let the protocol know if that is too much for it. */
 static int process_outgoing(struct tls *self)
 {
-    Py_ssize_t pending = pending_in(self->outgoing, "_outgoing");
+    Py_ssize_t pending = pending_in(self, &self->outgoing, "_outgoing");
     if (pending > 0 && !self->ssl_writing_paused) {
-        PyObject *outgoing = get(self->outgoing, "_outgoing"), *written = NULL;
+        PyObject *outgoing = get(self, &self->outgoing, "_outgoing"), *written = NULL;
         PyObject *data = outgoing == NULL ? NULL : PyObject_CallMethodNoArgs(outgoing, names.read);
-        PyObject *transport = data == NULL ? NULL : get(self->transport, "_transport");
+        PyObject *transport = data == NULL ? NULL : get(self, &self->transport, "_transport");
         if (transport != NULL)
             written = PyObject_CallMethodOneArg(transport, names.write, data);
         Py_XDECREF(transport);
@@ -346,7 +346,7 @@ static int process_outgoing(struct tls *self)
         Py_XDECREF(written);
         if (written == NULL)
             return -1;
-        pending = self->app_writing_paused ? 0 : pending_in(self->outgoing, "_outgoing");
+        pending = self->app_writing_paused ? 0 : pending_in(self, &self->outgoing, "_outgoing");
     }
     if (pending < 0)
         return -1;
@@ -358,14 +358,14 @@ static int process_outgoing(struct tls *self)
 /* Encrypt and send `data`, with nothing waiting before it.  What OpenSSL does not take waits. */
 static int write_now(struct tls *self, PyObject *data)
 {
-    PyObject *write = Py_NewRef(self->write);
-    Py_ssize_t size = PyBytes_GET_SIZE(data), count = count_of(PyObject_CallOneArg(write, data), size);
-    Py_DECREF(write);
+    PyObject *write = get(self, &self->write, "write"), *taken = write == NULL ? NULL : PyObject_CallOneArg(write, data);
+    Py_ssize_t size = PyBytes_GET_SIZE(data), count = count_of(taken, size);
+    Py_XDECREF(write);
     if (count == -1)
         return -1;
     if (count < size) {
         PyObject *rest = count == NOT_NOW ? Py_NewRef(data) : PySequence_GetSlice(data, count, size), *done = NULL;
-        PyObject *backlog = rest == NULL ? NULL : get(self->write_backlog, "_write_backlog");
+        PyObject *backlog = rest == NULL ? NULL : get(self, &self->write_backlog, "_write_backlog");
         if (backlog != NULL)
             done = PyObject_CallMethodOneArg(backlog, names.append, rest);
         Py_XDECREF(backlog);

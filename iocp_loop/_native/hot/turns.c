@@ -28,6 +28,7 @@ typedef struct {
     const struct native_driver *native; /* NULL: call the methods of the driver */
     PyObject *task_factory;
     char debug, closed, stopping, waited;
+    unsigned long runner; /* the thread that is in a turn, where there is no GIL; 0: none */
     int fruitless;    /* looks for completions in a row, in turns that had something to run, that found none */
     int64_t looked_at; /* when the last of them was, ns */
 } Turns;
@@ -75,43 +76,83 @@ static int grow(Turns *self)
 /* Takes over the reference to `handle`, also when it fails. */
 static int push(Turns *self, PyObject *handle)
 {
-    if (self->count == self->room && grow(self) < 0) {
-        Py_DECREF(handle);
-        return -1;
+    int failed;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    failed = self->count == self->room && grow(self) < 0;
+    if (!failed) {
+        self->ring[(self->first + self->count) & (self->room - 1)] = handle;
+        WRITE(self->count, self->count + 1);
     }
-    self->ring[(self->first + self->count++) & (self->room - 1)] = handle;
-    return 0;
+    Py_END_CRITICAL_SECTION();
+    if (failed)
+        Py_DECREF(handle);
+    return failed ? -1 : 0;
 }
 
+/* NULL if nothing is ready. */
 static PyObject *pop(Turns *self)
 {
-    PyObject *handle = self->ring[self->first];
-    self->first = (self->first + 1) & (self->room - 1);
-    self->count--;
+    PyObject *handle = NULL;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (self->count > 0) {
+        handle = self->ring[self->first];
+        self->first = (self->first + 1) & (self->room - 1);
+        WRITE(self->count, self->count - 1);
+    }
+    Py_END_CRITICAL_SECTION();
     return handle;
+}
+
+/* When the earliest timer is due, in `*when`; 0 if there is none. */
+static int next_timer(Turns *self, double *when)
+{
+    int found;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    found = self->timers.count > 0;
+    if (found)
+        *when = self->timers.heap[0].when;
+    Py_END_CRITICAL_SECTION();
+    return found;
 }
 
 /* A timer is being cancelled: let it leave the heap, if it is there. */
 void turns_forget_timer(PyObject *loop, PyObject *timer)
 {
     Turns *self = (Turns *)loop;
+    int found;
+    Py_BEGIN_CRITICAL_SECTION(self);
     size_t place = *timer_place(timer);
-    if (place < self->timers.count && self->timers.heap[place].handle == timer) {
+    found = place < self->timers.count && self->timers.heap[place].handle == timer;
+    if (found)
         timers_take(&self->timers, place);
+    Py_END_CRITICAL_SECTION();
+    if (found) {
         timer_set_scheduled(timer, 0);
         handle_release(timer); /* the heap's; whoever cancels has another */
     }
 }
 
+/* Take the earliest timer out if it is due before `end`; the last of the heap, whenever it is due, with `any`.  NULL: there
+ * is none. */
+static PyObject *take_timer(Turns *self, double end, int any)
+{
+    PyObject *handle = NULL;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (self->timers.count > 0 && (any || self->timers.heap[0].when < end))
+        handle = timers_take(&self->timers, any ? self->timers.count - 1 : 0);
+    Py_END_CRITICAL_SECTION();
+    if (handle != NULL)
+        timer_set_scheduled(handle, 0);
+    return handle;
+}
+
 static void forget_everything(Turns *self)
 {
-    while (self->count > 0)
-        handle_release(pop(self));
-    while (self->timers.count > 0) {
-        PyObject *handle = timers_take(&self->timers, self->timers.count - 1);
-        timer_set_scheduled(handle, 0);
+    PyObject *handle;
+    while ((handle = pop(self)) != NULL)
         handle_release(handle);
-    }
+    while ((handle = take_timer(self, 0, 1)) != NULL)
+        handle_release(handle);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +329,14 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
                                  call->context);
     else
         handle = timer_new((PyObject *)self, when, callback, call->args, call->count, call->context);
-    if (handle != NULL && timers_add(&self->timers, handle, seconds) < 0)
+    if (handle == NULL)
+        return NULL;
+    timer_set_scheduled(handle, 1);
+    int failed;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    failed = timers_add(&self->timers, handle, seconds);
+    Py_END_CRITICAL_SECTION();
+    if (failed)
         Py_CLEAR(handle);
     return handle;
 }
@@ -374,6 +422,15 @@ static const double TOGETHER = 1e-3;
  * system call.  Once it has asked in vain so often, it asks every 50 us: what has come waits by so much longer at most. */
 enum { PATIENCE = 16, LOOK_EVERY_NS = 50000 };
 
+static int crowded(Turns *self, double end)
+{
+    int answer;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    answer = timers_crowded(&self->timers, end);
+    Py_END_CRITICAL_SECTION();
+    return answer;
+}
+
 static int look(Turns *self)
 {
 #ifdef __linux__
@@ -400,19 +457,19 @@ static int wait(Turns *self)
     PyObject *timeout, *done;
     if (self->waited) /* by loop.poll(), see embedding.py */
         return 0;
-    if (self->count > 0 || self->stopping) {
+    if (READ(self->count) > 0 || self->stopping) {
         if (self->native != NULL && self->select == NULL)
             return look(self);
         seconds = 0;
     }
     else if (self->timers.count > 0) {
-        double time = now(self);
+        double time = now(self), when;
         if (time == -1.0 && PyErr_Occurred())
             return -1;
-        if (self->timers.count > 0) { /* still: who overrides time() may do anything in it */
-            seconds = self->timers.heap[0].when - time;
+        if (next_timer(self, &when)) { /* still: who overrides time() may do anything in it */
+            seconds = when - time;
             seconds = seconds < 0 ? 0 : seconds > LONGEST_WAIT ? LONGEST_WAIT : seconds;
-            if (seconds > 0 && seconds < TOGETHER && timers_crowded(&self->timers, time + TOGETHER))
+            if (seconds > 0 && seconds < TOGETHER && crowded(self, time + TOGETHER))
                 seconds = TOGETHER;
         }
     }
@@ -446,12 +503,10 @@ static int ripen(Turns *self)
     if (end == -1.0 && PyErr_Occurred())
         return -1;
     end += self->resolution;
-    while (self->timers.count > 0 && self->timers.heap[0].when < end) {
-        PyObject *handle = timers_take(&self->timers, 0);
-        timer_set_scheduled(handle, 0);
+    PyObject *handle;
+    while ((handle = take_timer(self, end, 0)) != NULL)
         if (push(self, handle) < 0)
             return -1;
-    }
     return 0;
 }
 
@@ -465,10 +520,49 @@ static int run(Turns *self, PyObject *handle, int by_method)
         PyObject *done = PyObject_CallFunctionObjArgs(helpers.run_by_method, self, handle, NULL);
         failed = done == NULL ? -1 : 0;
         Py_XDECREF(done);
-    } else if (!handle_is_cancelled(handle))
+    } else
         failed = handle_run(handle);
     handle_release(handle);
     return failed;
+}
+
+static int run_once(Turns *self)
+{
+    if (wait(self) < 0)
+        return -1;
+    if (READ(self->count) > 0) {
+        if (push(self, Py_NewRef(self->completions)) < 0)
+            return -1;
+    } else if (dispatch(self) < 0)
+        return -1;
+    if (self->timers.count > 0 && ripen(self) < 0)
+        return -1;
+    /* What they schedule runs in the next turn, after another look at the port. */
+    int by_method = is_replaced(&handle_run_method);
+    PyObject *handle;
+    for (size_t left = READ(self->count); left > 0 && (handle = pop(self)) != NULL; left--)
+        if (run(self, handle, by_method) < 0)
+            return -1;
+    return 0;
+}
+
+/* run_once, for one thread at a time.  A turn within a turn is one of the same thread. */
+static int run_once_alone(Turns *self)
+{
+#ifdef Py_GIL_DISABLED
+    unsigned long here = PyThread_get_thread_ident(), before = 0;
+    if (!__atomic_compare_exchange_n(&self->runner, &before, here, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
+        if (before == here)
+            return run_once(self);
+        PyErr_SetString(PyExc_RuntimeError, "the loop is running in another thread");
+        return -1;
+    }
+    int failed = run_once(self);
+    __atomic_store_n(&self->runner, 0, __ATOMIC_RELEASE);
+    return failed;
+#else
+    return run_once(self);
+#endif
 }
 
 static PyObject *turns_run_once(Turns *self, PyObject *ignored)
@@ -477,20 +571,8 @@ static PyObject *turns_run_once(Turns *self, PyObject *ignored)
         PyErr_SetString(PyExc_RuntimeError, "the loop has no driver");
         return NULL;
     }
-    if (wait(self) < 0)
+    if (run_once_alone(self) < 0)
         return NULL;
-    if (self->count > 0) {
-        if (push(self, Py_NewRef(self->completions)) < 0)
-            return NULL;
-    } else if (dispatch(self) < 0)
-        return NULL;
-    if (self->timers.count > 0 && ripen(self) < 0)
-        return NULL;
-    /* What they schedule runs in the next turn, after another look at the port. */
-    int by_method = is_replaced(&handle_run_method);
-    for (size_t left = self->count; left > 0 && self->count > 0; left--)
-        if (run(self, pop(self), by_method) < 0)
-            return NULL;
     Py_RETURN_NONE;
 }
 
@@ -592,11 +674,13 @@ static PyObject *turns_create_task(Turns *self, PyObject *const *args, Py_ssize_
 
 static PyObject *turns_get_debug(Turns *self, PyObject *ignored) { return PyBool_FromLong(self->debug); }
 
-static PyObject *turns_has_work(Turns *self, PyObject *ignored) { return PyBool_FromLong(self->count > 0); }
+/* Asked before the wait sleeps: see the fences in hot.h. */
+static PyObject *turns_has_work(Turns *self, PyObject *ignored) { return PyBool_FromLong(READ(self->count) > 0); }
 
 static PyObject *turns_next_timer(Turns *self, PyObject *ignored)
 {
-    return self->timers.count > 0 ? PyFloat_FromDouble(self->timers.heap[0].when) : Py_NewRef(Py_None);
+    double when;
+    return next_timer(self, &when) ? PyFloat_FromDouble(when) : Py_NewRef(Py_None);
 }
 
 static PyObject *turns_forget(Turns *self, PyObject *ignored)
@@ -629,37 +713,46 @@ static PyObject *queue_append(Queue *self, PyObject *handle)
 
 static PyObject *queue_popleft(Queue *self, PyObject *ignored)
 {
-    if (self->loop->count == 0) {
+    PyObject *handle = pop(self->loop);
+    if (handle == NULL) {
         PyErr_SetString(PyExc_IndexError, "nothing is ready");
         return NULL;
     }
-    PyObject *handle = pop(self->loop);
     handle_release(Py_NewRef(handle));
     return handle;
 }
 
 static PyObject *queue_clear(Queue *self, PyObject *ignored)
 {
-    while (self->loop->count > 0)
-        handle_release(pop(self->loop));
+    PyObject *handle;
+    while ((handle = pop(self->loop)) != NULL)
+        handle_release(handle);
     Py_RETURN_NONE;
 }
 
 static PyObject *queue_item(Queue *self, Py_ssize_t index)
 {
-    if (index < 0 || index >= queue_length(self)) {
+    Turns *loop = self->loop;
+    PyObject *handle = NULL;
+    Py_BEGIN_CRITICAL_SECTION(loop);
+    if (index >= 0 && (size_t)index < loop->count)
+        handle = Py_NewRef(loop->ring[(loop->first + (size_t)index) & (loop->room - 1)]);
+    Py_END_CRITICAL_SECTION();
+    if (handle == NULL)
         PyErr_SetString(PyExc_IndexError, "nothing is ready there");
-        return NULL;
-    }
-    return Py_NewRef(self->loop->ring[(self->loop->first + (size_t)index) & (self->loop->room - 1)]);
+    return handle;
 }
 
 static PyObject *queue_iterate(Queue *self)
 {
-    PyObject *list = PyList_New(0), *iterator;
-    for (size_t n = 0; list != NULL && n < self->loop->count; n++)
-        if (PyList_Append(list, self->loop->ring[(self->loop->first + n) & (self->loop->room - 1)]) < 0)
+    PyObject *list = PyList_New(0), *iterator, *handle;
+    for (Py_ssize_t n = 0; list != NULL && (handle = queue_item(self, n)) != NULL; n++) {
+        if (PyList_Append(list, handle) < 0)
             Py_CLEAR(list);
+        Py_DECREF(handle);
+    }
+    if (list != NULL)
+        PyErr_Clear(); /* an IndexError: these were all */
     if (list == NULL)
         return NULL;
     iterator = PyObject_GetIter(list);
@@ -718,7 +811,10 @@ static PyObject *get_ready(Turns *self, void *ignored)
 }
 
 /* A copy, in order, which is what heapq wants too: what is taken from it and put into the ready queue leaves the timers. */
-static PyObject *get_scheduled(Turns *self, void *ignored) { return timers_list(&self->timers); }
+static PyObject *get_scheduled(Turns *self, void *ignored) 
+{
+    return timers_list((PyObject *)self, &self->timers);
+}
 
 /* BaseEventLoop's constructor brings a queue and a list of its own. */
 static int ignore(Turns *self, PyObject *value, void *ignored) { return 0; }

@@ -106,18 +106,19 @@ static int wait_in_ring(UringTurns *self, int64_t limit)
 {
     int count;
     if (limit != 0) {
-        self->base.sleeping = 1;
+        WRITE(self->base.sleeping, 1);
+        FENCE();
         int work = has_items(self->unsubmitted) || has_items(self->uncancelled);
         if (!work)
             work = epoll_must_not_sleep(&self->base);
         if (work < 0 || self->ring == NULL) {
-            self->base.sleeping = 0;
+            WRITE(self->base.sleeping, 0);
             if (work >= 0)
                 PyErr_SetString(PyExc_RuntimeError, "the port was closed while it began to wait");
             return -1;
         }
         count = work ? self->call(self->ring, 0, self->ring->serial) : block(self, limit);
-        self->base.sleeping = 0;
+        WRITE(self->base.sleeping, 0);
     } else
         count = self->call(self->ring, 0, self->ring->serial);
     if (count == -EEXIST) {
@@ -214,13 +215,13 @@ static int look_up(UringTurns *self, const uring *ring)
     self->looked_up = self->taken_up = 0;
     while (self->looked_up < count) {
         PyObject *number = PyLong_FromUnsignedLongLong(ring->token[self->next + self->looked_up]);
-        PyObject *op = number == NULL ? NULL : PyDict_GetItemWithError(self->base.in_flight, number); /* borrowed */
+        PyObject *op = number == NULL ? NULL : find(self->base.in_flight, number);
         if (op == NULL && !PyErr_Occurred())
             PyErr_SetObject(PyExc_KeyError, number);
         Py_XDECREF(number);
         if (op == NULL)
             break;
-        self->ops[self->looked_up++] = Py_NewRef(op);
+        self->ops[self->looked_up++] = op;
     }
     if (self->looked_up == 0) {
         self->next++;
@@ -293,7 +294,7 @@ static PyObject *use_stream(PyObject *ignored, PyObject *type)
     at.streak = slot_offset(type, "streak");
     if (at.streak < 0)
         return NULL;
-    Py_XSETREF(at.type, Py_NewRef(type));
+    Py_XSETREF(at.type, Py_NewRef(type)); /* when the driver is imported, and never again */
     Py_RETURN_NONE;
 }
 
