@@ -18,6 +18,7 @@ from typing import Any
 from .clock import ClockMethods
 from .datagrams import DatagramTransport
 from .embedding import EmbeddingMethods
+from .names import NameMethods
 from .pipes import PipeMethods
 from .ports import make_driver
 from .proactor import Proactor
@@ -41,6 +42,7 @@ class IocpEventLoop(
     Turns,
     SocketMethods,
     ReadinessMethods,
+    NameMethods,
     UnixMethods,
     TlsMethods,
     SignalMethods,
