@@ -102,6 +102,27 @@ def fileno(handle: HandleLike) -> int:
     return fd
 
 
+def family_of(sock: Any) -> int:
+    """The family of a socket as an int: ``sock.family`` makes an enum of it each time."""
+    try:
+        return _raw_family(sock)
+    except TypeError:  # not of the socket module
+        return int(sock.family)
+
+
+def type_of(sock: Any) -> int:
+    """As :func:`family_of`, the type."""
+    try:
+        return _raw_type(sock)
+    except TypeError:
+        return int(sock.type)
+
+
+# Descriptors of the C class beneath socket.socket.
+_raw_family: Callable[[Any], int] = socket.SocketType.family.__get__
+_raw_type: Callable[[Any], int] = socket.SocketType.type.__get__
+
+
 class Operation:
     """One request handed to a port.
 

@@ -60,6 +60,8 @@ _logger = logging.getLogger("asyncio")
 #: Writes to a lost connection that are let pass before a warning is logged.
 _PATIENCE = 5
 
+_INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
+
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
 _WORTH_JOINING = 64
 
@@ -756,7 +758,7 @@ def _closed_while_sending_file() -> ConnectionError:
 
 def _send_without_delay(sock: socket.socket) -> None:
     """Set TCP_NODELAY, as asyncio does: a small write goes out before what is on its way is acknowledged."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto in (0, socket.IPPROTO_TCP):
+    if ops.family_of(sock) in _INTERNET and sock.proto in (0, socket.IPPROTO_TCP):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:

@@ -40,6 +40,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from .. import operations as ops
+from ..native import hot
 from ..operations import READABLE, WRITABLE, Operation
 from ..system import system
 from .driver import Driver, cancelled_error, receive_datagrams, receive_into
@@ -309,6 +310,9 @@ class PollDriver(PollTurns, Driver):
             return
         if fd in self._new:
             return  # the event is that of an earlier file with the same number; the next wait tells about this one
+        if len(watch.readers) == 1 and type(watch.readers[0]) is ops.AcceptStream and not watch.writers:
+            self._accept_some(watch.readers[0])  # which sees to the watch itself
+            return
         held = (READABLE if events & _READ_MASK else 0) | (WRITABLE if events & _WRITE_MASK else 0)
         if held & READABLE and watch.readers:
             self._serve(fd, watch, watch.readers, READABLE, held)
@@ -484,9 +488,16 @@ def _send_all(op: ops.SendAll) -> Any:
 
 
 def _accept(op: ops.Accept | ops.AcceptStream) -> Any:
-    sock, address = op.handle.accept()
+    listener = op.handle
+    if _accept_natively is not None and (accepted := _accept_natively(listener)) is not None:
+        return accepted
+    sock, address = listener.accept()
     sock.setblocking(False)
     return sock, address
+
+
+#: The connection and its address, the socket being non-blocking; None if the listener is not a plain one.
+_accept_natively = getattr(hot, "accept", None)
 
 
 def _start_connect(op: ops.Connect) -> bool:

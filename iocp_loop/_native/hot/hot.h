@@ -9,6 +9,7 @@
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
  *   tls.c       the same through TLS                                             (tls.py)
+ *   connections.c accepting                                                      (ports/poll.py)
  *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
@@ -120,6 +121,8 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+/* A socket object for `fd`, which it takes over, of the family and protocol of `like`. */
+PyObject *make_socket(PyObject *like, int type, descriptor fd);
 
 /* handles.c */
 extern PyTypeObject *Handle_type, *TimerHandle_type;
@@ -219,6 +222,8 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);
 
 /* datagrams.c */
+struct sockaddr_storage;
+PyObject *make_tuple(const struct sockaddr_storage *address);
 PyObject *receive_datagrams(PyObject *module, PyObject *args);
 PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
 int add_datagrams(PyObject *module);
@@ -268,6 +273,9 @@ static inline int64_t clock_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
+
+/* connections.c */
+PyObject *accept_connection(PyObject *module, PyObject *listener);
 
 int add_uring(PyObject *module);
 int add_epoll(PyObject *module);

@@ -168,6 +168,15 @@ int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->ty
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
+PyObject *make_socket(PyObject *like, int type, descriptor fd)
+{
+    PyObject *proto = PyObject_GetAttrString(like, "proto"), *sock = NULL;
+    if (proto != NULL)
+        sock = PyObject_CallFunction((PyObject *)socket_class, "iiNL", ((struct socket_object *)like)->family, type, proto,
+                                     (long long)fd);
+    return sock;
+}
+
 /* object.name as a C integer; -1 with an exception. */
 static long long number_of(PyObject *object, const char *name)
 {
