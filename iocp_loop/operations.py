@@ -123,6 +123,11 @@ _raw_family: Callable[[Any], int] = socket.SocketType.family.__get__
 _raw_type: Callable[[Any], int] = socket.SocketType.type.__get__
 
 
+def connect_error(code: int | None, address: Address) -> OSError:
+    """What asyncio raises of a connect that has failed later, with errno `code`."""
+    return OSError(code, f"Connect call failed {address}")
+
+
 class Operation:
     """One request handed to a port.
 
@@ -265,14 +270,18 @@ class Accept(Operation):
 
 
 class Connect(Operation):
-    """Connect to `address`, which must be resolved already.  Value: None."""
+    """Connect to `address`, which must be resolved already.  Value: None.
 
-    __slots__ = ("address",)
+    `begun`: connecting has begun by a call of the caller's, and only the outcome is wanted (not on Windows).
+    """
+
+    __slots__ = ("address", "begun")
     handle: socket.socket
 
-    def __init__(self, sock: socket.socket, address: Address) -> None:
+    def __init__(self, sock: socket.socket, address: Address, begun: bool = False) -> None:
         super().__init__(sock)
         self.address = address
+        self.begun = begun
 
 
 class ReceiveFrom(Operation):

@@ -184,9 +184,9 @@ class Proactor:
         """Accept one connection: ``(non-blocking socket, address)``."""
         return self.submit(ops.Accept(sock))
 
-    def connect(self, sock: socket.socket, address: Address) -> asyncio.Future[None]:
-        """Connect to a resolved address."""
-        return self.submit(ops.Connect(sock, address))
+    def connect(self, sock: socket.socket, address: Address, begun: bool = False) -> asyncio.Future[None]:
+        """Connect to a resolved address; see :class:`~iocp_loop.operations.Connect`."""
+        return self.submit(ops.Connect(sock, address, begun))
 
     def recvfrom(self, sock: socket.socket, size: int) -> asyncio.Future[tuple[bytes, Address]]:
         """Receive one datagram of at most `size` bytes: ``(bytes, address)``."""

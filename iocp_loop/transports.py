@@ -87,10 +87,12 @@ class FlowControl(transports._FlowControlMixin):
 
         def _maybe_resume_protocol(self) -> None: ...
 
+        def _set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
     def _init_flow_control(self) -> None:
         """In place of the constructor, which wants to be the only one."""
         self._protocol_paused = False
-        self.set_write_buffer_limits()
+        self._set_write_buffer_limits()
 
     def release_protocol(self) -> None:
         """Let a paused protocol write, because it is about to be replaced; its successor's first write pauses that."""

@@ -1,4 +1,4 @@
-"""What an accept gives: a socket and an address as those of ``socket.accept``, on every family that connections have."""
+"""What an accept gives: a socket and an address as those of ``socket.accept``, on every family of connections."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,10 @@ WAYS = [
 
 
 @contextlib.contextmanager
-def ends(family: int, listens: object, calls: object, directory: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
+def ends(family: int, listens: Any, calls: Any, directory: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
     """A listener and a client that has called it."""
 
-    def bind(sock: socket.socket, address: object) -> None:
+    def bind(sock: socket.socket, address: Any) -> None:
         if isinstance(address, str):
             address = address.replace("*", str(directory)).replace("%d", str(os.getpid()))
         sock.bind(address)

@@ -502,6 +502,8 @@ _accept_natively = getattr(hot, "accept", None)
 
 def _start_connect(op: ops.Connect) -> bool:
     """Begin to connect; True when it is done already."""
+    if op.begun:
+        return False
     try:
         op.handle.connect(op.address)
     except _AGAIN as exc:
@@ -514,7 +516,7 @@ def _start_connect(op: ops.Connect) -> bool:
 def _connect(op: ops.Connect) -> Any:
     code = op.handle.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
-        raise OSError(code, f"Connect call failed {op.address}")
+        raise ops.connect_error(code, op.address)
     return None
 
 
