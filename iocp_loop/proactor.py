@@ -113,6 +113,8 @@ class Proactor:
         self.resume = driver.resume
         self.wake = driver.wake
         self.let_go = driver.let_go
+        #: The native tier's short way for a plain socket; it returns None where that does not apply.
+        self._receive_natively: Callable[..., ops.ReceiveStream | None] | None = getattr(driver, "receive_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
         self._lines: dict[Any, _Line] = {}
 
@@ -259,8 +261,10 @@ class Proactor:
 
         What a cancelled ``recv`` had left behind comes first, with the next turn of the loop.
         """
-        op = ops.ReceiveStream(sock, get_buffer)
-        self.start(op, deliver)
+        op = None if self._receive_natively is None else self._receive_natively(sock, deliver, get_buffer)
+        if op is None:
+            op = ops.ReceiveStream(sock, get_buffer)
+            self.start(op, deliver)
         if self._unclaimed or self._lines:
             self._deliver_unclaimed(op)
         return op

@@ -735,7 +735,7 @@ class SocketTransport(Stream):
 
     def _release_socket(self) -> None:
         """Close the socket when the protocol is done with it and the kernel too."""
-        if not self._finished:
+        if not self._finished or self._sock.fileno() < 0:
             return
         receive, sending = self._receive, self._sending
         in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)

@@ -19,16 +19,19 @@ PyTypeObject *EpollTurns_type;
 
 /* The slots of the driver's _Watch. */
 static struct {
-    Py_ssize_t readers, stream, writers;
+    PyObject *type;
+    Py_ssize_t events, readers, stream, writers;
 } at;
 
 static PyObject *use_watch(PyObject *ignored, PyObject *type)
 {
+    at.events = slot_offset(type, "events");
     at.readers = slot_offset(type, "readers");
     at.stream = slot_offset(type, "stream");
     at.writers = slot_offset(type, "writers");
     if (PyErr_Occurred())
         return NULL;
+    Py_XSETREF(at.type, Py_NewRef(type));
     Py_RETURN_NONE;
 }
 
@@ -321,6 +324,71 @@ int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t s
     return 1;
 }
 
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Beginning a stream
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count, int *fd)
+{
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "receive_stream() takes a socket and two callables");
+        return NULL;
+    }
+    *fd = is_socket(args[0]) && is_stream_socket(args[0]) ? socket_descriptor(args[0]) : NO_DESCRIPTOR;
+    if (*fd == NO_DESCRIPTOR || watch_of(self, *fd) != NULL || PyErr_Occurred())
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    if (*fd < self->sockets_room) {
+        if (self->sockets[*fd].op != NULL)
+            Py_RETURN_NONE;
+        self->sockets[*fd].registered = 0; /* the registration is the stream's from here on, or that of nobody */
+    }
+    PyObject *op = new_operation(operation_slots.receive_stream, args[0], *fd, args[1]);
+    if (op != NULL) {
+        SLOT(op, operation_slots.get_buffer) = Py_NewRef(args[2]);
+        SLOT(op, operation_slots.paused) = Py_NewRef(Py_False);
+    }
+    return op;
+}
+
+/* The watch of a new stream, in the table. */
+static int add_watch(EpollTurns *self, PyObject *op)
+{
+    PyTypeObject *type = (PyTypeObject *)at.type;
+    PyObject *number = SLOT(op, operation_slots.fd); /* borrowed */
+    PyObject *watch = type->tp_alloc(type, 0);
+    if (watch == NULL)
+        return -1;
+    SLOT(watch, at.events) = PyLong_FromLong(EPOLLIN);
+    SLOT(watch, at.readers) = PyTuple_Pack(1, op);
+    SLOT(watch, at.writers) = PyTuple_New(0);
+    SLOT(watch, at.stream) = Py_NewRef(op);
+    int failed = SLOT(watch, at.events) == NULL || SLOT(watch, at.readers) == NULL || SLOT(watch, at.writers) == NULL
+                 || PySet_Add(self->fresh, number) < 0 || PyDict_SetItem(self->watches, number, watch) < 0;
+    Py_DECREF(watch);
+    return failed ? -1 : 0;
+}
+
+PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count)
+{
+    int fd;
+    if (self->fd < 0 || self->unarmed)
+        Py_RETURN_NONE;
+    PyObject *op = epoll_new_stream(self, args, count, &fd);
+    if (op == NULL || op == Py_None)
+        return op;
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+    if (epoll_ctl(self->fd, EPOLL_CTL_ADD, fd, &event) < 0
+        && (errno != EEXIST || epoll_ctl(self->fd, EPOLL_CTL_MOD, fd, &event) < 0)) {
+        Py_DECREF(op);
+        Py_RETURN_NONE; /* that way tells what is wrong */
+    }
+    if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0 || add_watch(self, op) < 0) {
+        epoll_ctl(self->fd, EPOLL_CTL_DEL, fd, NULL);
+        Py_CLEAR(op);
+    }
+    return op;
+}
+
 /* The socket behind `fd` is ready. */
 static int receive_for_wait(EpollTurns *self, int fd)
 {
@@ -543,6 +611,7 @@ static PyMethodDef epoll_turns_methods[] = {
     {"wait", epoll_turns_wait, METH_O, NULL},
     {"dispatch", epoll_turns_dispatch, METH_NOARGS, NULL},
     {"busy", (PyCFunction)(void (*)(void))epoll_turns_busy, METH_FASTCALL, NULL},
+    {"receive_stream", (PyCFunction)(void (*)(void))epoll_receive_stream, METH_FASTCALL, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},

@@ -70,7 +70,7 @@ extern struct operation_slots {
     Py_ssize_t from_paused, from_size;
     PyObject *send_all; /* the type SendAll, and its slots */
     Py_ssize_t all_buffers, all_sent, all_size;
-    PyObject *new, *in_flight, *done; /* values of `state` */
+    PyObject *new, *in_flight, *cancelling, *done; /* values of `state` */
 } operation_slots;
 
 /* A method of one of asyncio's classes that the C here stands in for, and that tools replace by one of their own (by
@@ -190,6 +190,9 @@ struct native_driver {
 
 void add_native_driver(const struct native_driver *driver);
 const struct native_driver *native_driver_of(PyObject *driver); /* NULL if it is none of ours */
+
+/* A new operation of `kind`; what is particular to that the caller fills in. */
+PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete);
 
 /* The bookkeeping of a submission and of the last completion, as Driver._launch and _land do it. */
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);

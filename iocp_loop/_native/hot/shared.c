@@ -68,6 +68,24 @@ int fail(PyObject *self, PyObject *method, const char *message)
     return done == NULL ? -1 : 0;
 }
 
+PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete)
+{
+    PyTypeObject *type = (PyTypeObject *)kind;
+    PyObject *op = type->tp_alloc(type, 0);
+    if (op == NULL)
+        return NULL;
+    SLOT(op, operation_slots.handle) = Py_NewRef(handle);
+    SLOT(op, operation_slots.fd) = PyLong_FromLongLong((long long)fd);
+    SLOT(op, operation_slots.key) = Py_NewRef(Py_None);
+    SLOT(op, operation_slots.state) = Py_NewRef(operation_slots.new);
+    SLOT(op, operation_slots.token) = PyLong_FromLong(0);
+    SLOT(op, operation_slots.complete) = Py_NewRef(complete);
+    SLOT(op, operation_slots.driver_data) = Py_NewRef(Py_None);
+    if (SLOT(op, operation_slots.fd) == NULL || SLOT(op, operation_slots.token) == NULL)
+        Py_CLEAR(op);
+    return op;
+}
+
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
 {
     PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
@@ -328,6 +346,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
     } objects[] = {
         {&operation_slots.new, "NEW"},
         {&operation_slots.in_flight, "IN_FLIGHT"},
+        {&operation_slots.cancelling, "CANCELLING"},
         {&operation_slots.done, "DONE"},
         {&operation_slots.receive_stream, "ReceiveStream"},
         {&operation_slots.receive_from_stream, "ReceiveFromStream"},
