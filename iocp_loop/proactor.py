@@ -113,8 +113,11 @@ class Proactor:
         self.resume = driver.resume
         self.wake = driver.wake
         self.let_go = driver.let_go
-        #: The native tier's short way for a plain socket; it returns None where that does not apply.
+        # The native tier's short ways, for a plain socket and for a descriptor on which nothing else waits; they return
+        # None where they do not apply.
         self._receive_natively: Callable[..., ops.ReceiveStream | None] | None = getattr(driver, "receive_stream", None)
+        self._watch_natively: Callable[..., ops.ReadinessStream | None] | None
+        self._watch_natively = getattr(driver, "readiness_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
         self._lines: dict[Any, _Line] = {}
 
@@ -277,8 +280,12 @@ class Proactor:
 
     def readiness_stream(self, handle: HandleLike, events: int, deliver: Deliver) -> ops.ReadinessStream:
         """Tell whenever one of `events` holds, level-triggered: ``deliver(events, None)``."""
-        op = ops.ReadinessStream(handle, events)
-        self.start(op, deliver)
+        op = None
+        if self._watch_natively is not None:
+            op = self._watch_natively(handle, ops.fileno(handle), events, deliver)
+        if op is None:
+            op = ops.ReadinessStream(handle, events)
+            self.start(op, deliver)
         return op
 
     # -- results that nobody awaits any more -------------------------------------------------------

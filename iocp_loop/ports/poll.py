@@ -272,7 +272,7 @@ class PollDriver(PollTurns, Driver):
             del self._watches[fd]
 
     def cancel(self, op: Operation) -> None:
-        if not self._begin_cancel(op):
+        if self._cancel_alone(op) or not self._begin_cancel(op):
             return
         watch = self._watches.get(op.fd)
         self._finish(op, None, cancelled_error())

@@ -64,6 +64,8 @@ extern struct operation_slots {
     Py_ssize_t complete, driver_data, fd, handle, key, state, token;
     PyObject *receive_stream; /* the type ReceiveStream, and its slots */
     Py_ssize_t get_buffer, paused;
+    PyObject *readiness_stream; /* the type ReadinessStream, and its slot */
+    Py_ssize_t events;
     PyObject *receive; /* the type Receive, and its slot */
     Py_ssize_t size;
     PyObject *receive_from_stream; /* the type ReceiveFromStream, and its slot */

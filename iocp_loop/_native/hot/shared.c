@@ -333,6 +333,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         {"Operation", "token", offsetof(struct operation_slots, token)},
         {"ReceiveStream", "get_buffer", offsetof(struct operation_slots, get_buffer)},
         {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
+        {"ReadinessStream", "events", offsetof(struct operation_slots, events)},
         {"Receive", "size", offsetof(struct operation_slots, size)},
         {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
         {"ReceiveFromStream", "size", offsetof(struct operation_slots, from_size)},
@@ -349,6 +350,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         {&operation_slots.cancelling, "CANCELLING"},
         {&operation_slots.done, "DONE"},
         {&operation_slots.receive_stream, "ReceiveStream"},
+        {&operation_slots.readiness_stream, "ReadinessStream"},
         {&operation_slots.receive_from_stream, "ReceiveFromStream"},
         {&operation_slots.send_all, "SendAll"},
         {&operation_slots.receive, "Receive"}, /* the last: that it is there tells that all are */

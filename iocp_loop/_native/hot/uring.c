@@ -214,7 +214,7 @@ static int end_stream(UringTurns *self, PyObject *op, int64_t result)
         return -1;
     PyObject *nothing = result == 0 ? PyBytes_FromStringAndSize(NULL, 0) : Py_NewRef(Py_None);
     PyObject *error = result == 0 ? Py_NewRef(Py_None)
-                                  : PyObject_CallFunction(PyExc_OSError, "is", (int)-result, strerror((int)-result));
+                                  : cancelled_error();
     int failed = nothing == NULL || error == NULL ? -1 : complete_operation(op, nothing, error);
     Py_XDECREF(nothing);
     Py_XDECREF(error);
