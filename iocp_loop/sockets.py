@@ -69,7 +69,8 @@ class SocketMethods(asyncio.BaseEventLoop):
     def _close_socket_of(self, transport: asyncio.BaseTransport, sock: socket.socket) -> None:
         """Close the socket of a transport, which is not to be found by its number any more."""
         fd = sock.fileno()
-        if self._transports.get(fd) is transport:
+        known = self._transports.data.get(fd)  # type: ignore[attr-defined]  # without a frame of its own
+        if known is not None and known() is transport:
             del self._transports[fd]
         sock.close()
 

@@ -60,6 +60,9 @@ _logger = logging.getLogger("asyncio")
 #: Writes to a lost connection that are let pass before a warning is logged.
 _PATIENCE = 5
 
+#: The context of ``connection_made`` and ``connection_lost`` is before 3.15 that of whoever brings them about.
+_ENDS_HAVE_CONTEXT = sys.version_info >= (3, 15)
+
 _INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
 
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
@@ -273,11 +276,8 @@ class SocketTransport(Stream):
         self._init_flow_control()
         self.set_protocol(protocol)
         _send_without_delay(sock)
-        loop.call_soon(self._begin, waiter, context=self._context_of_the_ends())
-
-    def _context_of_the_ends(self) -> Any:
-        """The context of ``connection_made`` and ``connection_lost``; None: that of whoever brings them about."""
-        return self._context if sys.version_info >= (3, 15) else None
+        context_of_ends: Any = self._context if _ENDS_HAVE_CONTEXT else None
+        loop.call_soon(self._begin, waiter, context=context_of_ends)
 
     def _context_of_writing(self) -> Any:
         """The context of ``resume_writing`` and of what else sending leads to: before 3.15 that of whoever writes."""
@@ -359,9 +359,12 @@ class SocketTransport(Stream):
     # -- receiving ---------------------------------------------------------------------------------
 
     def _arm_receive(self) -> None:
-        get_buffer = self._get_buffer_of_protocol if self._buffered else None
-        self._receive = self._proactor.receive_stream(self._sock, self._received, get_buffer)
-        self._choose_receiver()
+        # Neither paused nor closing, and nothing is held: see _choose_receiver.
+        if self._buffered:
+            get_buffer = self._get_buffer_of_protocol
+            self._receive = self._proactor.receive_stream(self._sock, self._received_into, get_buffer)
+        else:
+            self._receive = self._proactor.receive_stream(self._sock, self._received)
 
     def _choose_receiver(self) -> None:
         """Who takes the next completion follows from the state, so that the common way has nothing to ask."""
@@ -720,7 +723,8 @@ class SocketTransport(Stream):
             self._direct = False
             if self._file is not None and not self._file.done():
                 self._file.set_exception(_closed_while_sending_file())
-            self._loop.call_soon(self._call_connection_lost, exc, context=self._context_of_the_ends())
+            context: Any = self._context if _ENDS_HAVE_CONTEXT else None
+            self._loop.call_soon(self._call_connection_lost, exc, context=context)
 
     def _call_connection_lost(self, exc: BaseException | None) -> None:
         try:

@@ -410,7 +410,7 @@ class PollDriver(PollTurns, Driver):
         burst = op.driver_data or 1
         op.driver_data = min(2 * burst, ACCEPTS_IN_A_TURN)
         for _ in range(burst):
-            if not op.in_flight:
+            if op.state is ops.DONE:
                 return
             try:
                 value = _accept(op)
