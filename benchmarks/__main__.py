@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [all|echo|http|micro|latency|many|idle|syscalls|publish|plots] ...``."""
+"""The command line: ``python -m benchmarks [all|echo|http|micro|life|latency|many|idle|syscalls|publish|plots] ...``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import echo, http, idle, latency, many, micro, syscalls
+from . import echo, http, idle, latency, life, many, micro, syscalls
 from .benchmark import Plan
 from .native import BuildFailed
 from .peers import DEFAULT, PEERS, Absent, Present, probe
@@ -28,6 +28,7 @@ _BENCHMARKS = (
     echo.ECHO,
     http.HTTP,
     micro.MICRO,
+    life.LIFE,
     latency.LATENCY,
     many.MANY,
     idle.IDLE,
@@ -104,6 +105,10 @@ def _micro(options: argparse.Namespace) -> Plan[micro.Workload]:
     return Plan(micro.MICRO, _rounds(options, ", each in a fresh process"), micro.workloads(), micro.run)
 
 
+def _life(options: argparse.Namespace) -> Plan[micro.Workload]:
+    return Plan(life.LIFE, _rounds(options, ", each in a fresh process"), life.workloads(), life.run)
+
+
 def _latency(options: argparse.Namespace) -> Plan[latency.Neighbour]:
     cases = [
         latency.Neighbour(mode, busy, cores)
@@ -161,6 +166,7 @@ _GRIDS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "http": ([], ["--seconds", "0.3", "--rounds", "1"]),
     "micro": ([], ["--rounds", "1"]),
+    "life": ([], ["--rounds", "1"]),
     "latency": ([], ["--mode", "protocol", "--seconds", "1", "--rounds", "1"]),
     "many": ([], ["--seconds", "1", "--rounds", "1"]),
     "idle": ([], ["--rounds", "1"]),
@@ -272,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     window(sub, 1.0)
 
     add(_micro, "micro", "callbacks, timers, tasks, wake-ups and children")
+    add(_life, "life", "connections that are made and end, and the small things that are made and dropped")
 
     sub = add(_latency, "latency", "latency beside a busy thread")
     sub.add_argument("--mode", nargs="+", choices=echo.MODES, default=["protocol", "streams"])

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from .peers import PEERS, new_event_loop
 
-__all__ = ["WORKLOADS"]
+__all__ = ["WORKLOADS", "Workload", "measure"]
 
 
 async def _call_soon(count: int) -> None:
@@ -144,7 +144,9 @@ def _nothing() -> None:
     pass
 
 
-class _Workload(NamedTuple):
+class Workload(NamedTuple):
+    """A coroutine function, and how often to call it."""
+
     run: Callable[[int], Awaitable[None]]
     #: Operations that are measured, and before them those that are not.
     operations: int = 200_000
@@ -152,23 +154,22 @@ class _Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "call_soon": _Workload(_call_soon),
-    "sleep(0)": _Workload(_sleep_0),
-    "call_later": _Workload(_call_later),
-    "call_later, cancelled": _Workload(_call_later_cancel),
-    "call_later, 1,000,000 timers": _Workload(_many_timers, 1_000_000, 0),
-    "tasks": _Workload(_tasks),
-    "wake-up from a thread": _Workload(_wake_up, 20_000, 1_000),
-    "subprocess": _Workload(_subprocess, 200, 10),
+    "call_soon": Workload(_call_soon),
+    "sleep(0)": Workload(_sleep_0),
+    "call_later": Workload(_call_later),
+    "call_later, cancelled": Workload(_call_later_cancel),
+    "call_later, 1,000,000 timers": Workload(_many_timers, 1_000_000, 0),
+    "tasks": Workload(_tasks),
+    "wake-up from a thread": Workload(_wake_up, 20_000, 1_000),
+    "subprocess": Workload(_subprocess, 200, 10),
 }
 
 
-def _main(peer: str, name: str) -> None:
-    loop = new_event_loop(PEERS[peer])
+def measure(loop: asyncio.AbstractEventLoop, workload: Workload) -> None:
+    """Run `workload` on `loop` and print what it took."""
     asyncio.set_event_loop(loop)
-    workload = WORKLOADS[name]
 
-    async def measure() -> dict[str, float]:
+    async def run() -> dict[str, float]:
         if workload.warmup:
             await workload.run(workload.warmup)
         cpu_ns, elapsed_ns = time.process_time_ns(), time.perf_counter_ns()
@@ -176,8 +177,8 @@ def _main(peer: str, name: str) -> None:
         cpu_ns, elapsed_ns = time.process_time_ns() - cpu_ns, time.perf_counter_ns() - elapsed_ns
         return {"cpu_ns": cpu_ns / workload.operations, "elapsed_ns": elapsed_ns / workload.operations}
 
-    print(json.dumps(loop.run_until_complete(measure())))
+    print(json.dumps(loop.run_until_complete(run())))
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:3])
+    measure(new_event_loop(PEERS[sys.argv[1]]), WORKLOADS[sys.argv[2]])

@@ -11,7 +11,7 @@ from .callbacks import WORKLOADS
 from .peers import Peer
 from .processes import SERVER_CORE, run_pinned
 
-__all__ = ["MICRO", "Workload", "run", "workloads"]
+__all__ = ["MICRO", "Workload", "run", "run_module", "workloads"]
 
 _COST = Column("CPU ns/operation", "cpu_ns", digits=0)
 
@@ -32,7 +32,7 @@ MICRO = Benchmark(
 
 @dataclass(frozen=True)
 class Workload:
-    """One case: a name in ``callbacks.WORKLOADS``."""
+    """One case: a name in the ``WORKLOADS`` of its module."""
 
     label: str
 
@@ -48,7 +48,12 @@ def workloads() -> list[Workload]:
 
 def run(workload: Workload, peer: Peer) -> dict[str, float]:
     """One run in a fresh process on the server's core.  Raises RunFailed."""
-    command = [sys.executable, "-m", "benchmarks.callbacks", peer.name, workload.label]
+    return run_module("benchmarks.callbacks", workload, peer)
+
+
+def run_module(module: str, workload: Workload, peer: Peer) -> dict[str, float]:
+    """Run a workload of `module`, which prints its figures.  Raises RunFailed."""
+    command = [sys.executable, "-m", module, peer.name, workload.label]
     printed = run_pinned(command, SERVER_CORE, timeout_s=120, environment=dict(peer.environment))
     values: dict[str, float] = json.loads(printed)
     return values

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["CLIENT_CORE", "SERVER_CORE", "RunFailed", "Server", "run_pinned", "serving", "talking"]
+__all__ = ["CLIENT_CORE", "SERVER_CORE", "RunFailed", "Server", "on_core", "run_pinned", "serving", "talking"]
 
 #: Places in the list of cores that this process may use.
 SERVER_CORE = 0
@@ -41,12 +41,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def _on_core(place: int) -> Iterator[None]:
-    """Pin this process, so that a child started meanwhile inherits the core before its first instruction."""
+def on_core(place: int, cores: Sequence[int] | None = None) -> Iterator[None]:
+    """Pin this process, so that a child started meanwhile inherits the core before its first instruction.
+
+    `cores`: of which the core is one; None: of those that this process may use.
+    """
     if sys.platform != "linux":
         raise NotImplementedError("processes are pinned on Linux only")
     allowed = os.sched_getaffinity(0)
-    core = sorted(allowed)[place % len(allowed)]
+    cores = sorted(allowed) if cores is None else cores
+    core = cores[place % len(cores)]
     os.sched_setaffinity(0, {core})
     try:
         yield
@@ -84,7 +88,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], *, pinned: b
     seconds, and when the block ends with a server that is gone.
     """
     with tempfile.TemporaryFile("w+") as stderr:
-        with _on_core(SERVER_CORE) if pinned else contextlib.nullcontext():
+        with on_core(SERVER_CORE) if pinned else contextlib.nullcontext():
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -119,7 +123,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str], *, pinned: b
 @contextlib.contextmanager
 def talking(command: Sequence[str], core: int) -> Iterator[subprocess.Popen[str]]:
     """Run a program on a core, with pipes to talk through, until the block ends."""
-    with _on_core(core):
+    with on_core(core):
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -136,7 +140,7 @@ def talking(command: Sequence[str], core: int) -> Iterator[subprocess.Popen[str]
 
 def run_pinned(command: Sequence[str], core: int, timeout_s: float, environment: Mapping[str, str] = _NOTHING) -> str:
     """Run a program on a core to its end; what it printed.  RunFailed carries its last line on stderr."""
-    with _on_core(core):
+    with on_core(core):
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from typing import Any
 from .clock import ClockMethods
 from .datagrams import DatagramTransport
 from .embedding import EmbeddingMethods
+from .names import NameMethods
 from .pipes import PipeMethods
 from .ports import make_driver
 from .proactor import Proactor
@@ -36,11 +37,34 @@ from .unix import UnixMethods
 __all__ = ["IocpEventLoop", "new_event_loop"]
 
 
+def _attach(server: Any, transport: asyncio.BaseTransport) -> None:
+    """Tell `server` of a new connection, in the way of the running Python."""
+    server._attach(transport)
+
+
+def _detach(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._detach(transport)
+
+
+def _attach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._attach()
+
+
+def _detach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
+    server._detach()
+
+
+if asyncio.base_events.Server._attach.__code__.co_argcount == 1:  # type: ignore[attr-defined]  # not in typeshed
+    # Before Python 3.13 (and late 3.12) a server counts its connections, later ones know them.
+    _attach, _detach = _attach_counting, _detach_counting
+
+
 class IocpEventLoop(
     ClockMethods,  # before the turn, which has a clock too
     Turns,
     SocketMethods,
     ReadinessMethods,
+    NameMethods,
     UnixMethods,
     TlsMethods,
     SignalMethods,
@@ -118,10 +142,34 @@ class IocpEventLoop(
         self._transports[sock.fileno()] = transport
         return transport
 
-    async def _create_connection_transport(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
+    async def _create_connection_transport(
+        self,
+        sock: socket.socket,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        ssl: Any,
+        server_hostname: str | None,
+        *arguments: Any,
+        **more: Any,
+    ) -> Any:
+        if not ssl and not arguments and more.get("context") is None:
+            # As BaseEventLoop does, without what is there for TLS; most connections come this way.
+            try:
+                sock.setblocking(False)
+                protocol = protocol_factory()
+                waiter = self.create_future()
+                plain = self._make_socket_transport(sock, protocol, waiter)
+            except BaseException:
+                sock.close()
+                raise
+            try:
+                await waiter
+            except BaseException:
+                plain.close()
+                raise
+            return plain, protocol
         make: Any = super()._create_connection_transport  # type: ignore[misc]  # BaseEventLoop's
         try:
-            return await make(sock, *arguments, **more)
+            return await make(sock, protocol_factory, ssl, server_hostname, *arguments, **more)
         except BaseException:
             # Before Python 3.15 nobody closes the socket of a connection whose protocol factory raises.
             transport = self._transports.get(sock.fileno())
@@ -199,33 +247,9 @@ class IocpEventLoop(
         else:
             sock.close()
 
-    def _attach_to_server(self, server: Any, transport: asyncio.BaseTransport) -> None:
-        """Tell `server` of a new connection, in the way of the running Python."""
-        _attach(server, transport)
-
-    def _detach_from_server(self, server: Any, transport: asyncio.BaseTransport) -> None:
-        _detach(server, transport)
-
-
-def _attach(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._attach(transport)
-
-
-def _detach(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._detach(transport)
-
-
-def _attach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._attach()
-
-
-def _detach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._detach()
-
-
-if asyncio.base_events.Server._attach.__code__.co_argcount == 1:  # type: ignore[attr-defined]  # not in typeshed
-    # Before Python 3.13 (and late 3.12) a server counts its connections, later ones know them.
-    _attach, _detach = _attach_counting, _detach_counting
+    #: Tell a server of a new connection, and of its end.
+    _attach_to_server = staticmethod(_attach)
+    _detach_from_server = staticmethod(_detach)
 
 
 def new_event_loop(driver: str | None = None) -> IocpEventLoop:

@@ -103,6 +103,32 @@ def fileno(handle: HandleLike) -> int:
     return fd
 
 
+def family_of(sock: Any) -> int:
+    """The family of a socket as an int: ``sock.family`` makes an enum of it each time."""
+    try:
+        return _raw_family(sock)
+    except TypeError:  # not of the socket module
+        return int(sock.family)
+
+
+def type_of(sock: Any) -> int:
+    """As :func:`family_of`, the type."""
+    try:
+        return _raw_type(sock)
+    except TypeError:
+        return int(sock.type)
+
+
+# Descriptors of the C class beneath socket.socket.
+_raw_family: Callable[[Any], int] = socket.SocketType.family.__get__
+_raw_type: Callable[[Any], int] = socket.SocketType.type.__get__
+
+
+def connect_error(code: int | None, address: Address) -> OSError:
+    """What asyncio raises of a connect that has failed later, with errno `code`."""
+    return OSError(code, f"Connect call failed {address}")
+
+
 class Operation:
     """One request handed to a port.
 
@@ -256,15 +282,19 @@ class Accept(Operation):
 
 
 class Connect(Operation):
-    """Connect to `address`, which must be resolved already.  Value: None."""
+    """Connect to `address`, which must be resolved already.  Value: None.
 
-    __slots__ = ("address",)
+    `begun`: connecting has begun by a call of the caller's, and only the outcome is wanted (not on Windows).
+    """
+
+    __slots__ = ("address", "begun")
     events = WRITABLE
     handle: socket.socket
 
-    def __init__(self, sock: socket.socket, address: Address) -> None:
+    def __init__(self, sock: socket.socket, address: Address, begun: bool = False) -> None:
         super().__init__(sock)
         self.address = address
+        self.begun = begun
 
 
 class ReceiveFrom(Operation):

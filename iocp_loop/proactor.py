@@ -112,6 +112,11 @@ class Proactor:
         self.resume = driver.resume
         self.wake = driver.wake
         self.let_go = driver.let_go
+        # The native tier's short ways, for a plain socket and for a descriptor on which nothing else waits; they return
+        # None where they do not apply.
+        self._receive_natively: Callable[..., ops.ReceiveStream | None] | None = getattr(driver, "receive_stream", None)
+        self._watch_natively: Callable[..., ops.ReadinessStream | None] | None
+        self._watch_natively = getattr(driver, "readiness_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
         self._lines: dict[Any, _Line] = {}
 
@@ -183,9 +188,9 @@ class Proactor:
         """Accept one connection: ``(non-blocking socket, address)``."""
         return self.submit(ops.Accept(sock))
 
-    def connect(self, sock: socket.socket, address: Address) -> asyncio.Future[None]:
-        """Connect to a resolved address."""
-        return self.submit(ops.Connect(sock, address))
+    def connect(self, sock: socket.socket, address: Address, begun: bool = False) -> asyncio.Future[None]:
+        """Connect to a resolved address; see :class:`~iocp_loop.operations.Connect`."""
+        return self.submit(ops.Connect(sock, address, begun))
 
     def recvfrom(self, sock: socket.socket, size: int) -> asyncio.Future[tuple[bytes, Address]]:
         """Receive one datagram of at most `size` bytes: ``(bytes, address)``."""
@@ -258,8 +263,10 @@ class Proactor:
 
         What a cancelled ``recv`` had left behind comes first, with the next turn of the loop.
         """
-        op = ops.ReceiveStream(sock, get_buffer)
-        self.start(op, deliver)
+        op = None if self._receive_natively is None else self._receive_natively(sock, deliver, get_buffer)
+        if op is None:
+            op = ops.ReceiveStream(sock, get_buffer)
+            self.start(op, deliver)
         if self._unclaimed or self._lines:
             self._deliver_unclaimed(op)
         return op
@@ -272,8 +279,12 @@ class Proactor:
 
     def readiness_stream(self, handle: HandleLike, events: int, deliver: Deliver) -> ops.ReadinessStream:
         """Tell whenever one of `events` holds, level-triggered: ``deliver(events, None)``."""
-        op = ops.ReadinessStream(handle, events)
-        self.start(op, deliver)
+        op = None
+        if self._watch_natively is not None:
+            op = self._watch_natively(handle, ops.fileno(handle), events, deliver)
+        if op is None:
+            op = ops.ReadinessStream(handle, events)
+            self.start(op, deliver)
         return op
 
     # -- results that nobody awaits any more -------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVarTuple
 
@@ -40,6 +41,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
     """The part of the loop that watches descriptors for others."""
 
     _proactor: Proactor
+    _transports: weakref.WeakValueDictionary[int, asyncio.BaseTransport]
     _ensure_fd_no_transport: Callable[[HandleLike], None]
 
     def __init__(self) -> None:
@@ -83,8 +85,9 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         self._check_closed()  # type: ignore[attr-defined]  # BaseEventLoop's
         if self.get_debug():
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
-        self._ensure_fd_no_transport(source)
         fd = fileno(source)
+        if fd in self._transports.data:  # type: ignore[attr-defined]  # without the frames of a WeakValueDictionary
+            self._ensure_fd_no_transport(source)
         context: Any = context_for(self)  # in debug mode it is none, but measures as BaseEventLoop measures Handles
         watch = _Watch(source, asyncio.Handle(callback, args, self, context))
 
@@ -109,7 +112,8 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         if self.get_debug():
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
         fd = _number_in(table, source)
-        self._ensure_fd_no_transport(fd)
+        if fd in self._transports.data:  # type: ignore[attr-defined]  # as above
+            self._ensure_fd_no_transport(fd)
         watch = table.pop(fd, None)
         if watch is None:
             return False

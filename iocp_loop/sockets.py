@@ -7,13 +7,15 @@ non-blocking and stay the caller's: nobody else closes them.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
+import sys
 import weakref
 from typing import Any, TypeVar
 
 from .native import hot
-from .operations import READABLE, WRITABLE, HandleLike, fileno
+from .operations import READABLE, WRITABLE, HandleLike, connect_error, family_of, fileno
 from .proactor import Proactor
 from .sendfile import copy_file, send_file
 
@@ -67,7 +69,8 @@ class SocketMethods(asyncio.BaseEventLoop):
     def _close_socket_of(self, transport: asyncio.BaseTransport, sock: socket.socket) -> None:
         """Close the socket of a transport, which is not to be found by its number any more."""
         fd = sock.fileno()
-        if self._transports.get(fd) is transport:
+        known = self._transports.data.get(fd)  # type: ignore[attr-defined]  # without a frame of its own
+        if known is not None and known() is transport:
             del self._transports[fd]
         sock.close()
 
@@ -183,12 +186,17 @@ class SocketMethods(asyncio.BaseEventLoop):
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         """Connect to `address`, resolving it first where the family has names."""
         self._check_sock(sock)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+        family = family_of(sock)
+        if family in (socket.AF_INET, socket.AF_INET6):
             resolved = await self._ensure_resolved(  # type: ignore[attr-defined]  # BaseEventLoop's
                 address, family=sock.family, type=sock.type, proto=sock.proto, loop=self
             )
             _, _, _, _, address = resolved[0]
-        elif sock.family == getattr(socket, "AF_UNIX", None):
+            if sys.platform == "linux":
+                if not _connect_now(sock, address):
+                    await self._proactor.connect(sock, address, begun=True)
+                return
+        elif family == getattr(socket, "AF_UNIX", None):
             await self._connect_unix(sock, address)
             return
         await self._proactor.connect(sock, address)
@@ -228,3 +236,26 @@ class SocketMethods(asyncio.BaseEventLoop):
         # What it does if that is not available.
         self._ensure_fd_no_transport(sock)
         return await copy_file(self._proactor.submit, sock, file, offset, count)
+
+
+def _connect_now(sock: socket.socket, address: Any) -> bool:
+    """Connect to a resolved address.  True if that is done, as it is on the own machine; False if it has begun.
+
+    The first call begins.  The second tells what has become of it: on Linux the answer of the own machine comes within
+    the first, but after it was decided what that returns.
+    """
+    try:
+        sock.connect(address)
+    except _WOULD_BLOCK as begun:
+        if begun.errno == errno.EAGAIN:
+            raise  # no port is left: nothing has begun
+    else:
+        return True
+    try:
+        sock.connect(address)
+    except _WOULD_BLOCK:
+        return False
+    except OSError as error:
+        if error.errno != errno.EISCONN:
+            raise connect_error(error.errno, address) from None
+    return True

@@ -60,6 +60,11 @@ _logger = logging.getLogger("asyncio")
 #: Writes to a lost connection silently ignored before we warn.
 _PATIENCE = 5
 
+#: The context of ``connection_made`` and ``connection_lost`` is before 3.15 that of whoever brings them about.
+_ENDS_HAVE_CONTEXT = sys.version_info >= (3, 15)
+
+_INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
+
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
 _WORTH_JOINING = 64
 
@@ -85,10 +90,12 @@ class FlowControl(transports._FlowControlMixin):
 
         def _maybe_resume_protocol(self) -> None: ...
 
+        def _set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
     def _init_flow_control(self) -> None:
         """Not ``__init__``: asyncio's does not cooperate with other bases."""
         self._protocol_paused = False
-        self.set_write_buffer_limits()
+        self._set_write_buffer_limits()
 
     def release_protocol(self) -> None:
         """Let a paused protocol write, because it is about to be replaced; its successor's first write pauses that."""
@@ -269,11 +276,8 @@ class SocketTransport(Stream):
         self._init_flow_control()
         self.set_protocol(protocol)
         _send_without_delay(sock)
-        loop.call_soon(self._begin, waiter, context=self._context_of_the_ends())
-
-    def _context_of_the_ends(self) -> Any:
-        """The context of ``connection_made`` and ``connection_lost``; None: that of whoever brings them about."""
-        return self._context if sys.version_info >= (3, 15) else None
+        context_of_ends: Any = self._context if _ENDS_HAVE_CONTEXT else None
+        loop.call_soon(self._begin, waiter, context=context_of_ends)
 
     def _context_of_writing(self) -> Any:
         """The context of ``resume_writing`` and of what else sending leads to: before 3.15 that of whoever writes."""
@@ -355,9 +359,12 @@ class SocketTransport(Stream):
     # -- receiving ---------------------------------------------------------------------------------
 
     def _arm_receive(self) -> None:
-        get_buffer = self._get_buffer_of_protocol if self._buffered else None
-        self._receive = self._proactor.receive_stream(self._sock, self._received, get_buffer)
-        self._choose_receiver()
+        # Neither paused nor closing, and nothing is held: see _choose_receiver.
+        if self._buffered:
+            get_buffer = self._get_buffer_of_protocol
+            self._receive = self._proactor.receive_stream(self._sock, self._received_into, get_buffer)
+        else:
+            self._receive = self._proactor.receive_stream(self._sock, self._received)
 
     def _choose_receiver(self) -> None:
         """Pick the receiver from the state, so that the hot path needs no checks."""
@@ -716,7 +723,8 @@ class SocketTransport(Stream):
             self._direct = False
             if self._file is not None and not self._file.done():
                 self._file.set_exception(_closed_while_sending_file())
-            self._loop.call_soon(self._call_connection_lost, exc, context=self._context_of_the_ends())
+            context: Any = self._context if _ENDS_HAVE_CONTEXT else None
+            self._loop.call_soon(self._call_connection_lost, exc, context=context)
 
     def _call_connection_lost(self, exc: BaseException | None) -> None:
         try:
@@ -731,7 +739,7 @@ class SocketTransport(Stream):
 
     def _release_socket(self) -> None:
         """Close the socket when the protocol is done with it and the kernel too."""
-        if not self._finished:
+        if not self._finished or self._sock.fileno() < 0:
             return
         receive, sending = self._receive, self._sending
         in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)
@@ -756,7 +764,7 @@ def _closed_while_sending_file() -> ConnectionError:
 
 def _send_without_delay(sock: socket.socket) -> None:
     """Set TCP_NODELAY, as asyncio does: a small write goes out before what is on its way is acknowledged."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto in (0, socket.IPPROTO_TCP):
+    if ops.family_of(sock) in _INTERNET and sock.proto in (0, socket.IPPROTO_TCP):
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import echo, http, latency, many, native, syscalls
+from benchmarks import echo, http, latency, life, many, native, syscalls
 from benchmarks.native import BuildFailed, build
 from benchmarks.peers import PEERS, Absent, Present, probe
 from benchmarks.processes import CLIENT_CORE, RunFailed, run_pinned
@@ -52,6 +52,12 @@ def test_c_uring(transport: str, size: int) -> None:
 @pytest.mark.parametrize("transport", ["tcp", "unix", "udp"])
 def test_c_epoll(transport: str) -> None:
     check(echo.measure(echo.Cell("protocol", transport, 10_240, 20), PEERS["c-epoll"], SECONDS, warmup=0.1))
+
+
+@pytest.mark.parametrize("name", ["server, protocol tcp", "client, streams unix", "loop made, run, closed"])
+def test_life(name: str) -> None:
+    (workload,) = (workload for workload in life.workloads() if workload.label == name)
+    assert life.run(workload, ASYNCIO)["cpu_ns"] > 0
 
 
 def test_udp() -> None:

@@ -91,6 +91,32 @@ async def test_the_next_address_is_tried(
     await close(protocol)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the answer of the own machine is waited for")
+async def test_a_connection_within_the_own_machine_needs_no_operation(
+    loop: Loop, refused: tuple[str, int], listener: socket.socket
+) -> None:
+    before = loop.stats().operations
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, listener.getsockname())
+        assert sock.getpeername() == listener.getsockname()
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        with pytest.raises(ConnectionRefusedError, match=rf"Connect call failed .*{refused[1]}"):
+            await loop.sock_connect(sock, refused)
+    assert loop.stats().operations == before
+
+
+async def test_who_has_begun_to_connect_by_himself_is_told_of_the_outcome(loop: Loop, listener: socket.socket) -> None:
+    if loop.driver == "iocp":
+        pytest.skip("there the system begins, and nobody else can have")
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        sock.connect_ex(listener.getsockname())
+        await loop._proactor.connect(sock, listener.getsockname(), begun=True)
+        assert sock.getpeername() == listener.getsockname()
+
+
 async def test_no_address_answers(loop: Loop, resolve: Resolve, refused: tuple[str, int]) -> None:
     resolve(refused)
     with pytest.raises(ConnectionRefusedError) as caught:

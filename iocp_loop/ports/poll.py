@@ -40,6 +40,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from .. import operations as ops
+from ..native import hot
 from ..operations import READABLE, WRITABLE, Operation
 from ..system import system
 from .driver import Driver, cancelled_error, receive_datagrams, receive_into
@@ -262,7 +263,7 @@ class PollDriver(PollTurns, Driver):
             del self._watches[fd]
 
     def cancel(self, op: Operation) -> None:
-        if not self._begin_cancel(op):
+        if self._cancel_alone(op) or not self._begin_cancel(op):
             return
         watch = self._watches.get(op.fd)
         self._finish(op, None, cancelled_error())
@@ -300,6 +301,9 @@ class PollDriver(PollTurns, Driver):
             return
         if fd in self._new:
             return  # the event is that of an earlier file with the same number; the next wait tells about this one
+        if len(watch.readers) == 1 and type(watch.readers[0]) is ops.AcceptStream and not watch.writers:
+            self._accept_some(watch.readers[0])  # which sees to the watch itself
+            return
         held = (READABLE if events & _READ_MASK else 0) | (WRITABLE if events & _WRITE_MASK else 0)
         if held & READABLE and watch.readers:
             self._serve(fd, watch, watch.readers, READABLE, held)
@@ -397,7 +401,7 @@ class PollDriver(PollTurns, Driver):
         burst = op.driver_data or 1
         op.driver_data = min(2 * burst, ACCEPTS_IN_A_TURN)
         for _ in range(burst):
-            if not op.in_flight:
+            if op.state is ops.DONE:
                 return
             try:
                 value = _accept(op)
@@ -477,13 +481,22 @@ def _send_all(op: ops.SendAll) -> Any:
 
 
 def _accept(op: ops.Accept | ops.AcceptStream) -> Any:
-    sock, address = op.handle.accept()
+    listener = op.handle
+    if _accept_natively is not None and (accepted := _accept_natively(listener)) is not None:
+        return accepted
+    sock, address = listener.accept()
     sock.setblocking(False)
     return sock, address
 
 
+#: The connection and its address, the socket being non-blocking; None if the listener is not a plain one.
+_accept_natively = getattr(hot, "accept", None)
+
+
 def _start_connect(op: ops.Connect) -> bool:
     """Begin to connect; True when it is done already."""
+    if op.begun:
+        return False
     try:
         op.handle.connect(op.address)
     except _AGAIN as exc:
@@ -496,7 +509,7 @@ def _start_connect(op: ops.Connect) -> bool:
 def _connect(op: ops.Connect) -> Any:
     code = op.handle.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
-        raise OSError(code, f"Connect call failed {op.address}")
+        raise ops.connect_error(code, op.address)
     return None
 
 

@@ -72,7 +72,6 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from .. import operations as ops
@@ -629,13 +628,11 @@ UringDriver._use_stream(_Stream)  # once, not by each driver: the native turn ha
 
 def _is_stream_socket(sock: Any) -> bool:
     try:
-        # The C class's attribute: an int, without the enum that socket.socket makes of it each time.
-        return _raw_type(sock) == _SOCK_STREAM
-    except TypeError:
-        return getattr(sock, "type", None) == socket.SOCK_STREAM
+        return ops.type_of(sock) == _SOCK_STREAM
+    except (AttributeError, TypeError):  # no socket
+        return False
 
 
-_raw_type: Callable[[Any], int] = socket.SocketType.type.__get__  # a C member descriptor
 _SOCK_STREAM = int(socket.SOCK_STREAM)
 
 

@@ -147,11 +147,14 @@ if TYPE_CHECKING or hot is None or lib is None:
     UringTurns = PythonUringTurns
 else:
     hot.use_operations(ops)
-    _URING_WAIT = int(ffi.cast("uintptr_t", ffi.addressof(lib.library, "uring_wait")))
+    _FUNCTIONS = [
+        int(ffi.cast("uintptr_t", ffi.addressof(lib.library, name)))
+        for name in ("uring_wait", "uring_prep_receive_stream", "uring_cookie")
+    ]
 
     class UringTurns(hot.UringTurns):
-        """The native turn, which has to be told where the ring is, and the function of the binding that it calls."""
+        """The native turn, which has to be told where the ring is, and the functions of the binding that it calls."""
 
         @staticmethod
         def _addresses(ring):
-            return int(ffi.cast("uintptr_t", ring)), _URING_WAIT
+            return int(ffi.cast("uintptr_t", ring)), *_FUNCTIONS

@@ -29,7 +29,7 @@ static int put(PyObject *table, PyObject *key, PyObject *value)
 }
 
 /* The address as the socket module puts it; NULL without an exception for a family that is not the Internet's. */
-static PyObject *make_tuple(const struct sockaddr_storage *address)
+PyObject *make_tuple(const struct sockaddr_storage *address)
 {
     char host[INET6_ADDRSTRLEN];
     if (address->ss_family == AF_INET) {

@@ -19,16 +19,19 @@ PyTypeObject *EpollTurns_type;
 
 /* The slots of the driver's _Watch. */
 static struct {
-    Py_ssize_t readers, stream, writers;
+    PyObject *type;
+    Py_ssize_t events, readers, stream, writers;
 } at;
 
 static PyObject *use_watch(PyObject *ignored, PyObject *type)
 {
+    at.events = slot_offset(type, "events");
     at.readers = slot_offset(type, "readers");
     at.stream = slot_offset(type, "stream");
     at.writers = slot_offset(type, "writers");
     if (PyErr_Occurred())
         return NULL;
+    Py_XSETREF(at.type, Py_NewRef(type));
     Py_RETURN_NONE;
 }
 
@@ -355,6 +358,161 @@ int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t s
     return 1;
 }
 
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Beginning a stream
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Whether nothing waits on `fd`; 0 with an exception if that can't be told. */
+static int is_free(EpollTurns *self, int fd)
+{
+    PyObject *watch = watch_of(self, fd);
+    int free = fd >= 0 && watch == NULL && !PyErr_Occurred();
+    Py_XDECREF(watch);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (free && fd < self->sockets_room) {
+        free = self->sockets[fd].op == NULL;
+        if (free)
+            self->sockets[fd].registered = 0; /* the registration is a stream's from here on, or that of nobody */
+    }
+    Py_END_CRITICAL_SECTION();
+    return free;
+}
+
+PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count, int *fd)
+{
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "receive_stream() takes a socket and two callables");
+        return NULL;
+    }
+    *fd = is_socket(args[0]) && is_stream_socket(args[0]) ? socket_descriptor(args[0]) : NO_DESCRIPTOR;
+    if (*fd == NO_DESCRIPTOR || !is_free(self, *fd))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    PyObject *op = new_operation(operation_slots.receive_stream, args[0], *fd, args[1]);
+    if (op != NULL) {
+        SLOT(op, operation_slots.get_buffer) = Py_NewRef(args[2]);
+        SLOT(op, operation_slots.paused) = Py_NewRef(Py_False);
+    }
+    return op;
+}
+
+/* The watch of a new stream, in the table. */
+static int add_watch(EpollTurns *self, PyObject *op, PyObject *number, unsigned events)
+{
+    PyTypeObject *type = (PyTypeObject *)at.type;
+    PyObject *watch = type->tp_alloc(type, 0);
+    if (watch == NULL)
+        return -1;
+    int receives = (PyObject *)Py_TYPE(op) == operation_slots.receive_stream;
+    SLOT(watch, at.events) = PyLong_FromUnsignedLong(events);
+    SLOT(watch, at.readers) = events & EPOLLIN ? PyTuple_Pack(1, op) : PyTuple_New(0);
+    SLOT(watch, at.writers) = events & EPOLLOUT ? PyTuple_Pack(1, op) : PyTuple_New(0);
+    SLOT(watch, at.stream) = Py_NewRef(receives ? op : Py_None);
+    int failed = SLOT(watch, at.events) == NULL || SLOT(watch, at.readers) == NULL || SLOT(watch, at.writers) == NULL
+                 || PySet_Add(self->fresh, number) < 0 || PyDict_SetItem(self->watches, number, watch) < 0;
+    Py_DECREF(watch);
+    return failed ? -1 : 0;
+}
+
+/* Watch for a new stream, alone on its descriptor, and put it in flight.  Takes `op` over, and gives it back; or None, where
+ * the way in Python tells what is wrong. */
+static PyObject *watch_stream(EpollTurns *self, PyObject *op, int fd, unsigned events)
+{
+    struct epoll_event event = {.events = events, .data.fd = fd};
+    if (epoll_ctl(self->fd, EPOLL_CTL_ADD, fd, &event) < 0
+        && (errno != EEXIST || epoll_ctl(self->fd, EPOLL_CTL_MOD, fd, &event) < 0)) {
+        Py_DECREF(op);
+        Py_RETURN_NONE;
+    }
+    if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0
+        || add_watch(self, op, SLOT(op, operation_slots.fd), events) < 0) {
+        epoll_ctl(self->fd, EPOLL_CTL_DEL, fd, NULL);
+        Py_CLEAR(op);
+    }
+    return op;
+}
+
+PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count)
+{
+    int fd;
+    if (self->fd < 0 || self->unarmed)
+        Py_RETURN_NONE;
+    PyObject *op = epoll_new_stream(self, args, count, &fd);
+    return op == NULL || op == Py_None ? op : watch_stream(self, op, fd, EPOLLIN);
+}
+
+/* readiness_stream(handle, fd, events, deliver): submit a ReadinessStream, as receive_stream does its kind. */
+static PyObject *readiness_stream(EpollTurns *self, PyObject *args)
+{
+    PyObject *handle, *deliver;
+    int fd;
+    unsigned events;
+    if (!PyArg_ParseTuple(args, "OiIO", &handle, &fd, &events, &deliver))
+        return NULL;
+    if (self->fd < 0 || self->unarmed || !is_free(self, fd))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    PyObject *op = new_operation(operation_slots.readiness_stream, handle, fd, deliver);
+    if (op == NULL)
+        return NULL;
+    SLOT(op, operation_slots.events) = PyLong_FromUnsignedLong(events);
+    if (SLOT(op, operation_slots.events) == NULL) {
+        Py_DECREF(op);
+        return NULL;
+    }
+    return watch_stream(self, op, fd, events);
+}
+
+/* The error of an operation that was cancelled. */
+PyObject *cancelled_error(void)
+{
+    return PyObject_CallFunction(PyExc_OSError, "is", ECANCELED, strerror(ECANCELED));
+}
+
+/* Whether `op` is all that waits on a descriptor, in one direction or both. */
+static int is_alone(PyObject *watch, PyObject *op)
+{
+    PyObject *queues[] = {SLOT(watch, at.readers), SLOT(watch, at.writers)}; /* borrowed */
+    Py_ssize_t found = 0;
+    for (int n = 0; n < 2; n++) {
+        Py_ssize_t size = queues[n] == NULL ? 0 : PyTuple_GET_SIZE(queues[n]);
+        if (size > 1 || (size == 1 && PyTuple_GET_ITEM(queues[n], 0) != op))
+            return 0;
+        found += size;
+    }
+    return found > 0;
+}
+
+/* _cancel_alone(op): end an operation that is in flight, where nothing else waits on its descriptor; whether that is done. */
+static PyObject *cancel_alone(EpollTurns *self, PyObject *op)
+{
+    PyObject *number = SLOT(op, operation_slots.fd); /* borrowed, as `watch` is at first */
+    PyObject *watch = number == NULL ? NULL : PyDict_GetItemWithError(self->watches, number);
+    if (watch == NULL || self->fd < 0 || SLOT(op, operation_slots.state) != operation_slots.in_flight
+        || !is_alone(watch, op))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
+    PyObject *error = cancelled_error(), *completion, *done = NULL;
+    completion = error == NULL ? NULL : PyTuple_Pack(3, op, Py_None, error);
+    Py_XDECREF(error);
+    if (completion == NULL)
+        return NULL;
+    Py_INCREF(watch);
+    if (land(op, self->in_flight) == 0)
+        done = PyObject_CallMethodOneArg(self->ready, names.append, completion);
+    Py_DECREF(completion);
+    /* Whoever is being served by this watch looks at it once more. */
+    Py_XSETREF(SLOT(watch, at.readers), PyTuple_New(0));
+    Py_XSETREF(SLOT(watch, at.writers), PyTuple_New(0));
+    Py_XSETREF(SLOT(watch, at.events), PyLong_FromLong(0));
+    Py_XSETREF(SLOT(watch, at.stream), Py_NewRef(Py_None));
+    epoll_ctl(self->fd, EPOLL_CTL_DEL, (int)PyLong_AsLong(number), NULL); /* it fails where the file was closed */
+    if (done != NULL && PyDict_DelItem(self->watches, number) < 0)
+        Py_CLEAR(done);
+    Py_DECREF(watch);
+    if (done == NULL)
+        return NULL;
+    Py_DECREF(done);
+    Py_RETURN_TRUE;
+}
+
 /* The socket behind `fd` is ready. */
 static int receive_for_wait(EpollTurns *self, int fd)
 {
@@ -439,10 +597,39 @@ static PyObject *forget_socket_waits(EpollTurns *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
+/* The ReadinessStream that is alone on a descriptor, with the events that hold for it (0: none); NULL if none is. */
+static PyObject *lone_readiness(PyObject *watch, unsigned held, unsigned *events)
+{
+    PyObject *readers = SLOT(watch, at.readers), *writers = SLOT(watch, at.writers), *op; /* borrowed */
+    if (readers == NULL || writers == NULL || PyTuple_GET_SIZE(readers) + PyTuple_GET_SIZE(writers) != 1)
+        return NULL;
+    op = PyTuple_GET_ITEM(PyTuple_GET_SIZE(readers) ? readers : writers, 0);
+    if ((PyObject *)Py_TYPE(op) != operation_slots.readiness_stream)
+        return NULL;
+    /* A hang-up or an error counts as each of the two. */
+    held = (held & ~(unsigned)EPOLLOUT ? EPOLLIN : 0) | (held & ~(unsigned)EPOLLIN ? EPOLLOUT : 0);
+    *events = held & (unsigned)PyLong_AsUnsignedLong(SLOT(op, operation_slots.events));
+    return Py_NewRef(op);
+}
+
+/* Tell a ReadinessStream, unless the event is that of an earlier file with the same number. */
+static int tell(EpollTurns *self, PyObject *op, unsigned events)
+{
+    int fresh = PySet_Contains(self->fresh, SLOT(op, operation_slots.fd));
+    if (fresh || !events)
+        return fresh < 0 ? -1 : 0;
+    PyObject *value = PyLong_FromUnsignedLong(events);
+    self->completions++;
+    int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
+    Py_XDECREF(value);
+    return failed;
+}
+
 static int deliver(EpollTurns *self, struct epoll_event event)
 {
     int fd = event.data.fd, failed;
-    PyObject *watch = watch_of(self, fd), *stream, *done;
+    unsigned events;
+    PyObject *watch = watch_of(self, fd), *stream, *readiness, *done;
     if (watch == NULL && PyErr_Occurred())
         return -1;
     if (watch == NULL && is_registered(self, fd))
@@ -453,6 +640,9 @@ static int deliver(EpollTurns *self, struct epoll_event event)
     if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
         self->completions++;
         failed = receive(self, stream);
+    } else if (watch != Py_None && (readiness = lone_readiness(watch, event.events, &events)) != NULL) {
+        failed = tell(self, readiness, events);
+        Py_DECREF(readiness);
     } else {
         done = PyObject_CallMethod((PyObject *)self, "_dispatch_other", "iOI", fd, watch, (unsigned)event.events);
         Py_XDECREF(done);
@@ -583,6 +773,9 @@ static PyMethodDef epoll_turns_methods[] = {
     {"wait", epoll_turns_wait, METH_O, NULL},
     {"dispatch", epoll_turns_dispatch, METH_NOARGS, NULL},
     {"busy", (PyCFunction)(void (*)(void))epoll_turns_busy, METH_FASTCALL, NULL},
+    {"receive_stream", (PyCFunction)(void (*)(void))epoll_receive_stream, METH_FASTCALL, NULL},
+    {"readiness_stream", (PyCFunction)readiness_stream, METH_VARARGS, NULL},
+    {"_cancel_alone", (PyCFunction)cancel_alone, METH_O, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},

@@ -52,6 +52,11 @@ int epoll_must_not_sleep(EpollTurns *self);
 /* Deliver the events that were taken, up to DELIVER_MOST bytes in this dispatch. */
 int epoll_deliver(EpollTurns *self);
 int epoll_drain_ready(EpollTurns *self);
+/* receive_stream(sock, deliver, get_buffer): submit a ReceiveStream on a plain socket on which nothing else waits; None for all
+ * else, which is for the way in Python.  The first part makes the operation, which is not in flight yet. */
+PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count, int *fd);
+PyObject *cancelled_error(void);
+PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
 /* For the table of native drivers. */
 int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size);
 int epoll_busy(PyObject *driver, descriptor fd, int writing);

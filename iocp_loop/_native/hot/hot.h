@@ -9,6 +9,7 @@
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
  *   tls.c       the same through TLS                                             (tls.py)
+ *   connections.c accepting                                                      (ports/poll.py)
  *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
@@ -137,13 +138,15 @@ extern struct operation_slots {
     Py_ssize_t complete, driver_data, fd, handle, key, state, token;
     PyObject *receive_stream; /* the type ReceiveStream, and its slots */
     Py_ssize_t get_buffer, paused;
+    PyObject *readiness_stream; /* the type ReadinessStream, and its slot */
+    Py_ssize_t events;
     PyObject *receive; /* the type Receive, and its slot */
     Py_ssize_t size;
     PyObject *receive_from_stream; /* the type ReceiveFromStream, and its slot */
     Py_ssize_t from_paused, from_size;
     PyObject *send_all; /* the type SendAll, and its slots */
     Py_ssize_t all_buffers, all_sent, all_size;
-    PyObject *new, *in_flight, *done; /* values of `state` */
+    PyObject *new, *in_flight, *cancelling, *done; /* values of `state` */
 } operation_slots;
 
 /* A method of one of asyncio's classes that the C here stands in for, and that tools replace by one of their own (by
@@ -194,6 +197,8 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+/* A socket object for `fd`, which it takes over, of the family and protocol of `like`. */
+PyObject *make_socket(PyObject *like, int type, descriptor fd);
 
 /* handles.c */
 extern PyTypeObject *Handle_type, *TimerHandle_type;
@@ -262,6 +267,9 @@ struct native_driver {
 void add_native_driver(const struct native_driver *driver);
 const struct native_driver *native_driver_of(PyObject *driver); /* NULL if it is none of ours */
 
+/* A new operation of `kind`; what is particular to that the caller fills in. */
+PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete);
+
 /* The bookkeeping of a submission and of the last completion, as Driver._launch and _land do it. */
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);
 int land(PyObject *op, PyObject *in_flight);
@@ -293,6 +301,8 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);
 
 /* datagrams.c */
+struct sockaddr_storage;
+PyObject *make_tuple(const struct sockaddr_storage *address);
 PyObject *receive_datagrams(PyObject *module, PyObject *args);
 PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
 int add_datagrams(PyObject *module);
@@ -346,6 +356,9 @@ static inline int64_t clock_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
+
+/* connections.c */
+PyObject *accept_connection(PyObject *module, PyObject *listener);
 
 int add_uring(PyObject *module);
 int add_epoll(PyObject *module);

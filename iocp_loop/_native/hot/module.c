@@ -12,6 +12,9 @@ static PyMethodDef module_methods[] = {
     {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
      "send_datagram(sock, family, data, address)"},
 #endif
+#ifdef __linux__
+    {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
+#endif
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
     {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
     {NULL, NULL, 0, NULL},

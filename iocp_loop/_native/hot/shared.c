@@ -68,6 +68,24 @@ int fail(PyObject *self, PyObject *method, const char *message)
     return done == NULL ? -1 : 0;
 }
 
+PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete)
+{
+    PyTypeObject *type = (PyTypeObject *)kind;
+    PyObject *op = type->tp_alloc(type, 0);
+    if (op == NULL)
+        return NULL;
+    SLOT(op, operation_slots.handle) = Py_NewRef(handle);
+    SLOT(op, operation_slots.fd) = PyLong_FromLongLong((long long)fd);
+    SLOT(op, operation_slots.key) = Py_NewRef(Py_None);
+    SLOT(op, operation_slots.state) = Py_NewRef(operation_slots.new);
+    SLOT(op, operation_slots.token) = PyLong_FromLong(0);
+    SLOT(op, operation_slots.complete) = Py_NewRef(complete);
+    SLOT(op, operation_slots.driver_data) = Py_NewRef(Py_None);
+    if (SLOT(op, operation_slots.fd) == NULL || SLOT(op, operation_slots.token) == NULL)
+        Py_CLEAR(op);
+    return op;
+}
+
 int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
 {
     PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
@@ -167,6 +185,15 @@ int is_socket(PyObject *object)
 int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
+
+PyObject *make_socket(PyObject *like, int type, descriptor fd)
+{
+    PyObject *proto = PyObject_GetAttrString(like, "proto"), *sock = NULL;
+    if (proto != NULL)
+        sock = PyObject_CallFunction((PyObject *)socket_class, "iiNL", ((struct socket_object *)like)->family, type, proto,
+                                     (long long)fd);
+    return sock;
+}
 
 /* object.name as a C integer; -1 with an exception. */
 static long long number_of(PyObject *object, const char *name)
@@ -360,6 +387,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         {"Operation", "token", offsetof(struct operation_slots, token)},
         {"ReceiveStream", "get_buffer", offsetof(struct operation_slots, get_buffer)},
         {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
+        {"ReadinessStream", "events", offsetof(struct operation_slots, events)},
         {"Receive", "size", offsetof(struct operation_slots, size)},
         {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
         {"ReceiveFromStream", "size", offsetof(struct operation_slots, from_size)},
@@ -373,8 +401,10 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
     } objects[] = {
         {&operation_slots.new, "NEW"},
         {&operation_slots.in_flight, "IN_FLIGHT"},
+        {&operation_slots.cancelling, "CANCELLING"},
         {&operation_slots.done, "DONE"},
         {&operation_slots.receive_stream, "ReceiveStream"},
+        {&operation_slots.readiness_stream, "ReadinessStream"},
         {&operation_slots.receive_from_stream, "ReceiveFromStream"},
         {&operation_slots.send_all, "SendAll"},
         {&operation_slots.receive, "Receive"}, /* the last: that it is there tells that all are */

@@ -165,21 +165,12 @@ static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 /* Make the operation and submit it.  1: done; 0: not here and now; -1: error. */
 static int submit(SocketWait *self, SocketCalls *calls)
 {
-    PyTypeObject *type = (PyTypeObject *)operation_slots.receive;
-    PyObject *op = type->tp_alloc(type, 0);
+    descriptor fd = socket_descriptor(self->sock);
+    PyObject *op = new_operation(operation_slots.receive, self->sock, fd, (PyObject *)self);
     if (op == NULL)
         return -1;
-    descriptor fd = socket_descriptor(self->sock);
-    SLOT(op, operation_slots.handle) = Py_NewRef(self->sock);
-    SLOT(op, operation_slots.fd) = PyLong_FromLong(fd);
-    SLOT(op, operation_slots.key) = Py_NewRef(Py_None);
-    SLOT(op, operation_slots.state) = Py_NewRef(operation_slots.new);
-    SLOT(op, operation_slots.token) = PyLong_FromLong(0);
-    SLOT(op, operation_slots.complete) = Py_NewRef(self);
-    SLOT(op, operation_slots.driver_data) = Py_NewRef(Py_None);
     SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size);
-    if (SLOT(op, operation_slots.fd) == NULL || SLOT(op, operation_slots.token) == NULL
-        || SLOT(op, operation_slots.size) == NULL) {
+    if (SLOT(op, operation_slots.size) == NULL) {
         Py_DECREF(op);
         return -1;
     }

@@ -3,8 +3,8 @@
  * inherits from UringTurns first and from the driver that is written in Python behind it; ports/uring.py tells how it all
  * works.
  *
- * The ring is opened and closed in Python, through cffi; what is called here is the one function of a turn, uring_wait,
- * whose address comes from there.  The batch that it gathers stays in the ring's arrays until the next wait, so that a
+ * The ring is opened and closed in Python, through cffi; what is called here are the one function of a turn, uring_wait, and
+ * those that begin a stream, whose addresses come from there.  The batch that it gathers stays in the ring's arrays until the next wait, so that a
  * dispatch which an exception ended goes on where it was.
  */
 
@@ -18,12 +18,16 @@
 #include "../linux/uring.h"
 
 typedef int (*wait_function)(uring *ring, int64_t timeout_ns, uint64_t taken);
+typedef int (*prepare_function)(uring *ring, int fd, uint64_t token);
+typedef int64_t (*cookie_function)(int fd);
 
 typedef struct {
     EpollTurns base;
     PyObject *ring_object; /* what cffi knows it by; None while there is no ring */
     uring *ring;
     wait_function call;
+    prepare_function prepare; /* uring_prep_receive_stream */
+    cookie_function cookie;   /* uring_cookie */
     PyObject *unsubmitted, *uncancelled;
     unsigned long long taken;
     int next, count;      /* of the batch: what is dispatched next, and how many there are */
@@ -194,11 +198,37 @@ static int reap(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, 
     return done == NULL ? -1 : 0;
 }
 
+/* Whether `result` is the plain end of a stream: the peer has sent all, or it was cancelled as we asked. */
+static int is_end(PyObject *op, int64_t result, uint32_t flags)
+{
+    if ((PyObject *)Py_TYPE(op) != operation_slots.receive_stream || flags & (URING_MORE | URING_DATA))
+        return 0;
+    PyObject *state = SLOT(op, operation_slots.state); /* borrowed */
+    if (state == operation_slots.in_flight)
+        return result == 0;
+    return state == operation_slots.cancelling && result == -ECANCELED;
+}
+
+static int end_stream(UringTurns *self, PyObject *op, int64_t result)
+{
+    if (land(op, self->base.in_flight) < 0)
+        return -1;
+    PyObject *nothing = result == 0 ? PyBytes_FromStringAndSize(NULL, 0) : Py_NewRef(Py_None);
+    PyObject *error = result == 0 ? Py_NewRef(Py_None)
+                                  : cancelled_error();
+    int failed = nothing == NULL || error == NULL ? -1 : complete_operation(op, nothing, error);
+    Py_XDECREF(nothing);
+    Py_XDECREF(error);
+    return failed;
+}
+
 /* One completion: the data of a stream that goes on to its receiver, all else to _reap. */
 static int deliver(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
 {
     if (flags & URING_DATA)
         self->base.delivered += (size_t)(result - start);
+    if (is_end(op, result, flags))
+        return end_stream(self, op, result);
     if (flags != (URING_MORE | URING_DATA))
         return reap(self, op, result, flags, start);
     PyObject *data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
@@ -286,16 +316,61 @@ static PyObject *uring_turns_dispatch(PyObject *self, PyObject *ignored)
 /* The slots of the driver's _Stream. */
 static struct {
     PyObject *type;
-    Py_ssize_t streak;
+    Py_ssize_t armed, cookie, large, stopping, streak, watched;
 } at;
 
 static PyObject *use_stream(PyObject *ignored, PyObject *type)
 {
+    at.armed = slot_offset(type, "armed");
+    at.cookie = slot_offset(type, "cookie");
+    at.large = slot_offset(type, "large");
+    at.stopping = slot_offset(type, "stopping");
     at.streak = slot_offset(type, "streak");
-    if (at.streak < 0)
+    at.watched = slot_offset(type, "watched");
+    if (PyErr_Occurred())
         return NULL;
     Py_XSETREF(at.type, Py_NewRef(type)); /* when the driver is imported, and never again */
     Py_RETURN_NONE;
+}
+
+/* What the driver keeps for a stream that is being armed. */
+static PyObject *new_stream(UringTurns *self, int fd)
+{
+    PyTypeObject *type = (PyTypeObject *)at.type;
+    PyObject *stream = type->tp_alloc(type, 0);
+    if (stream == NULL)
+        return NULL;
+    SLOT(stream, at.armed) = Py_NewRef(Py_True);
+    SLOT(stream, at.stopping) = Py_NewRef(Py_False);
+    SLOT(stream, at.large) = Py_NewRef(Py_False);
+    SLOT(stream, at.watched) = Py_NewRef(Py_False);
+    SLOT(stream, at.streak) = PyLong_FromLong(0);
+    SLOT(stream, at.cookie) = PyLong_FromLongLong(self->cookie(fd));
+    if (SLOT(stream, at.streak) == NULL || SLOT(stream, at.cookie) == NULL)
+        Py_CLEAR(stream);
+    return stream;
+}
+
+static PyObject *uring_receive_stream(UringTurns *self, PyObject *const *args, Py_ssize_t count)
+{
+    int fd;
+    if (self->without_ring)
+        return epoll_receive_stream(&self->base, args, count);
+    if (self->ring == NULL || self->shared)
+        Py_RETURN_NONE;
+    PyObject *op = epoll_new_stream(&self->base, args, count, &fd);
+    if (op == NULL || op == Py_None)
+        return op;
+    PyObject *stream = new_stream(self, fd);
+    if (stream == NULL || launch(op, ++self->base.tokens, self->base.in_flight, self->base.submissions) < 0) {
+        Py_XDECREF(stream);
+        Py_DECREF(op);
+        return NULL;
+    }
+    Py_XSETREF(SLOT(op, operation_slots.driver_data), stream);
+    if (self->prepare(self->ring, fd, self->base.tokens) < 0 && PyList_Append(self->unsubmitted, op) < 0)
+        Py_CLEAR(op);
+    return op;
 }
 
 /* A watched stream has received so much: count the small pieces in a row, and let the driver know of the last. */
@@ -323,21 +398,23 @@ static PyObject *get_ring(UringTurns *self, void *ignored)
     return Py_NewRef(self->ring_object == NULL ? Py_None : self->ring_object);
 }
 
-/* cffi's pointer to a ring, or None.  `_addresses` tells where it is, and where the function is that we call. */
+/* cffi's pointer to a ring, or None.  `_addresses` tells where it is, and where the functions are that we call. */
 static int set_ring(UringTurns *self, PyObject *value, void *ignored)
 {
-    unsigned long long ring = 0, wait = 0;
+    unsigned long long ring = 0, wait = 0, prepare = 0, cookie = 0;
     if (value != NULL && value != Py_None) {
         PyObject *addresses = PyObject_CallMethod((PyObject *)self, "_addresses", "O", value);
         if (addresses == NULL)
             return -1;
-        int parsed = PyArg_ParseTuple(addresses, "KK", &ring, &wait);
+        int parsed = PyArg_ParseTuple(addresses, "KKKK", &ring, &wait, &prepare, &cookie);
         Py_DECREF(addresses);
         if (!parsed)
             return -1;
     }
     self->ring = (uring *)(uintptr_t)ring;
     self->call = (wait_function)(uintptr_t)wait;
+    self->prepare = (prepare_function)(uintptr_t)prepare;
+    self->cookie = (cookie_function)(uintptr_t)cookie;
     self->next = self->count = 0;
     forget_looked_up(self);
     Py_XSETREF(self->ring_object, Py_XNewRef(value));
@@ -408,6 +485,7 @@ static void uring_turns_dealloc(UringTurns *self)
 static PyMethodDef uring_turns_methods[] = {
     {"wait", uring_turns_wait, METH_O, NULL},
     {"dispatch", uring_turns_dispatch, METH_NOARGS, NULL},
+    {"receive_stream", (PyCFunction)(void (*)(void))uring_receive_stream, METH_FASTCALL, NULL},
     {"_use_stream", use_stream, METH_O | METH_STATIC, "Look up the slots of what the driver keeps for a stream."},
     {NULL, NULL, 0, NULL},
 };
