@@ -11,7 +11,8 @@ completion to one or the other:
 Cancelling such a Future cancels it at once, as asyncio's users expect, and asks the driver to end the operation; the
 buffers stay in the in-flight table until it has.  If the operation had already got something (bytes, a connection,
 a datagram) that nobody awaits any more, it is not lost: the next call of the same kind on that socket returns it.
-Until the cancelled operation has ended, that next call stands in line behind it, or it would overtake those bytes.
+Until the cancelled operation has ended, that next call stands in line behind it, or it would overtake those bytes.  So
+do several that wait on one socket: each begins when whoever awaits the one before it has taken what that got.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ def fail(future: asyncio.Future[Any], error: BaseException) -> None:
 
 
 class _Line:
-    """One handle's cancelled operations that have not ended, and what must wait until they have."""
+    """One handle's operations whose outcome is open, and what must wait until it is known.
+
+    They have been cancelled and have not ended; or somebody awaits them, and may be given up in the turn in which they
+    end: what they got is then for the next in line.
+    """
 
     __slots__ = ("ending", "waiting")
 
@@ -158,7 +163,7 @@ class Proactor:
     def submit(self, op: Operation) -> asyncio.Future[Any]:
         """Submit any operation; the Future of its completion."""
         future = _OperationFuture(self, op, self._loop)
-        if (self._unclaimed or self._lines) and isinstance(op, _PRECIOUS):
+        if isinstance(op, _PRECIOUS) and (self._unclaimed or self._lines or self.driver.busy(op.fd, READABLE)):
             self._submit_in_turn(future, op)
         else:
             future.start()
@@ -291,14 +296,38 @@ class Proactor:
             return
         if error is None:
             self.keep_value(op, value)
+        self._leave_line(op)
+
+    def _leave_line(self, op: Operation) -> None:
+        """The outcome of `op` is known: let those behind it go on, up to the first that has to wait itself."""
         line = self._lines.get(op.handle)
         if line is None:
             return
         line.ending.discard(op)
-        if not line.ending:
+        while line.waiting and not line.ending:
+            line.waiting.popleft()()
+        if not line.ending and self._lines.get(op.handle) is line:
             del self._lines[op.handle]
-            for go_on in line.waiting:
-                go_on()
+
+    def _begin_line(self, op: Operation) -> _Line | None:
+        """A line behind the operation that waits on the handle of `op` already; None if there is none."""
+        if self.driver.busy(op.fd, READABLE):
+            for other in list(self.in_flight.values()):
+                if other.handle is op.handle and isinstance(other, _PRECIOUS) and (future := _future_of(other)):
+                    line = self._lines[op.handle] = _Line()
+                    self._stand_first(line, other, future)
+                    return line
+        return None
+
+    def _stand_first(self, line: _Line, op: Operation, future: asyncio.Future[Any]) -> None:
+        """Nobody in `line` goes on before `op` has ended and whoever awaits `future` has run."""
+
+        def has_run(_: object) -> None:
+            if op.complete is None or op.complete is ops.is_over:  # else its completion comes, to `_ended_unawaited`
+                self._leave_line(op)
+
+        line.ending.add(op)
+        future.add_done_callback(has_run)  # after that of the task that awaits it already
 
     def abandon(self, op: Operation) -> None:
         """Nobody awaits `op`, which is in flight, any more: ask for its end, and keep what it gets all the same."""
@@ -306,27 +335,32 @@ class Proactor:
         self._cancel_precious(op)
 
     def _submit_in_turn(self, future: _OperationFuture, op: Operation) -> None:
-        """Submit behind cancelled operations on the same handle, or answer with what one of them had got."""
-        line = self._lines.get(op.handle)
+        """Submit behind earlier operations on the same handle, or answer with what a cancelled one of them had got."""
+        line = self._lines.get(op.handle) or self._begin_line(op)
         if line is not None:
-            line.waiting.append(lambda: self._go_on(future, op))
-            return
+            line.waiting.append(lambda: self._go_on(line, future, op))
+        else:
+            self._submit_now(future, op)
+
+    def _submit_now(self, future: _OperationFuture, op: Operation) -> None:
         try:
             value = self._claim(op)
         except LookupError:  # there is nothing
             future.start()
         else:
+            op.complete = ops.is_over
             if not future.take(value, None):
                 self.keep_value(op, value, first=True)
 
-    def _go_on(self, future: _OperationFuture, op: Operation) -> None:
+    def _go_on(self, line: _Line, future: _OperationFuture, op: Operation) -> None:
         if future.done():
             return
         if self.driver.closed:
             future.cancel()
             return
         try:
-            self._submit_in_turn(future, op)
+            self._submit_now(future, op)
+            self._stand_first(line, op, future)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -382,6 +416,14 @@ class Proactor:
     def claims(self, sock: socket.socket) -> bool:
         """True if something is kept for `sock`, or may be soon, that goes before a new call into the kernel."""
         return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)
+
+
+def _future_of(op: Operation) -> asyncio.Future[Any] | None:
+    """With what somebody awaits `op`; None if nobody does."""
+    owner = getattr(op.complete, "__self__", None)
+    if isinstance(owner, _OperationFuture):
+        return owner
+    return getattr(op.complete, "future", None)  # of the native tier's SocketWait
 
 
 def _as_asked_for(

@@ -351,7 +351,7 @@ def test_when_no_descriptor_is_left_for_a_ring() -> None:
 
 @uring
 def test_when_no_descriptor_is_left_for_the_ring_of_another_thread() -> None:
-    """A loop that has to be on uring refuses to run there, and goes on where it has a ring, or as soon as there is one."""
+    """A loop that has to be on uring refuses to run there; it goes on where it has a ring, or can have one."""
     done = run_python(
         """
         import asyncio, iocp_loop, os, resource

@@ -413,6 +413,11 @@ static PyMethodDef wait_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef wait_members[] = {
+    {"future", T_OBJECT, offsetof(SocketWait, future), READONLY, "With what it is awaited; None if it is not."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot wait_slots[] = {
     {Py_tp_doc, (char *)"A coroutine's wait for a socket."},
     {Py_tp_dealloc, wait_dealloc},
@@ -420,6 +425,7 @@ static PyType_Slot wait_slots[] = {
     {Py_tp_clear, wait_clear},
     {Py_tp_call, wait_call},
     {Py_tp_methods, wait_methods},
+    {Py_tp_members, wait_members},
     {Py_tp_iter, itself},
     {Py_tp_iternext, wait_next},
     {Py_am_await, itself},
@@ -451,7 +457,12 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     descriptor fd = plain_descriptor(self->loop, sock);
     /* What is not a stream has messages, which must not be cut to what receive_bytes expects. */
     if (fd == NO_DESCRIPTOR || !is_stream_socket(sock) || !PyLong_CheckExact(args[1])
-        || PyDict_GET_SIZE(self->unclaimed) > 0 || PyDict_GET_SIZE(self->lines) > 0)
+        || PyDict_GET_SIZE(self->unclaimed) > 0)
+        Py_RETURN_NONE;
+    int in_line = PyDict_GET_SIZE(self->lines) > 0 ? PyDict_Contains(self->lines, sock) : 0;
+    if (in_line < 0)
+        return NULL;
+    if (in_line)
         Py_RETURN_NONE;
     Py_ssize_t size = PyLong_AsSsize_t(args[1]);
     if (size <= 0) {
