@@ -48,6 +48,7 @@ class PythonTls:
         _app_protocol_buffer_updated: Any
         _app_protocol_get_buffer: Any
         _app_protocol_is_buffer: bool
+        _app_state: Any
         _app_reading_paused: bool
         _app_writing_paused: bool
         _eof_received: bool
