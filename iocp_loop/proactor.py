@@ -42,27 +42,34 @@ _PRECIOUS = (ops.Receive, ops.ReceiveInto, ops.Accept, ops.ReceiveFrom, ops.Rece
 class _OperationFuture(asyncio.Future[Any]):
     """The Future of one operation."""
 
+    #: Somebody awaits it who calls `Proactor.taken` then.
+    kept = False
+    #: What it has was kept before, for the next in line.
+    claimed = False
+
     def __init__(self, proactor: Proactor, op: Operation, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop=loop)
         self._proactor = proactor
-        self._op = op
+        self.op = op
 
     def start(self) -> None:
         """Submit the operation.  Raises OSError or ValueError if it is refused outright."""
-        self._op.complete = self._completed
-        self._proactor.driver.submit(self._op)
+        self.op.complete = self._completed
+        self._proactor.driver.submit(self.op)
         if self.done():  # a finalizer has cancelled it before there was anything to cancel
-            self._proactor._cancel_precious(self._op)
+            self._proactor._cancel_precious(self.op)
 
     def cancel(self, msg: Any | None = None) -> bool:
         if not self.done():
-            self._proactor._cancel_precious(self._op)
+            self._proactor._cancel_precious(self.op)
         return super().cancel(msg=msg)
 
     def _completed(self, value: Any, error: BaseException | None) -> None:
-        self._op.complete = ops.is_over  # the Future and the operation refer to each other: part them
+        self.op.complete = ops.is_over  # the Future and the operation refer to each other: part them
         if not self.take(value, error):
-            self._proactor._ended_unawaited(self._op, value, error)
+            self._proactor._ended_unawaited(self.op, value, error)
+        elif self.kept and error is None:
+            self._proactor._lines.setdefault(self.op.handle, self)  # until its task has run
 
     def take(self, value: Any, error: BaseException | None) -> bool:
         """Be done with a value or an error; False if nobody awaits that any more."""
@@ -119,7 +126,9 @@ class Proactor:
         self.wake = driver.wake
         self.let_go = driver.let_go
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
-        self._lines: dict[Any, _Line] = {}
+        # By handle: a line; or, as long as nobody stands behind it, an operation that has ended and whose task has not run
+        # (its Future, or the native tier's SocketWait).
+        self._lines: dict[Any, Any] = {}
 
     # -- the turn of the loop ----------------------------------------------------------------------
 
@@ -288,7 +297,10 @@ class Proactor:
         """Ask for the end of an operation whose Future is being cancelled."""
         self.driver.cancel(op)
         if isinstance(op, _PRECIOUS) and op.state is not ops.NEW:  # new: it stands in line itself
-            self._lines.setdefault(op.handle, _Line()).ending.add(op)
+            line = self._line(op.handle)
+            if line is None:
+                line = self._lines[op.handle] = _Line()
+            line.ending.add(op)
 
     def _ended_unawaited(self, op: Operation, value: Any, error: BaseException | None) -> None:
         """The last completion of a cancelled operation: keep what it got, and let those behind it go on."""
@@ -300,7 +312,7 @@ class Proactor:
 
     def _leave_line(self, op: Operation) -> None:
         """The outcome of `op` is known: let those behind it go on, up to the first that has to wait itself."""
-        line = self._lines.get(op.handle)
+        line = self._line(op.handle)
         if line is None:
             return
         line.ending.discard(op)
@@ -309,11 +321,26 @@ class Proactor:
         if not line.ending and self._lines.get(op.handle) is line:
             del self._lines[op.handle]
 
+    def _line(self, handle: Any) -> _Line | None:
+        """The line on `handle`; None if there is none."""
+        line = self._lines.get(handle)
+        if line is not None and type(line) is not _Line:
+            ended, line = line, _Line()
+            self._lines[handle] = line
+            self._stand_first(line, ended.op, _future_of(ended))
+        return line
+
+    def taken(self, future: asyncio.Future[Any]) -> None:
+        """Whoever awaited `future` has run: it has taken what there was, or given it up."""
+        if self._lines and isinstance(future, _OperationFuture) and self._lines.get(future.op.handle) is future:
+            del self._lines[future.op.handle]
+
     def _begin_line(self, op: Operation) -> _Line | None:
         """A line behind the operation that waits on the handle of `op` already; None if there is none."""
         if self.driver.busy(op.fd, READABLE):
             for other in list(self.in_flight.values()):
-                if other.handle is op.handle and isinstance(other, _PRECIOUS) and (future := _future_of(other)):
+                owner = getattr(other.complete, "__self__", other.complete)
+                if other.handle is op.handle and isinstance(other, _PRECIOUS) and (future := _future_of(owner)):
                     line = self._lines[op.handle] = _Line()
                     self._stand_first(line, other, future)
                     return line
@@ -336,7 +363,7 @@ class Proactor:
 
     def _submit_in_turn(self, future: _OperationFuture, op: Operation) -> None:
         """Submit behind earlier operations on the same handle, or answer with what a cancelled one of them had got."""
-        line = self._lines.get(op.handle) or self._begin_line(op)
+        line = self._line(op.handle) or self._begin_line(op)
         if line is not None:
             line.waiting.append(lambda: self._go_on(line, future, op))
         else:
@@ -349,6 +376,7 @@ class Proactor:
             future.start()
         else:
             op.complete = ops.is_over
+            future.claimed = True
             if not future.take(value, None):
                 self.keep_value(op, value, first=True)
 
@@ -375,7 +403,7 @@ class Proactor:
                 complete(data, None)
 
         deliver(lambda data, _: self.driver.ready.append((op, data, None)))  # with the next dispatch, not by recursion
-        line = self._lines.get(op.handle)
+        line = self._line(op.handle)
         if line is not None:
             line.waiting.append(lambda: deliver(op.complete))  # in a dispatch, before what came later
 
@@ -383,7 +411,7 @@ class Proactor:
         """Keep what `future` got, if whoever awaited it was cancelled in the turn in which it came."""
         got_something = future.done() and not future.cancelled() and future.exception() is None
         if got_something and isinstance(future, _OperationFuture):
-            self.keep_value(future._op, future.result())
+            self.keep_value(future.op, future.result(), first=future.claimed)
 
     def keep_value(self, op: Operation, value: Any, *, first: bool = False) -> None:
         """Keep `value`, which `op` got when nobody awaited it any more, for the next one of its kind.
@@ -418,12 +446,9 @@ class Proactor:
         return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)
 
 
-def _future_of(op: Operation) -> asyncio.Future[Any] | None:
-    """With what somebody awaits `op`; None if nobody does."""
-    owner = getattr(op.complete, "__self__", None)
-    if isinstance(owner, _OperationFuture):
-        return owner
-    return getattr(op.complete, "future", None)  # of the native tier's SocketWait
+def _future_of(owner: Any) -> asyncio.Future[Any] | None:
+    """With what an operation is awaited whose owner this is; None if it is not."""
+    return owner if isinstance(owner, _OperationFuture) else getattr(owner, "future", None)  # of a SocketWait
 
 
 def _as_asked_for(

@@ -222,6 +222,20 @@ async def test_one_of_several_that_receive_is_given_up_as_its_bytes_come(loop: L
     assert await loop.sock_recv(pair[0], 10) == b"c"
 
 
+@pytest.mark.parametrize("receive", [lambda loop, sock: loop.sock_recv(sock, 1), _receive_into])
+async def test_who_begins_to_receive_as_another_is_served_and_given_up(loop: Loop, pair: Pair, receive: Any) -> None:
+    first = loop.create_task(receive(loop, pair[0]))
+    await turns()
+    pair[1].sendall(b"abc")
+    second = loop.create_task(receive(loop, pair[0]))
+    loop.call_soon(first.cancel)
+    assert await asyncio.wait_for(second, LIMIT) == b"a"
+    assert first.cancelled()
+    assert await loop.sock_recv(pair[0], 10) == b"bc"
+    await turns()
+    assert not loop._proactor.claims(pair[0])
+
+
 async def test_one_of_several_that_accept_is_given_up_as_its_client_comes(loop: Loop, listener: socket.socket) -> None:
     """The client is for the next in line, who does not wait for another."""
     tasks = [loop.create_task(loop.sock_accept(listener)) for _ in range(3)]

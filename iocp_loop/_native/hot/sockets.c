@@ -199,6 +199,26 @@ static int keep_value(SocketWait *self, PyObject *op, PyObject *value)
     return done == NULL ? -1 : 0;
 }
 
+/* Until the task has run, what comes later on that socket has to wait: the operation stands in the proactor's lines. */
+static int stand_in_line(SocketWait *self)
+{
+    if (self->calls == NULL || self->calls->lines == NULL || self->sock == NULL)
+        return 0;
+    return PyDict_SetDefault(self->calls->lines, self->sock, (PyObject *)self) == NULL ? -1 : 0;
+}
+
+/* The task has run, or is gone. */
+static int leave_line(SocketWait *self)
+{
+    PyObject *lines = self->calls == NULL ? NULL : self->calls->lines;
+    if (lines == NULL || self->sock == NULL || PyDict_GET_SIZE(lines) == 0)
+        return 0;
+    PyObject *first = PyDict_GetItemWithError(lines, self->sock); /* borrowed */
+    if (first != (PyObject *)self)
+        return PyErr_Occurred() ? -1 : 0;
+    return PyDict_DelItem(lines, self->sock);
+}
+
 /* The operation has ended: `value` or `error`, the other None. */
 static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
 {
@@ -221,7 +241,7 @@ static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
         Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
         if (future != NULL) {
             done = PyObject_CallMethodOneArg(future, names.set_result, Py_None);
-            failed = done == NULL ? -1 : 0;
+            failed = done == NULL || (error == Py_None && stand_in_line(self) < 0) ? -1 : 0;
             Py_XDECREF(done);
         }
     }
@@ -269,6 +289,9 @@ int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
 static PySendResult answer(SocketWait *self, PyObject **result)
 {
     Py_CLEAR(self->future);
+    *result = NULL;
+    if (leave_line(self) < 0)
+        return PYGEN_ERROR;
     if (self->error == NULL) {
         *result = self->value;
         self->value = NULL;
@@ -337,9 +360,11 @@ static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wa
 static int abandon(SocketWait *self)
 {
     PyObject *op = self->op, *value = self->value;
-    int failed = 0;
+    int failed = leave_line(self);
     self->op = self->value = NULL;
-    if (value != NULL)
+    if (failed)
+        ;
+    else if (value != NULL)
         failed = keep_value(self, op, value);
     else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
              && self->calls->proactor != NULL) {
@@ -414,6 +439,7 @@ static PyMethodDef wait_methods[] = {
 };
 
 static PyMemberDef wait_members[] = {
+    {"op", T_OBJECT, offsetof(SocketWait, op), READONLY, "The operation; None if there is none."},
     {"future", T_OBJECT, offsetof(SocketWait, future), READONLY, "With what it is awaited; None if it is not."},
     {NULL, 0, 0, 0, NULL},
 };
