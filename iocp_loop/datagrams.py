@@ -113,8 +113,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             if waiter is not None and not waiter.done():
                 waiter.set_exception(exc)
             return
-        if not self._closing and self._receive is None:  # a datagram that it sent has begun it already
-            self._arm_receive()
+        self._arm_receive()
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -151,6 +150,8 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
     # -- receiving ---------------------------------------------------------------------------------
 
     def _arm_receive(self) -> None:
+        if self._receive is not None or self._closing:
+            return  # whatever the protocol has sent meanwhile has armed it; or has closed
         most = _MOST_INET if self._sock.family in (socket.AF_INET, socket.AF_INET6) else _MOST_UNIX
         try:
             self._receive = self._proactor.receive_from_stream(self._sock, most, self._received)
@@ -178,8 +179,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
         elif not was_cancelled(error):  # that would be the loop closing under us
             self._context.run(self._tell_error, error)
-            if not self._closing:
-                self._arm_receive()
+            self._arm_receive()
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         return True
 
     def _after_sending(self) -> None:
-        if self._receive is None and self._begun and not self._closing:
+        if self._begun and self._receive is None:
             self._arm_receive()  # the first datagram has bound the socket
 
     def _submit_head(self) -> None:

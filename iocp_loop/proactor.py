@@ -11,7 +11,8 @@ completion to one or the other:
 Cancelling such a Future cancels it at once, as asyncio's users expect, and asks the driver to end the operation; the
 buffers stay in the in-flight table until it has.  If the operation had already got something (bytes, a connection,
 a datagram) that nobody awaits any more, it is not lost: the next call of the same kind on that socket returns it.
-Until the cancelled operation has ended, that next call stands in line behind it, or it would overtake those bytes.
+Until the cancelled operation has ended, that next call stands in line behind it, or it would overtake those bytes.  So
+do several that wait on one socket: each begins when whoever awaits the one before it has taken what that got.
 """
 
 from __future__ import annotations
@@ -40,27 +41,34 @@ Deliver = Callable[[Any, BaseException | None], object]
 class _OperationFuture(asyncio.Future[Any]):
     """The Future of one operation."""
 
+    #: Somebody awaits it who calls `Proactor.taken` then.
+    kept = False
+    #: What it has was kept before, for the next in line.
+    claimed = False
+
     def __init__(self, proactor: Proactor, op: Operation, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop=loop)
         self._proactor = proactor
-        self._op = op
+        self.op = op
 
     def start(self) -> None:
         """Submit the operation.  Raises OSError or ValueError if it is refused outright."""
-        self._op.complete = self._completed
-        self._proactor.driver.submit(self._op)
+        self.op.complete = self._completed
+        self._proactor.driver.submit(self.op)
         if self.done():  # a finalizer has cancelled it before there was anything to cancel
-            self._proactor._cancel_precious(self._op)
+            self._proactor._cancel_precious(self.op)
 
     def cancel(self, msg: Any | None = None) -> bool:
         if not self.done():
-            self._proactor._cancel_precious(self._op)
+            self._proactor._cancel_precious(self.op)
         return super().cancel(msg=msg)
 
     def _completed(self, value: Any, error: BaseException | None) -> None:
-        self._op.complete = ops.is_over  # the Future and the operation refer to each other: part them
+        self.op.complete = ops.is_over  # the Future and the operation refer to each other: part them
         if not self.take(value, error):
-            self._proactor._ended_unawaited(self._op, value, error)
+            self._proactor._ended_unawaited(self.op, value, error)
+        elif self.kept and error is None:
+            self._proactor._lines.setdefault(self.op.handle, self)  # until its task has run
 
     def take(self, value: Any, error: BaseException | None) -> bool:
         """Be done with a value or an error; False if nobody awaits that any more."""
@@ -87,7 +95,11 @@ def fail(future: asyncio.Future[Any], error: BaseException) -> None:
 
 
 class _Line:
-    """One handle's cancelled operations that have not ended, and what must wait until they have."""
+    """One handle's operations whose outcome is open, and what must wait until it is known.
+
+    They have been cancelled and have not ended; or somebody awaits them, and may be given up in the turn in which they
+    end: what they got is then for the next in line.
+    """
 
     __slots__ = ("ending", "waiting")
 
@@ -118,7 +130,9 @@ class Proactor:
         self._watch_natively: Callable[..., ops.ReadinessStream | None] | None
         self._watch_natively = getattr(driver, "readiness_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
-        self._lines: dict[Any, _Line] = {}
+        # By handle: a line; or, as long as nobody stands behind it, an operation that has ended and whose task has not run
+        # (its Future, or the native tier's SocketWait).
+        self._lines: dict[Any, Any] = {}
 
     # -- the turn of the loop ----------------------------------------------------------------------
 
@@ -162,7 +176,7 @@ class Proactor:
     def submit(self, op: Operation) -> asyncio.Future[Any]:
         """Submit any operation; the Future of its completion."""
         future = _OperationFuture(self, op, self._loop)
-        if (self._unclaimed or self._lines) and op.precious:
+        if op.precious and (self._unclaimed or self._lines or self.driver.busy(op.fd, READABLE)):
             self._submit_in_turn(future, op)
         else:
             future.start()
@@ -293,7 +307,10 @@ class Proactor:
         """Ask for the end of an operation whose Future is being cancelled."""
         self.driver.cancel(op)
         if op.precious and op.state is not ops.NEW:  # new: it stands in line itself
-            self._lines.setdefault(op.handle, _Line()).ending.add(op)
+            line = self._line(op.handle)
+            if line is None:
+                line = self._lines[op.handle] = _Line()
+            line.ending.add(op)
 
     def _ended_unawaited(self, op: Operation, value: Any, error: BaseException | None) -> None:
         """The last completion of a cancelled operation: keep what it got, and let those behind it go on."""
@@ -301,14 +318,53 @@ class Proactor:
             return
         if error is None:
             self.keep_value(op, value)
-        line = self._lines.get(op.handle)
+        self._leave_line(op)
+
+    def _leave_line(self, op: Operation) -> None:
+        """The outcome of `op` is known: let those behind it go on, up to the first that has to wait itself."""
+        line = self._line(op.handle)
         if line is None:
             return
         line.ending.discard(op)
-        if not line.ending:
+        while line.waiting and not line.ending:
+            line.waiting.popleft()()
+        if not line.ending and self._lines.get(op.handle) is line:
             del self._lines[op.handle]
-            for go_on in line.waiting:
-                go_on()
+
+    def _line(self, handle: Any) -> _Line | None:
+        """The line on `handle`; None if there is none."""
+        line = self._lines.get(handle)
+        if line is not None and type(line) is not _Line:
+            ended, line = line, _Line()
+            self._lines[handle] = line
+            self._stand_first(line, ended.op, _future_of(ended))
+        return line
+
+    def taken(self, future: asyncio.Future[Any]) -> None:
+        """Whoever awaited `future` has run: it has taken what there was, or given it up."""
+        if self._lines and isinstance(future, _OperationFuture) and self._lines.get(future.op.handle) is future:
+            del self._lines[future.op.handle]
+
+    def _begin_line(self, op: Operation) -> _Line | None:
+        """A line behind the operation that waits on the handle of `op` already; None if there is none."""
+        if self.driver.busy(op.fd, READABLE):
+            for other in list(self.in_flight.values()):
+                owner = getattr(other.complete, "__self__", other.complete)
+                if other.handle is op.handle and other.precious and (future := _future_of(owner)):
+                    line = self._lines[op.handle] = _Line()
+                    self._stand_first(line, other, future)
+                    return line
+        return None
+
+    def _stand_first(self, line: _Line, op: Operation, future: asyncio.Future[Any]) -> None:
+        """Nobody in `line` goes on before `op` has ended and whoever awaits `future` has run."""
+
+        def has_run(_: object) -> None:
+            if op.complete is None or op.complete is ops.is_over:  # else its completion comes, to `_ended_unawaited`
+                self._leave_line(op)
+
+        line.ending.add(op)
+        future.add_done_callback(has_run)  # after that of the task that awaits it already
 
     def abandon(self, op: Operation) -> None:
         """Nobody awaits `op`, which is in flight, any more: ask for its end, and keep what it gets all the same."""
@@ -316,27 +372,33 @@ class Proactor:
         self._cancel_precious(op)
 
     def _submit_in_turn(self, future: _OperationFuture, op: Operation) -> None:
-        """Submit behind cancelled operations on the same handle, or answer with what one of them had got."""
-        line = self._lines.get(op.handle)
+        """Submit behind earlier operations on the same handle, or answer with what a cancelled one of them had got."""
+        line = self._line(op.handle) or self._begin_line(op)
         if line is not None:
-            line.waiting.append(lambda: self._go_on(future, op))
-            return
+            line.waiting.append(lambda: self._go_on(line, future, op))
+        else:
+            self._submit_now(future, op)
+
+    def _submit_now(self, future: _OperationFuture, op: Operation) -> None:
         try:
             value = self._claim(op)
         except LookupError:  # there is nothing
             future.start()
         else:
+            op.complete = ops.is_over
+            future.claimed = True
             if not future.take(value, None):
                 self.keep_value(op, value, first=True)
 
-    def _go_on(self, future: _OperationFuture, op: Operation) -> None:
+    def _go_on(self, line: _Line, future: _OperationFuture, op: Operation) -> None:
         if future.done():
             return
         if self.driver.closed:
             future.cancel()
             return
         try:
-            self._submit_in_turn(future, op)
+            self._submit_now(future, op)
+            self._stand_first(line, op, future)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:
@@ -351,7 +413,7 @@ class Proactor:
                 complete(data, None)
 
         deliver(lambda data, _: self.driver.ready.append((op, data, None)))  # with the next dispatch, not by recursion
-        line = self._lines.get(op.handle)
+        line = self._line(op.handle)
         if line is not None:
             line.waiting.append(lambda: deliver(op.complete))  # in a dispatch, before what came later
 
@@ -359,7 +421,7 @@ class Proactor:
         """Keep what `future` got, if whoever awaited it was cancelled in the turn in which it came."""
         got_something = future.done() and not future.cancelled() and future.exception() is None
         if got_something and isinstance(future, _OperationFuture):
-            self.keep_value(future._op, future.result())
+            self.keep_value(future.op, future.result(), first=future.claimed)
 
     def keep_value(self, op: Operation, value: Any, *, first: bool = False) -> None:
         """Keep `value`, which `op` got when nobody awaited it any more, for the next one of its kind.
@@ -392,6 +454,11 @@ class Proactor:
     def claims(self, sock: socket.socket) -> bool:
         """True if something is kept for `sock`, or may be soon, that goes before a new call into the kernel."""
         return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)
+
+
+def _future_of(owner: Any) -> asyncio.Future[Any] | None:
+    """With what an operation is awaited whose owner this is; None if it is not."""
+    return owner if isinstance(owner, _OperationFuture) else getattr(owner, "future", None)  # of a SocketWait
 
 
 def _as_asked_for(

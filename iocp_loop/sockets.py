@@ -80,12 +80,15 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     async def _keeping(self, future: asyncio.Future[_T]) -> _T:
         """Await `future`; its result is for the next caller if we are given up in the turn in which it comes."""
+        future.kept = True  # type: ignore[attr-defined]  # it is an operation's
         try:
             return await future
         except BaseException:  # cancelled, closed, or something was thrown in
             self._proactor.keep(future)
             future.cancel()
             raise
+        finally:
+            self._proactor.taken(future)
 
     async def sock_recv(self, sock: socket.socket, n: int) -> bytes:
         """Receive at most `n` bytes; empty at the end of the stream."""

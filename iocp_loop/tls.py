@@ -29,6 +29,8 @@ from .transports import SocketTransport, TakesBytes
 __all__ = ["TlsMethods"]
 
 _State: Any = sslproto.SSLProtocolState
+_AppState: Any = sslproto.AppProtocolState
+_CONNECTED = frozenset({_AppState.STATE_CON_MADE, _AppState.STATE_EOF})
 _NOT_NOW: tuple[type[Exception], ...] = sslproto.SSLAgainErrors
 
 #: The plain text of a TLS record, in bytes, at most (RFC 8446, 5.1).
@@ -46,6 +48,7 @@ class PythonTls:
         _app_protocol_buffer_updated: Any
         _app_protocol_get_buffer: Any
         _app_protocol_is_buffer: bool
+        _app_state: Any
         _app_reading_paused: bool
         _app_writing_paused: bool
         _eof_received: bool
@@ -213,9 +216,25 @@ class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]
             self._do_shutdown()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The transport beneath is lost.  The user's protocol is let go of, which may keep the transport above."""
+        """The transport beneath is lost.  Whoever is the user's protocol by then is told in the next turn."""
+        protocol = self._app_protocol
+        if told := self._state is not _State.DO_HANDSHAKE and self._app_state in _CONNECTED:
+            self._app_state = _AppState.STATE_CON_LOST  # asyncio's class would tell whoever is the protocol now
+            self._loop.call_soon(self._tell_of_loss, exc)
         super().connection_lost(exc)
-        self._app_protocol_get_buffer = self._app_protocol_buffer_updated = None
+        if told:
+            self._app_protocol = protocol
+        else:
+            self._let_protocol_go()
+
+    def _tell_of_loss(self, exc: BaseException | None) -> None:
+        protocol = self._app_protocol
+        self._let_protocol_go()
+        protocol.connection_lost(exc)
+
+    def _let_protocol_go(self) -> None:
+        """It may keep the transport above, which keeps this."""
+        self._app_protocol = self._app_protocol_get_buffer = self._app_protocol_buffer_updated = None
 
     def _do_shutdown(self) -> None:
         """End the connection with the peer's consent.  What it sends until it has consented is for nobody.

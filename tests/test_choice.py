@@ -331,6 +331,40 @@ def test_when_no_descriptor_is_left_for_a_ring() -> None:
 
 
 @uring
+def test_when_no_descriptor_is_left_for_the_ring_of_another_thread() -> None:
+    """A loop that has to be on uring refuses to run there; it goes on where it has a ring, or can have one."""
+    done = run_python(
+        """
+        import asyncio, iocp_loop, os, resource
+        from concurrent.futures import ThreadPoolExecutor
+
+        loop = iocp_loop.new_event_loop("uring")
+        spare = os.dup(0)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        def run():
+            try:
+                loop.run_until_complete(asyncio.sleep(0.001))
+            except OSError as error:
+                print(error.strerror.partition(" (")[0])
+            else:
+                print(loop.driver)
+
+        run()
+        os.close(spare)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+            run()
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            pool.submit(run).result()
+        loop.close()
+        """
+    )
+    assert done.stdout.splitlines() == ["uring", "no descriptor is left for a ring", "uring", "uring"]
+
+
+@uring
 def test_a_forced_uring_names_the_sandbox_that_comes_later() -> None:
     look = """
 import asyncio, iocp_loop

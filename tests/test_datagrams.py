@@ -343,6 +343,23 @@ async def test_a_datagram_sent_in_connection_made_begins_one_receive(loop: Loop)
     await server.closed()
 
 
+@pytest.mark.skipif(WINE, reason="under Wine the answer 'port unreachable' does not reach a receive")
+async def test_a_datagram_sent_in_error_received_begins_no_second_receive(loop: Loop) -> None:
+    class Again(Collector):
+        def error_received(self, exc: Exception) -> None:
+            super().error_received(exc)
+            if len(self.errors) == 1:
+                self.transport.sendto(b"again")
+
+    with udp_socket() as nobody:
+        address = nobody.getsockname()
+    client = await endpoint(loop, Again, remote_addr=address)
+    client.transport.sendto(b"hello")
+    await client.fails(2)
+    assert [type(op) for op in loop._proactor.in_flight.values()] == [ops.ReceiveFromStream]
+    await client.closed()
+
+
 async def test_close_in_datagram_received(loop: Loop) -> None:
     class Once(Collector):
         def datagram_received(self, data: bytes, addr: Any) -> None:

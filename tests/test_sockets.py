@@ -200,6 +200,58 @@ async def test_a_timed_out_receive_loses_nothing(loop: Loop, pair: Pair) -> None
     assert got == data
 
 
+def _receive_into(loop: Loop, sock: socket.socket) -> Any:
+    buffer = bytearray(1)
+
+    async def receive() -> bytes:
+        return bytes(buffer[: await loop.sock_recv_into(sock, buffer)])
+
+    return receive()
+
+
+@pytest.mark.parametrize("receive", [lambda loop, sock: loop.sock_recv(sock, 1), _receive_into])
+async def test_one_of_several_that_receive_is_given_up_as_its_bytes_come(loop: Loop, pair: Pair, receive: Any) -> None:
+    """They are for the next in line, who gets no later ones."""
+    tasks = [loop.create_task(receive(loop, pair[0])) for _ in range(3)]
+    await turns()
+    pair[1].sendall(b"abc")
+    await asyncio.sleep(0)  # the next turn takes what has come, and then it is for us to run
+    tasks[0].cancel()
+    assert await asyncio.wait_for(asyncio.gather(*tasks[1:]), LIMIT) == [b"a", b"b"]
+    assert tasks[0].cancelled()
+    assert await loop.sock_recv(pair[0], 10) == b"c"
+
+
+@pytest.mark.parametrize("receive", [lambda loop, sock: loop.sock_recv(sock, 1), _receive_into])
+async def test_who_begins_to_receive_as_another_is_served_and_given_up(loop: Loop, pair: Pair, receive: Any) -> None:
+    first = loop.create_task(receive(loop, pair[0]))
+    await turns()
+    pair[1].sendall(b"abc")
+    second = loop.create_task(receive(loop, pair[0]))
+    loop.call_soon(first.cancel)
+    assert await asyncio.wait_for(second, LIMIT) == b"a"
+    assert first.cancelled()
+    assert await loop.sock_recv(pair[0], 10) == b"bc"
+    await turns()
+    assert not loop._proactor.claims(pair[0])
+
+
+async def test_one_of_several_that_accept_is_given_up_as_its_client_comes(loop: Loop, listener: socket.socket) -> None:
+    """The client is for the next in line, who does not wait for another."""
+    tasks = [loop.create_task(loop.sock_accept(listener)) for _ in range(3)]
+    await turns()
+    with socket.create_connection(listener.getsockname()) as client:
+        await asyncio.sleep(0)  # as above
+        tasks[0].cancel()
+        sock, address = await asyncio.wait_for(tasks[1], LIMIT)
+        with sock:
+            assert address == client.getsockname()
+    tasks[2].cancel()
+    await asyncio.wait(tasks)
+    await turns(10)
+    assert not loop._proactor.in_flight
+
+
 async def test_a_cancelled_call_ends_its_operation(loop: Loop, pair: Pair, listener: socket.socket) -> None:
     fill(pair[0])  # or Windows takes all of a sock_sendall
     with udp_socket() as datagrams:

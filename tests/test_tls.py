@@ -443,6 +443,24 @@ async def test_a_protocol_may_become_a_buffered_one(loop: Loop, connect: Connect
 
 
 @pytest.mark.parametrize("make", [Pieces, lambda: Buffered(1000)])
+async def test_the_end_is_told_to_who_is_the_protocol_by_then(
+    loop: Loop, connect: Connect, make: Callable[[], Any]
+) -> None:
+    """set_protocol in each turn, so also in the one between the end of the transport beneath and connection_lost."""
+    protocols = [make()]
+    peer = await connect(protocols[0])
+    transport = protocols[0].transport
+    transport.abort()
+    while not any(protocol.finished for protocol in protocols):
+        protocols.append(make())
+        transport.set_protocol(protocols[-1])
+        await asyncio.sleep(0)
+    assert [protocol.finished for protocol in protocols] == [False] * (len(protocols) - 1) + [True]
+    assert transport.get_protocol() is None
+    peer.sock.close()
+
+
+@pytest.mark.parametrize("make", [Pieces, lambda: Buffered(1000)])
 async def test_the_end(loop: Loop, connect: Connect, make: Callable[[], Any]) -> None:
     """Data and the peer's goodbye in one piece: the data first."""
     protocol = make()

@@ -240,10 +240,13 @@ class _Actor:
 
     def look(self) -> str:
         transport = self.transport
-        return (
-            f"closing={transport.is_closing()} reading={transport.is_reading()} "
-            f"unsent={transport.get_write_buffer_size() > 0}"
-        )
+        seen = f"closing={transport.is_closing()} reading={transport.is_reading()}"
+        # Amid a flood it depends on how much the kernel has taken at a time.
+        return seen if self.flooded else f"{seen} unsent={self.unsent()}"
+
+    def unsent(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self.transport.get_write_buffer_size() > 0)
 
     def look_closer(self) -> str:
         transport = self.transport
@@ -371,7 +374,7 @@ async def play_callbacks(program: _Program, stage: Stage) -> None:
         else:
             getattr(peer, name)(*arguments)
         await stage.quiet()
-        stage.note("protocol", f"after {name}: {actor.look()}")
+        stage.note("protocol", f"after {name}: {actor.look()} unsent={actor.unsent()}")
     await _end(actor, peer, stage)
 
 

@@ -151,7 +151,10 @@ async def _send(sender: Any, pieces: list[int]) -> None:
 
 
 async def _fork(fork: _Fork, inherited: _Inherited, stage: Stage) -> None:
+    parent = os.getpid()
     await asyncio.sleep(fork.seconds)
+    if os.getpid() != parent:
+        return  # this is an inherited task in another fork's child, whose loop is not to be stopped
     forked: asyncio.Future[tuple[int, int]] = stage.loop.create_future()
     if fork.when == "callback":
         stage.loop.call_soon(lambda: forked.set_result(_fork_now(fork, inherited)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import importlib
 import json
@@ -160,7 +161,12 @@ def _slices(
 
     def run_slice() -> None:
         stop = loop.call_later(source.pick([0, 0.0005, 0.002, 0.01]), loop.stop)
-        loop.run_forever()
+        try:
+            loop.run_forever()
+        except OSError as exc:
+            # No descriptor was left for the ring of another thread.  The loop goes on in one that has a ring.
+            if not (stage.hard and exc.errno == errno.EMFILE):
+                raise
         stop.cancel()
         while stage.between:
             stage.between.pop(0)()

@@ -192,6 +192,26 @@ static int keep_value(SocketWait *self, PyObject *op, PyObject *value)
     return done == NULL ? -1 : 0;
 }
 
+/* Until the task has run, what comes later on that socket has to wait: the operation stands in the proactor's lines. */
+static int stand_in_line(SocketWait *self)
+{
+    if (self->calls == NULL || self->calls->lines == NULL || self->sock == NULL)
+        return 0;
+    return PyDict_SetDefault(self->calls->lines, self->sock, (PyObject *)self) == NULL ? -1 : 0;
+}
+
+/* The task has run, or is gone. */
+static int leave_line(SocketWait *self)
+{
+    PyObject *lines = self->calls == NULL ? NULL : self->calls->lines;
+    if (lines == NULL || self->sock == NULL || PyDict_GET_SIZE(lines) == 0)
+        return 0;
+    PyObject *first = PyDict_GetItemWithError(lines, self->sock); /* borrowed */
+    if (first != (PyObject *)self)
+        return PyErr_Occurred() ? -1 : 0;
+    return PyDict_DelItem(lines, self->sock);
+}
+
 /* The operation has ended: `value` or `error`, the other None. */
 static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
 {
@@ -214,7 +234,7 @@ static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
         Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
         if (future != NULL) {
             done = PyObject_CallMethodOneArg(future, names.set_result, Py_None);
-            failed = done == NULL ? -1 : 0;
+            failed = done == NULL || (error == Py_None && stand_in_line(self) < 0) ? -1 : 0;
             Py_XDECREF(done);
         }
     }
@@ -262,6 +282,9 @@ int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
 static PySendResult answer(SocketWait *self, PyObject **result)
 {
     Py_CLEAR(self->future);
+    *result = NULL;
+    if (leave_line(self) < 0)
+        return PYGEN_ERROR;
     if (self->error == NULL) {
         *result = self->value;
         self->value = NULL;
@@ -330,9 +353,11 @@ static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wa
 static int abandon(SocketWait *self)
 {
     PyObject *op = self->op, *value = self->value;
-    int failed = 0;
+    int failed = leave_line(self);
     self->op = self->value = NULL;
-    if (value != NULL)
+    if (failed)
+        ;
+    else if (value != NULL)
         failed = keep_value(self, op, value);
     else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
              && self->calls->proactor != NULL) {
@@ -406,6 +431,12 @@ static PyMethodDef wait_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef wait_members[] = {
+    {"op", T_OBJECT, offsetof(SocketWait, op), READONLY, "The operation; None if there is none."},
+    {"future", T_OBJECT, offsetof(SocketWait, future), READONLY, "With what it is awaited; None if it is not."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot wait_slots[] = {
     {Py_tp_doc, (char *)"A coroutine's wait for a socket."},
     {Py_tp_dealloc, wait_dealloc},
@@ -413,6 +444,7 @@ static PyType_Slot wait_slots[] = {
     {Py_tp_clear, wait_clear},
     {Py_tp_call, wait_call},
     {Py_tp_methods, wait_methods},
+    {Py_tp_members, wait_members},
     {Py_tp_iter, itself},
     {Py_tp_iternext, wait_next},
     {Py_am_await, itself},
@@ -444,7 +476,12 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     descriptor fd = plain_descriptor(self->loop, sock);
     /* What is not a stream has messages, which must not be cut to what receive_bytes expects. */
     if (fd == NO_DESCRIPTOR || !is_stream_socket(sock) || !PyLong_CheckExact(args[1])
-        || PyDict_GET_SIZE(self->unclaimed) > 0 || PyDict_GET_SIZE(self->lines) > 0)
+        || PyDict_GET_SIZE(self->unclaimed) > 0)
+        Py_RETURN_NONE;
+    int in_line = PyDict_GET_SIZE(self->lines) > 0 ? PyDict_Contains(self->lines, sock) : 0;
+    if (in_line < 0)
+        return NULL;
+    if (in_line)
         Py_RETURN_NONE;
     Py_ssize_t size = PyLong_AsSsize_t(args[1]);
     if (size <= 0) {
