@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [all|echo|http|micro|life|latency|many|idle|syscalls|publish|plots] ...``."""
+"""The command line: ``python -m benchmarks [NAME] ...``; ``--help`` tells the names."""
 
 from __future__ import annotations
 

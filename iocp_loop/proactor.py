@@ -130,8 +130,8 @@ class Proactor:
         self._watch_natively: Callable[..., ops.ReadinessStream | None] | None
         self._watch_natively = getattr(driver, "readiness_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
-        # By handle: a line; or, as long as nobody stands behind it, an operation that has ended and whose task has not run
-        # (its Future, or the native tier's SocketWait).
+        # By handle: a line; or, as long as nobody stands behind it, an operation that has ended and whose task has not
+        # run (its Future, or the native tier's SocketWait).
         self._lines: dict[Any, Any] = {}
 
     # -- the turn of the loop ----------------------------------------------------------------------
@@ -456,7 +456,7 @@ class Proactor:
         return bool(self._unclaimed or self._lines) and (sock in self._unclaimed or sock in self._lines)
 
 
-def _future_of(owner: Any) -> asyncio.Future[Any] | None:
+def _future_of(owner: Any) -> Any:
     """With what an operation is awaited whose owner this is; None if it is not."""
     return owner if isinstance(owner, _OperationFuture) else getattr(owner, "future", None)  # of a SocketWait
 
