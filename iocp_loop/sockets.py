@@ -45,9 +45,9 @@ class SocketMethods(asyncio.BaseEventLoop):
                 self,
                 self._proactor,
                 self._proactor.driver,
-                self._proactor._unclaimed.data,  # type: ignore[attr-defined]  # not in typeshed
+                self._proactor._kept,
                 self._proactor._lines,
-                self._transports.data,  # type: ignore[attr-defined]  # as above
+                self._transports.data,  # type: ignore[attr-defined]  # not in typeshed
             )
 
     def _check_sock(self, sock: socket.socket) -> None:

@@ -597,24 +597,21 @@ static PyObject *forget_socket_waits(EpollTurns *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
-/* The ReadinessStream that is alone on a descriptor, with the events that hold for it (0: none); NULL if none is. */
-static PyObject *lone_readiness(PyObject *watch, unsigned held, unsigned *events)
+/* The operation that waits alone on a descriptor, in one direction; NULL if none does. */
+static PyObject *lone_operation(PyObject *watch)
 {
-    PyObject *readers = SLOT(watch, at.readers), *writers = SLOT(watch, at.writers), *op; /* borrowed */
+    PyObject *readers = SLOT(watch, at.readers), *writers = SLOT(watch, at.writers); /* borrowed */
     if (readers == NULL || writers == NULL || PyTuple_GET_SIZE(readers) + PyTuple_GET_SIZE(writers) != 1)
         return NULL;
-    op = PyTuple_GET_ITEM(PyTuple_GET_SIZE(readers) ? readers : writers, 0);
-    if ((PyObject *)Py_TYPE(op) != operation_slots.readiness_stream)
-        return NULL;
-    /* A hang-up or an error counts as each of the two. */
-    held = (held & ~(unsigned)EPOLLOUT ? EPOLLIN : 0) | (held & ~(unsigned)EPOLLIN ? EPOLLOUT : 0);
-    *events = held & (unsigned)PyLong_AsUnsignedLong(SLOT(op, operation_slots.events));
-    return Py_NewRef(op);
+    return Py_NewRef(PyTuple_GET_ITEM(PyTuple_GET_SIZE(readers) ? readers : writers, 0));
 }
 
-/* Tell a ReadinessStream, unless the event is that of an earlier file with the same number. */
-static int tell(EpollTurns *self, PyObject *op, unsigned events)
+/* Tell a ReadinessStream what holds, unless the event is that of an earlier file with the same number. */
+static int tell(EpollTurns *self, PyObject *op, unsigned held)
 {
+    /* A hang-up or an error counts as each of the two. */
+    held = (held & ~(unsigned)EPOLLOUT ? EPOLLIN : 0) | (held & ~(unsigned)EPOLLIN ? EPOLLOUT : 0);
+    unsigned events = held & (unsigned)PyLong_AsUnsignedLong(SLOT(op, operation_slots.events));
     int fresh = PySet_Contains(self->fresh, SLOT(op, operation_slots.fd));
     if (fresh || !events)
         return fresh < 0 ? -1 : 0;
@@ -628,8 +625,7 @@ static int tell(EpollTurns *self, PyObject *op, unsigned events)
 static int deliver(EpollTurns *self, struct epoll_event event)
 {
     int fd = event.data.fd, failed;
-    unsigned events;
-    PyObject *watch = watch_of(self, fd), *stream, *readiness, *done;
+    PyObject *watch = watch_of(self, fd), *stream, *done, *alone = NULL;
     if (watch == NULL && PyErr_Occurred())
         return -1;
     if (watch == NULL && is_registered(self, fd))
@@ -640,14 +636,19 @@ static int deliver(EpollTurns *self, struct epoll_event event)
     if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
         self->completions++;
         failed = receive(self, stream);
-    } else if (watch != Py_None && (readiness = lone_readiness(watch, event.events, &events)) != NULL) {
-        failed = tell(self, readiness, events);
-        Py_DECREF(readiness);
+    } else if ((alone = watch == Py_None ? NULL : lone_operation(watch)) != NULL
+               && (PyObject *)Py_TYPE(alone) == operation_slots.readiness_stream) {
+        failed = tell(self, alone, event.events);
+    } else if (alone != NULL && (PyObject *)Py_TYPE(alone) == operation_slots.accept_stream) {
+        done = PyObject_CallMethodOneArg((PyObject *)self, names.accept_some, alone);
+        Py_XDECREF(done);
+        failed = done == NULL ? -1 : 0;
     } else {
         done = PyObject_CallMethod((PyObject *)self, "_dispatch_other", "iOI", fd, watch, (unsigned)event.events);
         Py_XDECREF(done);
         failed = done == NULL ? -1 : 0;
     }
+    Py_XDECREF(alone);
     Py_XDECREF(stream);
     Py_DECREF(watch);
     return failed;

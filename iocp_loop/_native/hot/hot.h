@@ -119,7 +119,7 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 /* The names that are looked up again and again, made once. */
 extern struct names {
     PyObject *append, *arm, *end_with, *popleft, *take; /* of iocp.c */
-    PyObject *abandon, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
+    PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
         *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
         *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
@@ -138,6 +138,7 @@ extern struct operation_slots {
     Py_ssize_t complete, driver_data, fd, handle, key, state, token;
     PyObject *receive_stream; /* the type ReceiveStream, and its slots */
     Py_ssize_t get_buffer, paused;
+    PyObject *accept_stream; /* the type AcceptStream */
     PyObject *readiness_stream; /* the type ReadinessStream, and its slot */
     Py_ssize_t events;
     PyObject *receive; /* the type Receive, and its slot */

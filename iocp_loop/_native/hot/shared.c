@@ -404,6 +404,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         {&operation_slots.cancelling, "CANCELLING"},
         {&operation_slots.done, "DONE"},
         {&operation_slots.receive_stream, "ReceiveStream"},
+        {&operation_slots.accept_stream, "AcceptStream"},
         {&operation_slots.readiness_stream, "ReadinessStream"},
         {&operation_slots.receive_from_stream, "ReceiveFromStream"},
         {&operation_slots.send_all, "SendAll"},
@@ -435,6 +436,7 @@ int intern_names(void)
         const char *text;
     } table[] = {
         {&names.abandon, "abandon"},
+        {&names.accept_some, "_accept_some"},
         {&names.append, "append"},
         {&names.arm, "_arm"},
         {&names.arm_all, "_arm_all"},
