@@ -126,7 +126,7 @@ class Proactor:
         self.wake = driver.wake
         self.let_go = driver.let_go
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
-        # By handle: a line; or, as long as nobody stands behind it, an operation that has ended and whose task has not run
+        # By handle: a line; or, while nobody stands behind it, an operation that has ended and whose task is to run yet
         # (its Future, or the native tier's SocketWait).
         self._lines: dict[Any, Any] = {}
 
@@ -327,7 +327,7 @@ class Proactor:
         if line is not None and type(line) is not _Line:
             ended, line = line, _Line()
             self._lines[handle] = line
-            self._stand_first(line, ended.op, _future_of(ended))
+            self._stand_first(line, ended.op, ended if isinstance(ended, _OperationFuture) else ended.future)
         return line
 
     def taken(self, future: asyncio.Future[Any]) -> None:
