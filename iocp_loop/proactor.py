@@ -339,7 +339,7 @@ class Proactor:
         if line is not None and type(line) is not _Line:
             ended, line = line, _Line()
             self._lines[handle] = line
-            self._stand_first(line, ended.op, _future_of(ended))
+            self._stand_first(line, ended.op, ended if isinstance(ended, _OperationFuture) else ended.future)
         return line
 
     def taken(self, future: asyncio.Future[Any]) -> None:
