@@ -70,7 +70,7 @@ int epoll_take(EpollTurns *self, int *more)
     int count = epoll_wait(self->fd, self->events, BATCH, 0);
     self->next = self->looked_at = 0;
     self->count = count < 0 ? 0 : count;
-    *more = count == BATCH;
+    *more = count < 0 || count == BATCH; /* who was interrupted knows nothing */
     Py_BEGIN_CRITICAL_SECTION(self);
     for (int n = 0; n < count && !*more; n++) {
         int fd = self->events[n].data.fd;
