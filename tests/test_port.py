@@ -202,6 +202,23 @@ def test_close_with_operations_in_flight_reaps_them(port: CompletionPort, pair: 
         port.get(0)
 
 
+def test_close_from_inside_of_get(port: CompletionPort, pair: Pair) -> None:
+    """As a finalizer or a signal handler may call it."""
+    port.register(pair[0])
+    op = Receive(pair[0], 1)
+    port.submit(op)
+
+    def close() -> bool:
+        port.close()
+        return True
+
+    port._driver.before_sleep = close
+    with pytest.raises(ValueError, match="closed"):
+        port.get()
+    assert op.state is ops.DONE
+    assert port._driver.closed
+
+
 def test_close_is_bounded(port: CompletionPort) -> None:
     pairs = [tcp_pair() for _ in range(20)]
     for ours, _ in pairs:

@@ -47,7 +47,9 @@ class CompletionPort:
         self._keys: dict[int, object] = {}
         self._turn = threading.Lock()  # held by the thread that waits
         self._tables = threading.RLock()  # held around every other use of the driver
+        self._waiter: int | None = None  # and its identifier
         self._closed = False
+        self._patience = 0.0  # seconds, of `close`
         self._driver.before_sleep = lambda: bool(self._completed) or self._closed
 
     @property
@@ -155,20 +157,19 @@ class CompletionPort:
     def close(self, timeout: float = 2.0) -> None:
         """Cancel what is in flight, reap it, and free the port, within about `timeout` seconds.
 
-        Threads that wait in ``get`` get ValueError.  What the kernel does not give back in time is leaked, with a
+        Threads that wait in ``get`` get ValueError.  Called from inside of a ``get`` (by a finalizer or a signal handler),
+        it is that one which frees the port, before it raises.  What the kernel does not give back in time is leaked, with a
         ResourceWarning: nothing is freed under the kernel.
         """
         if self._closed:
             return
+        self._patience = timeout
         self._closed = True
+        if self._waiter == threading.get_ident():
+            return
         while not self._turn.acquire(timeout=0.01):
             self._driver.wake()
-        try:
-            with self._tables:
-                self._driver.close(timeout)
-            self._completed.clear()  # nobody can fetch them any more; they hold buffers and sockets
-        finally:
-            self._turn.release()
+        self._end_turn()
 
     def __enter__(self) -> CompletionPort:
         return self
@@ -195,6 +196,7 @@ class CompletionPort:
         """Wait once for all threads; False if another thread held the turn for all of `timeout` seconds."""
         if not self._turn.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
             return False
+        self._waiter = threading.get_ident()
         try:
             if self._completed or self._closed:
                 return True
@@ -203,5 +205,16 @@ class CompletionPort:
                 if not self._closed:
                     self._driver.dispatch()
         finally:
-            self._turn.release()
+            self._waiter = None
+            self._end_turn()
         return True
+
+    def _end_turn(self) -> None:
+        """Let another thread wait; or free the port, which has been closed."""
+        try:
+            if self._closed:
+                with self._tables:
+                    self._driver.close(self._patience)
+                self._completed.clear()  # nobody can fetch them any more; they hold buffers and sockets
+        finally:
+            self._turn.release()

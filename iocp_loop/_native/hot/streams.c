@@ -296,8 +296,10 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
         return NULL;
     if (!some)
         return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
-    if (PyLong_Check(args[0]))
-        failed = buffer_updated(self, PyLong_AsSsize_t(args[0]));
+    if (PyLong_Check(args[0])) {
+        Py_ssize_t size = PyLong_AsSsize_t(args[0]);
+        failed = size == -1 && PyErr_Occurred() ? -1 : buffer_updated(self, size);
+    }
     else if (PyBytes_CheckExact(args[0]))
         failed = copy_to_protocol(self, args[0]);
     else {
