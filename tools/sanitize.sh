@@ -20,7 +20,7 @@ subjects=(
     tests/test_datagrams.py tests/test_loop.py tests/test_start_tls.py tests/test_tls.py tests/test_debug_mode.py
     tests/test_contexts.py tests/test_servers.py tests/test_port.py
     tests/test_proactor.py tests/test_poll.py tests/test_readiness.py tests/test_guarantees.py
-    tests/test_connections.py tests/test_embedding.py tests/test_unix.py
+    tests/test_connections.py tests/test_embedding.py tests/test_unix.py tests/test_gc_stress.py tests/test_lent_memory.py
     tests/cpython
 )
 # Programs of the fuzzers: seeds of each family.
