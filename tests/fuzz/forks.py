@@ -201,6 +201,8 @@ def _be_child(fork: _Fork, inherited: _Inherited, mouth: int) -> NoReturn:
         except BaseException as exc:
             if isinstance(exc, RuntimeError) and "fork" in str(exc):
                 continue  # one clear error that says why not is as good
+            if isinstance(exc, RuntimeError) and inherited.loop.is_closed():
+                continue  # as asyncio's own transports say when their loop is closed
             os.write(mouth, f"{name}: {traceback.format_exc()[-3000:]}".encode())
             status = 1
             break
