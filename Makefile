@@ -110,6 +110,9 @@ libraries: ## the same libraries on asyncio and uvloop too, as a table in docs/l
 	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
 	@$(APPS)/bin/python -m tests.apps --table docs/libraries.md $(ARGS)
 
+newcomer: ## a fresh environment to a FastAPI application on this loop, with a stopwatch (ARGS=WHEEL)
+	@tools/newcomer.sh $(ARGS)
+
 test-all: $(VENV)/.dev ## the tests on every Python found here, from 3.11 on
 	@$(BIN)/nox $(ARGS)
 
