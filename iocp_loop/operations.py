@@ -108,7 +108,7 @@ def family_of(sock: Any) -> int:
     try:
         return _raw_family(sock)
     except TypeError:  # not of the socket module
-        return int(sock.family)
+        return sock.family  # type: ignore[no-any-return]  # an int, or what somebody has in its place
 
 
 def type_of(sock: Any) -> int:

@@ -216,25 +216,19 @@ class _SSLProtocol(TakesBytes, Tls, sslproto.SSLProtocol):  # type: ignore[misc]
             self._do_shutdown()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The transport beneath is lost.  Whoever is the user's protocol by then is told in the next turn."""
+        """The transport beneath is lost, and whoever is the user's protocol is told at once.
+
+        asyncio's class tells it with the next iteration of the loop, and perhaps one that has been replaced by then.
+        The protocol is let go of first: it may keep the transport above, which keeps this.
+        """
         protocol = self._app_protocol
-        if told := self._state is not _State.DO_HANDSHAKE and self._app_state in _CONNECTED:
-            self._app_state = _AppState.STATE_CON_LOST  # asyncio's class would tell whoever is the protocol now
-            self._loop.call_soon(self._tell_of_loss, exc)
+        is_told = self._state is not _State.DO_HANDSHAKE and self._app_state in _CONNECTED
+        if is_told:
+            self._app_state = _AppState.STATE_CON_LOST
         super().connection_lost(exc)
-        if told:
-            self._app_protocol = protocol
-        else:
-            self._let_protocol_go()
-
-    def _tell_of_loss(self, exc: BaseException | None) -> None:
-        protocol = self._app_protocol
-        self._let_protocol_go()
-        protocol.connection_lost(exc)
-
-    def _let_protocol_go(self) -> None:
-        """It may keep the transport above, which keeps this."""
         self._app_protocol = self._app_protocol_get_buffer = self._app_protocol_buffer_updated = None
+        if is_told:
+            protocol.connection_lost(exc)
 
     def _do_shutdown(self) -> None:
         """End the connection with the peer's consent.  What it sends until it has consented is for nobody.

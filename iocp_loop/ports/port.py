@@ -157,9 +157,9 @@ class CompletionPort:
     def close(self, timeout: float = 2.0) -> None:
         """Cancel what is in flight, reap it, and free the port, within about `timeout` seconds.
 
-        Threads that wait in ``get`` get ValueError.  Called from inside of a ``get`` (by a finalizer or a signal handler),
-        it is that one which frees the port, before it raises.  What the kernel does not give back in time is leaked, with a
-        ResourceWarning: nothing is freed under the kernel.
+        Threads that wait in ``get`` get ValueError.  If a finalizer or a signal handler calls this from inside of a
+        ``get``, that one frees the port before it raises.  What the kernel does not give back in time is leaked, with
+        a ResourceWarning: nothing is freed under the kernel.
         """
         if self._closed:
             return
