@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections import defaultdict
 
 import pytest
@@ -14,6 +15,9 @@ from .fuzz.program import Source, pattern
 
 if not hasattr(os, "fork"):
     pytest.skip("each program is played in a forked child", allow_module_level=True)
+
+if sys.version_info[:3] == (3, 13, 0):
+    pytest.skip("this CPython takes a nested run that it refuses for the end of the outer one", allow_module_level=True)
 
 from .fuzz import faults
 from .fuzz.__main__ import main
@@ -27,12 +31,16 @@ SEEDS["datagrams"] += [920003]  # error_received sends
 SEEDS["forks"] += [3674828]  # a child that inherits the task of another fork
 
 
+#: In newer Pythons asyncio's own loop has faults of its own in some of these programs, other ones in each release.
+LOOPS = "{},stock" if sys.version_info < (3, 12) else "{}"
+
+
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_programs_of_each_family(driver: str, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     if family == "faults" and faults.why_not():
         pytest.skip(faults.why_not())
     for seed in SEEDS[family]:
-        status = main(["--loops", f"{driver},stock", "--tier", "auto", "--seed", str(seed), "--count", "1", family])
+        status = main(["--loops", LOOPS.format(driver), "--tier", "auto", "--seed", str(seed), "--count", "1", family])
         assert status == 0, capsys.readouterr().out
 
 
