@@ -22,7 +22,7 @@ static PyObject *name_of_peer(PyObject *sock, const struct sockaddr_storage *add
     return name == NULL && !PyErr_Occurred() ? PyObject_CallMethod(sock, "getpeername", NULL) : name;
 }
 
-/* accept(listener): as its method accept, in one system call, and the socket is non-blocking; None if the listener is not a
+/* accept(listener): as its method accept, by accept4, and the socket is non-blocking; None if the listener is not a
  * plain one, for the way in Python. */
 PyObject *accept_connection(PyObject *module, PyObject *listener)
 {

@@ -102,10 +102,11 @@ static void handle_dealloc(PyObject *self)
     Py_DECREF(type);
 }
 
-/* The arguments of an untracked handle are untracked too, unless they are the debug mode's. */
+/* The arguments of an untracked handle are untracked too, unless they are the debug mode's.  If somebody else has the
+ * tuple, what it refers to is not ours alone. */
 static int visit_arguments(PyObject *args, visitproc visit, void *arg)
 {
-    if (args == NULL || !PyTuple_CheckExact(args) || PyObject_GC_IsTracked(args)) {
+    if (args == NULL || !PyTuple_CheckExact(args) || PyObject_GC_IsTracked(args) || Py_REFCNT(args) > 1) {
         Py_VISIT(args);
         return 0;
     }
