@@ -157,8 +157,9 @@ types: $(VENV)/.dev ## mypy --strict, for Linux and for Windows
 	@$(BIN)/mypy --platform linux --cache-dir .mypy_cache/linux
 	@$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 --follow-imports silent $(ON_WINDOWS)
 
+# -E: all pages anew, so that none of them keeps a warning to itself.
 docs: $(VENV)/.dev ## the documentation, in docs/_build/html
-	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@$(BIN)/sphinx-build -W --keep-going -q -E -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 coverage: $(VENV)/.dev ## the tests under coverage, with a report

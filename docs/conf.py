@@ -18,7 +18,8 @@ html_title = f"iocp_loop {release}"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(_?asyncio|socket|collections)\..*"),
-    ("py:class", r"HandleLike|Deliver|_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno"),  # aliases and kin
+    # Aliases and kin.
+    ("py:class", r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno"),
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
