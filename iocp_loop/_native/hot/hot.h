@@ -4,8 +4,11 @@
  * is used wherever this module was not built (see iocp_loop/native.py).
  *
  *   handles.c   Handle and TimerHandle: asyncio's own classes, made and run without a frame of Python
- *   turns.c     Turns: the ready queue and one turn of the loop                  (methods/turns.py)
- *   timers.c    the heap of its timers                                           (asyncio's heapq)
+ *   timers.c    the heap of a loop's timers                                      (asyncio's heapq)
+ *   ready.c     its ready queue                                                  (asyncio's deque)
+ *   schedule.c  call_soon and its kin                                            (asyncio's)
+ *   tasks.c     create_future and create_task                                    (asyncio's)
+ *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
@@ -167,6 +170,9 @@ static inline int is_replaced(struct asyncio_method *self)
     return seen > 1 && READ(self->type->tp_version_tag) == seen >> 1 ? (int)(seen & 1) : look_at_method(self);
 }
 
+/* module.NAME, a new reference. */
+PyObject *attribute_of(const char *module, const char *name);
+
 /* The exception that is set, taken away, as one object with its traceback. */
 PyObject *take_exception(void);
 
@@ -200,54 +206,6 @@ typedef int descriptor;
 descriptor socket_descriptor(PyObject *sock);
 /* A socket object for `fd`, which it takes over, of the family and protocol of `like`. */
 PyObject *make_socket(PyObject *like, int type, descriptor fd);
-
-/* handles.c */
-extern PyTypeObject *Handle_type, *TimerHandle_type;
-PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context);
-PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
-                    PyObject *context);
-/* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
-int handle_visit(PyObject *handle, visitproc visit, void *arg);
-void handle_release(PyObject *handle);
-/* Let the garbage collector see `handle` from now on, of whatever type it is. */
-void handle_track(PyObject *handle);
-int handle_is_cancelled(PyObject *handle);
-int handle_run(PyObject *handle);
-extern Py_ssize_t timer_place_offset;
-/* Where it stands in the heap of its loop. */
-static inline size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + timer_place_offset); }
-void timer_set_scheduled(PyObject *timer, int scheduled);
-#define NOWHERE SIZE_MAX
-
-/* Whether `object` was made by handles.c, whose types have no subclasses. */
-static inline int is_own_handle(PyObject *object)
-{
-    return Py_IS_TYPE(object, Handle_type) || Py_IS_TYPE(object, TimerHandle_type);
-}
-
-/* timers.c: the heap of a loop, which owns the references in it.  Zeroed, it is empty. */
-struct timer {
-    double when;
-    uint64_t serial; /* of their making */
-    PyObject *handle;
-};
-struct timers {
-    struct timer *heap; /* the earliest first */
-    size_t count, room;
-    uint64_t serial;
-};
-int timers_add(struct timers *self, PyObject *handle, double when);
-/* Take out the one at `place`; its reference goes to the caller. */
-PyObject *timers_take(struct timers *self, size_t place);
-/* A new list of those of `loop`, the earliest first. */
-PyObject *timers_list(PyObject *loop, const struct timers *self);
-/* Whether at least two beside the first are due before `end`; may return false negatives. */
-int timers_crowded(const struct timers *self, double end);
-
-/* turns.c */
-extern PyTypeObject *Turns_type;
-void turns_forget_timer(PyObject *loop, PyObject *timer);
-int turns_in_debug(PyObject *loop);
 
 /* A driver whose turn is in C.  The turn of the loop and the calls on sockets find it by its type. */
 struct native_driver {
@@ -317,8 +275,6 @@ PyObject *use_operations(PyObject *module, PyObject *operations);
 int intern_names(void);
 int check_sockets(void);
 
-int add_handles(PyObject *module);
-int add_turns(PyObject *module);
 PyObject *make_stream_type(PyObject *module, PyObject *base);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef _WIN32
@@ -334,7 +290,14 @@ enum { DELIVER_MOST = 256 * 1024 };
 /* ahead.c.  `ops` (borrowed, AHEAD at most) will be completed next: fetch what that will touch. */
 enum { AHEAD = 16 };
 void look_ahead(PyObject *const *ops, int count);
-void fetch(const void *where, size_t size); /* so many bytes, about to be used; any address will do */
+/* Fetch so many bytes, about to be used, into the caches; any address will do. */
+enum { CACHE_LINE = 64 };
+static inline void fetch(const void *where, size_t size)
+{
+    for (size_t n = 0; n < size; n += CACHE_LINE)
+        __builtin_prefetch((const char *)where + n, 1);
+    __builtin_prefetch((const char *)where + size - 1, 1); /* it may lie across one line more */
+}
 /* streams.c: whether `self` is a stream transport; fetch one, or what would be one; then, from one, what it refers to. */
 int is_stream(PyObject *self);
 void fetch_stream(PyObject *self);

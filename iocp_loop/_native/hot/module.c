@@ -1,6 +1,6 @@
 /* The module iocp_loop._hot: puts the files together.  hot.h tells what is where. */
 
-#include "hot.h"
+#include "turns.h"
 
 static PyMethodDef module_methods[] = {
     {"set_helpers", set_helpers, METH_VARARGS, "set_helpers(report_error, run_in_debug)"},

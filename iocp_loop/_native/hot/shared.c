@@ -30,6 +30,14 @@ Py_ssize_t slot_offset(PyObject *type, const char *name)
     return offset;
 }
 
+PyObject *attribute_of(const char *module, const char *name)
+{
+    PyObject *from = PyImport_ImportModule(module);
+    PyObject *found = from == NULL ? NULL : PyObject_GetAttrString(from, name);
+    Py_XDECREF(from);
+    return found;
+}
+
 PyObject *take_exception(void)
 {
 #if PY_VERSION_HEX >= 0x030C0000

@@ -10,7 +10,7 @@
  * What a wait has got when nobody awaits it any more is not lost: the proactor keeps it (Proactor.abandon, keep_value).
  */
 
-#include "hot.h"
+#include "handles.h"
 
 #ifndef _WIN32
 #include <errno.h>
@@ -153,7 +153,7 @@ PyObject *receive_for(PyObject *op)
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {
-    if (!is_socket(sock) || turns_in_debug(loop))
+    if (!is_socket(sock) || loop_in_debug(loop))
         return NO_DESCRIPTOR;
     return socket_descriptor(sock);
 }
