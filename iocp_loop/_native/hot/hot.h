@@ -125,7 +125,7 @@ extern struct names {
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
         *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
-        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
+        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_data, *receive_ended,
         *receiving_failed, *report, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
         *wait_again, *when, *write, *write_otherwise, *write_to_self;
 } names;
@@ -183,7 +183,7 @@ int ends_the_loop(void);
  * except clause: the log of debug mode shows it.  -1 if that fails, or if the exception is one that ends the loop. */
 int fail(PyObject *self, PyObject *method, const char *message);
 
-/* What a driver reports of an exception that comes out of a `complete` (Driver.report). */
+/* What a driver reports of an exception that comes out of a `complete` (Driver.report in Python). */
 #define COMPLETE_FAILED "Exception in the completion of an operation"
 
 /* context.run(callable, *args), by the short way for a real Context. */
@@ -207,58 +207,13 @@ descriptor socket_descriptor(PyObject *sock);
 /* A socket object for `fd`, which it takes over, of the family and protocol of `like`. */
 PyObject *make_socket(PyObject *like, int type, descriptor fd);
 
-/* A driver whose turn is in C.  The turn of the loop and the calls on sockets find it by its type. */
-struct native_driver {
-    PyTypeObject **type;
-    PyCFunction wait_method; /* its method `wait`; an object that has another in its place is not for the short way */
-    /* Negative: for ever.  0, or 1 if something is known to have been gathered, or -1. */
-    int (*wait)(PyObject *driver, double seconds);
-    int (*dispatch)(PyObject *driver);
-    /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
-     * asked; -1: error.  NULL where sockets.c is not. */
-    int (*submit_receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
-    /* Whether an earlier operation of that direction waits on `fd`, which is to be served first; -1: error.  NULL as
-     * above. */
-    int (*busy)(PyObject *driver, descriptor fd, int writing);
-    int look_costs; /* a wait of 0 s is a system call even if there is nothing; then the loop asks less often */
-};
-
-void add_native_driver(const struct native_driver *driver);
-const struct native_driver *native_driver_of(PyObject *driver); /* NULL if it is none of ours */
-
 /* A new operation of `kind`; what is particular to that the caller fills in. */
 PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete);
-
-/* The bookkeeping of a submission and of the last completion, as Driver._launch and _land do it. */
-int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);
-int land(PyObject *op, PyObject *in_flight);
 
 /* op.complete(value, error), of which one is None. */
 int complete_operation(PyObject *op, PyObject *value, PyObject *error);
 
 #ifndef _WIN32
-/* sockets.c.  What there is to receive for `op`, a Receive that waits: bytes, or None if there is nothing just now. */
-PyObject *receive_for(PyObject *op);
-/* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
- * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
-ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner provides; -1
- * with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full,
- * so that there may be more. */
-ssize_t receive_into(PyObject *op, int *filled);
-enum { NO_BUFFER = -2 };
-/* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
-enum { RECEIVES_IN_A_TURN = 8 };
-extern PyTypeObject *SocketWait_type;
-/* op.complete(value, error), of which one is None, for an operation that has landed: a SocketWait's, or what came in its
- * place when its coroutine was gone. */
-int complete_receive(PyObject *op, PyObject *value, PyObject *error);
-/* What receive_for has brought for `op`, as its completion: data, or the exception that is set, which is taken over
- * unless it ends the loop. */
-int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data);
-PyObject *make_socket_calls(PyObject *module, PyObject *args);
-int add_sockets(PyObject *module);
-
 /* datagrams.c */
 struct sockaddr_storage;
 PyObject *make_tuple(const struct sockaddr_storage *address);
@@ -277,9 +232,6 @@ int check_sockets(void);
 
 PyObject *make_stream_type(PyObject *module, PyObject *base);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
-#ifdef _WIN32
-int add_iocp(PyObject *module);
-#endif
 #ifdef __linux__
 #include <time.h>
 
@@ -303,17 +255,6 @@ int is_stream(PyObject *self);
 void fetch_stream(PyObject *self);
 void fetch_stream_parts(PyObject *self);
 
-/* Getting the GIL back took longer than this: another thread runs Python code all the time. */
-#ifdef Py_GIL_DISABLED
-#define CONTENDED_NS INT64_MAX /* it does not keep us from it */
-#else
-enum { CONTENDED_NS = 500000 };
-#endif
-
-/* For so many turns after that, look for completions with the GIL in hand, for so long, before giving it away: who
- * gives it away gets it back one switch interval later (sys.setswitchinterval), 5 ms. */
-enum { CONTENDED_TURNS = 200, LOOK_NS = 60000 };
-
 static inline int64_t clock_ns(void)
 {
     struct timespec now;
@@ -324,8 +265,6 @@ static inline int64_t clock_ns(void)
 /* connections.c */
 PyObject *accept_connection(PyObject *module, PyObject *listener);
 
-int add_uring(PyObject *module);
-int add_epoll(PyObject *module);
 #endif
 
 #endif

@@ -1,5 +1,8 @@
 /* The module iocp_loop._hot: puts the files together.  hot.h tells what is where. */
 
+#include "epoll.h"
+#include "iocp.h"
+#include "sockets.h"
 #include "turns.h"
 
 static PyMethodDef module_methods[] = {
@@ -41,6 +44,7 @@ PyMODINIT_FUNC PyInit__hot(void)
     if (module == NULL)
         return NULL;
     if (intern_names() < 0 || check_sockets() < 0 || find_asyncio_methods() < 0 || add_handles(module) < 0 || add_turns(module) < 0
+        || add_driver(module) < 0
 #ifndef _WIN32
         || add_sockets(module) < 0 || add_datagrams(module) < 0
 #endif

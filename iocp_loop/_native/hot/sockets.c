@@ -11,6 +11,8 @@
  */
 
 #include "handles.h"
+#include "receiving.h"
+#include "sockets.h"
 
 #ifndef _WIN32
 #include <errno.h>
@@ -18,9 +20,9 @@
 
 typedef struct {
     PyObject_HEAD
-    PyObject *loop, *proactor, *driver;
+    PyObject *loop, *proactor;
+    Driver *driver;
     PyObject *unclaimed, *lines, *transports; /* dicts; a socket in one of them is not for the quick way */
-    const struct native_driver *native;
     size_t expected; /* bytes in a piece, see receive_bytes */
 } SocketCalls;
 
@@ -35,95 +37,9 @@ typedef struct {
 PyTypeObject *SocketWait_type;
 static PyTypeObject *Calls_type;
 
-/* Small pieces are received into a buffer that stays in the cache, and copied out of it.  Where large ones are to be
- * expected, copying costs more than to receive into memory for the bytes object itself, cut to size afterwards.  Not more
- * at once than malloc takes from its heap: beyond (mallopt(3), M_MMAP_THRESHOLD) each would be mapped anew. */
-enum { DIRECT_FROM = 4 * 1024, DIRECT_MOST = 128 * 1024 - 64 };
-
 /* ---------------------------------------------------------------------------------------------------------------------
- * The system's calls
+ * Receiving
  * ------------------------------------------------------------------------------------------------------------------ */
-
-ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
-{
-    ssize_t count;
-    *data = NULL;
-    if (*expected < DIRECT_FROM) {
-        char *memory = scratch();
-        if (memory == NULL)
-            return NO_BUFFER;
-        count = recv(fd, memory, most < SCRATCH_SIZE ? most : SCRATCH_SIZE, MSG_DONTWAIT);
-        if (count <= 0)
-            return count;
-        *data = PyBytes_FromStringAndSize(memory, count);
-        if (count >= DIRECT_FROM)
-            *expected = count < DIRECT_MOST ? (size_t)count : DIRECT_MOST;
-    } else {
-        size_t room = most < *expected ? most : *expected;
-        PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
-        if (bytes == NULL)
-            return NO_BUFFER;
-        count = recv(fd, PyBytes_AS_STRING(bytes), room, MSG_DONTWAIT);
-        if (count <= 0) {
-            int code = errno;
-            Py_DECREF(bytes);
-            errno = code;
-            return count;
-        }
-        if ((size_t)count != room)
-            _PyBytes_Resize(&bytes, count); /* NULL if that fails */
-        /* Compared with what was expected and not with what was asked for: who asks for little gets small pieces. */
-        if ((size_t)count == *expected)
-            *expected = 2 * *expected < DIRECT_MOST ? 2 * *expected : DIRECT_MOST;
-        else if ((size_t)count < *expected / 4)
-            *expected /= 2;
-        *data = bytes;
-    }
-    return *data == NULL ? NO_BUFFER : count;
-}
-
-/* Bytes, or None if there is nothing to receive just now. */
-static PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
-{
-    PyObject *data;
-    ssize_t count;
-    do
-        count = receive_bytes(fd, size, expected, &data);
-    while (count == -1 && errno == EINTR);
-    if (count > 0)
-        return data;
-    if (count == 0)
-        return PyBytes_FromStringAndSize(NULL, 0);
-    if (count == NO_BUFFER)
-        return NULL;
-    if (errno == EAGAIN || errno == EWOULDBLOCK)
-        return Py_NewRef(Py_None);
-    return PyErr_SetFromErrno(PyExc_OSError);
-}
-
-/* Asking for the buffer may do anything: end the stream, close its socket. */
-ssize_t receive_into(PyObject *op, int *filled)
-{
-    PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
-    PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
-    Py_buffer view;
-    ssize_t count = NO_BUFFER;
-    int code = 0;
-    *filled = 0;
-    if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
-        if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
-            count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
-            code = errno;
-            *filled = count > 0 && count == view.len;
-        }
-        PyBuffer_Release(&view);
-    }
-    Py_XDECREF(buffer);
-    Py_DECREF(get_buffer);
-    Py_DECREF(sock);
-    errno = code;
-    return count;
-}
 
 /* What `op` counts with: its loop's; NULL once nobody awaits it any more. */
 static size_t *expected_by(PyObject *op)
@@ -174,7 +90,7 @@ static int submit(SocketWait *self, SocketCalls *calls)
         Py_DECREF(op);
         return -1;
     }
-    int done = calls->native->submit_receive(calls->driver, op, fd, self->size);
+    int done = calls->driver->verbs->submit_receive(calls->driver, op, fd, self->size);
     if (done > 0)
         Py_XSETREF(self->op, op);
     else
@@ -263,7 +179,7 @@ int complete_receive(PyObject *op, PyObject *value, PyObject *error)
     return failed;
 }
 
-int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
+int deliver_received(Driver *driver, PyObject *op, PyObject *data)
 {
     PyObject *error = NULL;
     if (data == NULL) {
@@ -271,7 +187,7 @@ int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
             return -1;
         error = take_exception();
     }
-    int failed = land(op, in_flight);
+    int failed = land(driver, op);
     if (!failed)
         failed = complete_receive(op, data == NULL ? Py_None : data, error == NULL ? Py_None : error);
     Py_XDECREF(error);
@@ -488,7 +404,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         PyErr_Clear(); /* too large; Python's way says what it thinks of that */
         Py_RETURN_NONE;
     }
-    int busy = self->native->busy(self->driver, fd, 0);
+    int busy = self->driver->verbs->busy(self->driver, fd, 0);
     if (busy < 0)
         return NULL;
     if (busy) /* first come, first served */
@@ -503,7 +419,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         Py_DECREF(data);
         return NULL;
     }
-    if (owned || !self->native->submit_receive(self->driver, NULL, fd, 0))
+    if (owned || !self->driver->verbs->submit_receive(self->driver, NULL, fd, 0))
         return data; /* None */
     Py_DECREF(data);
     SocketWait *wait = PyObject_GC_New(SocketWait, SocketWait_type);
@@ -528,7 +444,7 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
     descriptor fd = self->loop == NULL ? NO_DESCRIPTOR : plain_descriptor(self->loop, args[0]);
     if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
         Py_RETURN_NONE;
-    int busy = self->native->busy(self->driver, fd, 1);
+    int busy = self->driver->verbs->busy(self->driver, fd, 1);
     if (busy < 0)
         return NULL;
     if (busy)
@@ -609,7 +525,7 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOO!O!O!", &loop, &proactor, &driver, &PyDict_Type, &unclaimed, &PyDict_Type, &lines,
                           &PyDict_Type, &transports))
         return NULL;
-    const struct native_driver *native = native_driver_of(driver);
+    Driver *native = native_driver(driver);
     if (native == NULL || operation_slots.receive == NULL)
         Py_RETURN_NONE;
     SocketCalls *self = PyObject_GC_New(SocketCalls, Calls_type);
@@ -617,11 +533,10 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
         return NULL;
     self->loop = Py_NewRef(loop);
     self->proactor = Py_NewRef(proactor);
-    self->driver = Py_NewRef(driver);
+    self->driver = (Driver *)Py_NewRef(driver);
     self->unclaimed = Py_NewRef(unclaimed);
     self->lines = Py_NewRef(lines);
     self->transports = Py_NewRef(transports);
-    self->native = native;
     self->expected = 0;
     PyObject_GC_Track(self);
     return (PyObject *)self;

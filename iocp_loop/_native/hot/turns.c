@@ -81,20 +81,20 @@ static int crowded(Turns *self, double end)
 static int look(Turns *self)
 {
 #ifdef __linux__
-    if (!self->native->look_costs || self->stopping)
-        return self->native->wait(self->driver, 0);
+    if (!self->native->verbs->look_costs || self->stopping)
+        return driver_wait(self->native, 0);
     int64_t time = 0;
     if (self->fruitless >= PATIENCE) {
         time = clock_ns();
         if (time - self->looked_at < LOOK_EVERY_NS)
             return 0;
     }
-    int found = self->native->wait(self->driver, 0);
+    int found = driver_wait(self->native, 0);
     self->fruitless = found == 0 ? self->fruitless + (self->fruitless < PATIENCE) : 0;
     self->looked_at = time;
     return found;
 #else
-    return self->native->wait(self->driver, 0);
+    return driver_wait(self->native, 0);
 #endif
 }
 
@@ -122,7 +122,7 @@ static int wait(Turns *self)
     }
     self->fruitless = 0;
     if (self->native != NULL && self->select == NULL)
-        return self->native->wait(self->driver, seconds);
+        return driver_wait(self->native, seconds);
     timeout = seconds < 0 ? Py_NewRef(Py_None) : PyFloat_FromDouble(seconds);
     if (timeout == NULL)
         return -1;
@@ -137,7 +137,7 @@ static int wait(Turns *self)
 static int dispatch(Turns *self)
 {
     if (self->native != NULL)
-        return self->native->dispatch(self->driver);
+        return driver_dispatch(self->native);
     PyObject *done = PyObject_CallNoArgs(self->dispatch);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
@@ -247,12 +247,7 @@ static PyObject *turns_use(Turns *self, PyObject *args)
         Py_XDECREF(dispatch);
         return NULL;
     }
-    const struct native_driver *native = native_driver_of(driver);
-    if (native != NULL
-        && (!PyCFunction_Check(wait) || PyCFunction_GET_SELF(wait) != driver
-            || PyCFunction_GET_FUNCTION(wait) != native->wait_method))
-        native = NULL;
-    self->native = native;
+    self->native = native_driver(driver);
     Py_XSETREF(self->driver, Py_NewRef(driver));
     Py_XSETREF(self->wait, wait);
     Py_XSETREF(self->dispatch, dispatch);

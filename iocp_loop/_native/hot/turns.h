@@ -5,6 +5,7 @@
 #ifndef IOCP_LOOP_TURNS_H
 #define IOCP_LOOP_TURNS_H
 
+#include "driver.h"
 #include "handles.h"
 
 typedef struct {
@@ -15,7 +16,7 @@ typedef struct {
     PyObject *driver, *wait, *dispatch;
     PyObject *completions; /* the handle that stands for them */
     PyObject *select;      /* a replacement of the wait, or NULL */
-    const struct native_driver *native; /* NULL: call the methods of the driver */
+    Driver *native; /* `driver`, or NULL: call its methods */
     PyObject *task_factory;
     char closed, stopping, waited;
     unsigned long runner; /* the thread that is in a turn, where there is no GIL; 0: none */
