@@ -24,8 +24,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 #: Who may import whom: a module imports only what stands below its own line.
 LAYERS = [
     "__main__ pytest_plugin _startup.sitecustomize echo.__main__",
-    "doctor launch takeover echo.service echo.supervisor echo.output",
-    "__init__ echo.__init__",
+    "doctor launch takeover echo.options",
+    "__init__ echo.__init__ echo.service echo.output echo.supervisor",
     "threads",
     "policy",
     "loop",

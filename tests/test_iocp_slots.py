@@ -17,8 +17,8 @@ if sys.platform != "win32":
 
 from iocp_loop import operations as ops
 from iocp_loop.ports.iocp import receiving as iocp_receiving
-from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.binding import SlotPool, ffi
+from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.receiving import SLOT_SIZE
 
 from .support import LIMIT, reset

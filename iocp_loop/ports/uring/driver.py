@@ -16,7 +16,7 @@ The ring does what it does better than a readiness poller, and no more:
   ``dispatch`` copies them out.
 * Files are read and written without blocking the loop.
 
-All else is the readiness poller's, and this driver inherits it: see ports/poll/driver.py.  The ring polls the epoll instance,
+All else is the readiness poller's, and this driver inherits it: see poll/driver.py.  The ring polls the epoll instance,
 so that one wait covers both.  A request in the ring would do for those operations too, but it holds the file open that
 it refers to.  The peer of a socket that its user closes would see no end, the port of a closed listener would stay
 taken, and the first of several processes that accept on one listener would get every connection.  An epoll instance
