@@ -36,10 +36,6 @@ typedef struct {
     char shared, without_ring; /* the driver has none any more: it is driver poll */
 } UringTurns;
 
-/* The shortest that is not 0: to wake once for the timers of so long a time is cheaper than to wake for each.  It is a
- * fifth of the millisecond in which epoll, and so most other loops, count. */
-enum { SHORTEST_NS = 200000 };
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * Waiting
  * ------------------------------------------------------------------------------------------------------------------ */
@@ -126,8 +122,8 @@ static int wait(Driver *driver, int64_t limit)
         return -1;
     if (self->ring == NULL)
         return epoll_wait_for_events(driver, limit);
-    if (limit > 0 && limit < SHORTEST_NS)
-        limit = SHORTEST_NS;
+    if (limit > 0 && limit < URING_SHORTEST_NS)
+        limit = URING_SHORTEST_NS;
     /* What has been ready stays ready until somebody looks: the ring tells of changes only. */
     self->epoll.next = self->epoll.count = 0;
     if (self->epoll.fresh != NULL && PySet_Clear(self->epoll.fresh) < 0)
