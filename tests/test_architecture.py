@@ -141,7 +141,7 @@ def c_code(path: Path) -> str:
 
 def exported() -> dict[str, str]:
     """The file of each function and each variable of the native tier that is not static."""
-    found = {}
+    found: dict[str, str] = {}
     for path in (PACKAGE / "_native" / "hot").glob("*.c"):
         for line in re.findall(r"^(?!static|typedef|extern|enum .*\{|#)[A-Za-z_].*$", c_code(path), re.MULTILINE):
             names = re.findall(r"(\w+)\(", line)[:1] if "(" in line else re.findall(r"(\w+)(?=[,;\[])", line)
