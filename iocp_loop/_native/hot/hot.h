@@ -14,8 +14,11 @@
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
  *   connections.c accepting                                                      (ports/poll/driver.py)
  *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
+ *   receiving.c one receive from a stream socket                             (ports/receiving.py)
+ *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll/driver.py)
+ *   epoll_watches.c, epoll_waits.c  what stands on its descriptors; receives of sock_recv that wait there
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
