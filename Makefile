@@ -96,7 +96,7 @@ test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without th
 fuzz: $(VENV)/.test ## seeded programs on every driver and tier, compared with asyncio's own loop (ARGS="--minutes 30 tls")
 	@$(RUN) -m tests.fuzz $(ARGS)
 
-sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind (ARGS=asan, ARGS=valgrind)
+sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSanitizer, valgrind and ThreadSanitizer (ARGS="asan valgrind tsan")
 	@PYTHON=$(RUN) tools/sanitize.sh $(ARGS)
 
 soak: $(VENV)/.test ## 100,000 connections, 1,000,000 callbacks and timers: nothing may be left (ARGS=)

@@ -11,7 +11,8 @@
 # machine's own Debian mirror, wheels by the pip of PYTHON (default: python3).  Where these cannot be had, it ends with 77.
 #
 # The tests get the settings IOCP_LOOP_NATIVE, IOCP_LOOP_DRIVER, IOCP_LOOP_STRESS and PYTHON_GIL.  IOCP_LOOP_REPEAT=100 runs them
-# so many times in a row, until one fails.
+# so many times in a row, until one fails.  IOCP_LOOP_TSAN=1, for 3.14t: the native part is built with ThreadSanitizer, see
+# free_threaded/tsan/tsan.h.
 set -eu
 
 project=$(cd "$(dirname "$0")/.." && pwd)
@@ -64,15 +65,18 @@ abi_of() {
     case $1 in *t) echo "--abi cp$(echo "$1" | tr -d .) --abi none" ;; esac
 }
 
+here=$project/tools/free_threaded
 for version in $versions; do
     [ -x "$root/usr/bin/python${version%t}" ] || lack "no Python ${version%t} in $root, which is older: remove it"
-    if [ ! -x "$root$(place_of "$version")" ]; then
+    made=$root/opt/python$version
+    if [ ! -x "$root$(place_of "$version")" ] || { [ -d "$made" ] &&
+        ! { cmp -s "$here/make.sh" "$made/make.sh" && cmp -s "$here/launch.c" "$made/launch.c"; }; }; then
         say "making Python $version"
         "$python" -m pip --disable-pip-version-check --quiet download --no-deps --only-binary :all: \
             --python-version "${version%t}" --implementation cp $(abi_of "$version") \
             --platform "manylinux2014_$(uname -m)" --dest "$home/interpreter" panda3d==1.10.16 ||
             lack "the interpreter of Python $version cannot be downloaded"
-        "$project/tools/free_threaded/make.sh" "$root" "$home"/interpreter/panda3d-*.whl
+        "$here/make.sh" "$root" "$home"/interpreter/panda3d-*.whl
     fi
 done
 
@@ -122,6 +126,17 @@ export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels/$version PIP_DISABLE_PIP_VERSION_CH
 cd /project
 "/venv-$version/bin/python" -W error -c 'import iocp_loop'
 "/venv-$version/bin/python" -m iocp_loop
+if [ -n "${IOCP_LOOP_TSAN-}" ]; then
+    rm -rf /tsan
+    cp -r /project /tsan
+    cd /tsan
+    rm -rf build iocp_loop/*.so
+    here=/tsan/tools/free_threaded/tsan
+    CFLAGS="-g -O1 -fsanitize=thread -w -include $here/tsan.h" LDFLAGS=-fsanitize=thread \
+        "/venv-$version/bin/python" setup.py --quiet build_ext --inplace
+    export LAUNCH_PRELOAD="$(gcc -print-file-name=libtsan.so)" PYTHONPATH="/tsan:$here" IOCP_LOOP_NATIVE=1
+    export TSAN_OPTIONS="suppressions=$here/suppressions history_size=4 die_after_fork=0 detect_deadlocks=0"
+fi
 for round in $(seq "${IOCP_LOOP_REPEAT:-1}"); do
     [ "$round" = 1 ] || echo "round $round of $IOCP_LOOP_REPEAT"
     "/venv-$version/bin/python" -m pytest "$@"
@@ -130,7 +145,7 @@ END
 chmod +x "$root/run-tests"
 
 export settings=
-for name in IOCP_LOOP_NATIVE IOCP_LOOP_DRIVER IOCP_LOOP_STRESS IOCP_LOOP_REPEAT PYTHON_GIL; do
+for name in IOCP_LOOP_NATIVE IOCP_LOOP_DRIVER IOCP_LOOP_STRESS IOCP_LOOP_REPEAT IOCP_LOOP_TSAN PYTHON_GIL; do
     eval "value=\${$name-}"
     [ -z "$value" ] || settings="$settings $name=$value"
 done
