@@ -12,9 +12,9 @@ win_amd64, win_arm64    zig as cross compiler; the import libraries of Python's 
 The binding is built once for each platform (it uses Python's stable ABI), the native tier for each version of Python
 as well.  Headers come from a Python of this machine, else from Debian.
 
-A version with a t is a free-threaded Python.  That has no stable ABI, so its binding is its own; its headers are the ordinary
-ones, told that there is no GIL.  There is no such wheel for Windows, where the native tier was not tried without the GIL: pip
-takes the one without native code there, with which driver iocp has no binding.
+A version with a t is a free-threaded Python.  That has no stable ABI, so its binding is its own; its headers are the
+ordinary ones, told that there is no GIL.  There is no such wheel for Windows, where the native tier was not tried
+without the GIL: pip takes the one without native code there, with which driver iocp has no binding.
 
 Each wheel is then installed by pip into a folder of its own, and tools/smoke.py runs on it with the Python that it is
 for: one of this machine, one of Debian's in a chroot, one for aarch64 under qemu-user, one for Windows under
