@@ -306,10 +306,14 @@ static int leave_heap(PyObject *timer, PyObject *loop)
 
 static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
 {
-    if (SLOT(self, at.cancelled) == Py_True)
+    PyObject *loop, *text = NULL;
+    int cancelled, failed = 0;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    cancelled = handle_is_cancelled(self);
+    loop = cancelled ? NULL : Py_XNewRef(SLOT(self, at.loop));
+    Py_END_CRITICAL_SECTION();
+    if (cancelled)
         Py_RETURN_NONE;
-    PyObject *loop = Py_XNewRef(SLOT(self, at.loop)), *text = NULL;
-    int failed = 0;
     if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL)
         failed = leave_heap(self, loop);
     if (!failed) {
