@@ -99,9 +99,9 @@ PAGE = """\
 # Libraries
 
 Real libraries on this loop, each doing something real, beside asyncio's own loop and uvloop. This page is made by
-`make libraries`; `make test-apps` runs the same on this loop alone. Servers (PostgreSQL, Redis, mosquitto, nginx) are
-Debian's. The [recipes](recipes.md) are run as well: gunicorn, granian, IPython, Jupyter, dask's worker
-processes, PySide6, pytest-asyncio, pytest-aiohttp.
+`make libraries`; `make test-apps` runs the same on this loop alone. Servers (PostgreSQL, Redis, mosquitto, NATS, nginx)
+and Chromium are Debian's. The [recipes](recipes.md) are run as well, among them IPython, dask's worker processes,
+tkinter, pytest-asyncio and pytest-aiohttp.
 
 Made on {platform} with CPython {python}, iocp_loop {version}, uvloop {uvloop}.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
-from uvicorn_worker import UvicornWorker
+from . import load
 
-
-class Worker(UvicornWorker):
-    CONFIG_KWARGS: ClassVar = {**UvicornWorker.CONFIG_KWARGS, "loop": "tests.apps:new_event_loop"}
+Base: Any = load("uvicorn_worker").UvicornWorker
+Worker = type("Worker", (Base,), {"CONFIG_KWARGS": {**Base.CONFIG_KWARGS, "loop": "tests.apps:new_event_loop"}})

@@ -17,7 +17,7 @@ from typing import Any
 from . import LIMIT, case, certificates, free_port, load, program
 
 
-@case("anyio", "TCP, UDP and UNIX sockets, a process, threads, timeouts")
+@case("anyio", "TCP and UNIX sockets, a process, threads, timeouts", unix="UNIX sockets")
 async def anyio(folder: Path) -> None:
     library = load("anyio")
 
@@ -155,17 +155,14 @@ async def opentelemetry(folder: Path) -> None:
 TICKING = """\
 import asyncio, sys, tests.apps
 
-async def tick():
-    n = 0
-    while True:
-        n += 1  # the breakpoint is here
-        await asyncio.sleep(0.01)
+def tick():
+    loop = asyncio.get_running_loop()  # the breakpoint is here
+    loop.call_later(0.01, tick)
 
 async def until_the_end_of_input():
-    ticking = asyncio.create_task(tick())
+    tick()
     print("up", flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    ticking.cancel()
 
 def our_own_function():
     with asyncio.Runner(loop_factory=tests.apps.new_event_loop) as runner:
@@ -189,7 +186,7 @@ async def ticking(folder: Path, code: str) -> AsyncIterator[asyncio.subprocess.P
     assert await asyncio.wait_for(child.wait(), LIMIT) == 0
 
 
-@case("debugpy", "attaches to a program on such a loop, which stops at a breakpoint in a coroutine and goes on")
+@case("debugpy", "attaches to a program on such a loop, which stops at a breakpoint in a callback and goes on")
 async def debugpy(folder: Path) -> None:
     port = free_port()
     async with ticking(folder, f"import debugpy\ndebugpy.listen(('127.0.0.1', {port}))\nour_own_function()\n"):
@@ -206,10 +203,10 @@ async def debugpy(folder: Path) -> None:
                 if all(message.get(name) == value for name, value in wanted.items()):
                     return message
 
-        line = TICKING.splitlines().index("        n += 1  # the breakpoint is here") + 1
+        line = TICKING.splitlines().index("    loop = asyncio.get_running_loop()  # the breakpoint is here") + 1
         request(1, "initialize", adapterID="test")
         await until(command="initialize", success=True)
-        request(2, "attach")
+        request(2, "attach", justMyCode=False)
         await until(event="initialized")
         request(3, "setBreakpoints", source={"path": str(folder / "ticking.py")}, breakpoints=[{"line": line}])
         request(4, "configurationDone")
@@ -303,9 +300,7 @@ async def aiofastnet(folder: Path) -> None:
             got.set_result(data)
 
     far, _ = await loop.create_datagram_endpoint(Taker, local_addr=("127.0.0.1", 0))
-    near, _ = await loop.create_datagram_endpoint(
-        asyncio.DatagramProtocol, remote_addr=far.get_extra_info("sockname")
-    )
+    near, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, remote_addr=far.get_extra_info("sockname"))
     near.sendto(b"hello")
     assert await asyncio.wait_for(got, LIMIT) == b"hello"
     near.close()
@@ -424,7 +419,7 @@ async def chromium(folder: Path) -> None:
                 return result
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         target = await call("Target.createTarget", url=url)
         session = (await call("Target.attachToTarget", targetId=target["targetId"], flatten=True))["sessionId"]
         fetch = f"fetch('{url}/big').then(answer => answer.text()).then(text => text.length)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -149,16 +150,16 @@ async def asgi_with_work(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"x-pid", b"%d" % os.getpid())]})
     await send({"type": "http.response.body", "body": b"working", "more_body": True})
     client = int(scope["client"][1])
-    while any(_is_connected(line, client) for line in Path("/proc/net/tcp").read_text().splitlines()[1:]):
-        time.sleep(0.01)  # noqa: ASYNC251  # as a computation does
+    compute_until_gone(client)
     await send({"type": "http.response.body", "body": b""})
     return None
 
 
-def _is_connected(line: str, port: int) -> bool:
-    """Is that a line of /proc/net/tcp about an established connection of ours from `port`?"""
-    _, local, _, state, *_ = line.split()
-    return int(local.partition(":")[2], 16) == port and state == "01"
+def compute_until_gone(port: int) -> None:
+    """Return when no connection from `port` is established any more; the loop of this process waits meanwhile."""
+    established = re.compile(rf"^ *\d+: \w+:{port:04X} \w+:\w+ 01 ", re.MULTILINE)
+    while established.search(Path("/proc/net/tcp").read_text()):
+        time.sleep(0.01)
 
 
 @case(
@@ -197,7 +198,8 @@ async def granian(folder: Path) -> None:
         "import sys\nimport tests.apps\nfrom granian import Granian, loops\n"
         "loops.register('asyncio')(tests.apps.new_event_loop)\n"
         "if __name__ == '__main__':\n"
-        "    Granian('tests.apps.web:asgi', port=int(sys.argv[1]), interface='asgi', loop='asyncio', workers=2).serve()\n"
+        "    options = dict(interface='asgi', loop='asyncio', workers=2)\n"
+        "    Granian('tests.apps.web:asgi', port=int(sys.argv[1]), **options).serve()\n"
     )
     port = free_port()
     command = [sys.executable, str(folder / "serve.py"), str(port)]
@@ -291,7 +293,7 @@ async def websockets(folder: Path) -> None:
             assert await ws.recv() == BIG[: 4 << 20]
 
 
-@case("tornado", "HTTP server and client, a WebSocket, a subprocess")
+@case("tornado", "HTTP server and client, a WebSocket, a subprocess", unix="tornado's subprocesses are for Unix")
 async def tornado(folder: Path) -> None:
     web, websocket = load("tornado.web"), load("tornado.websocket")
 
@@ -365,9 +367,7 @@ async def http3(folder: Path) -> None:
     stop = asyncio.Event()
     serving = asyncio.create_task(load("hypercorn.asyncio").serve(asgi, config, shutdown_trigger=stop.wait))
     await until_it_accepts(port)
-    async with load("aioquic.asyncio").connect(
-        "127.0.0.1", port, configuration=ours, create_protocol=Client
-    ) as client:
+    async with load("aioquic.asyncio").connect("127.0.0.1", port, configuration=ours, create_protocol=Client) as client:
         assert await client.post(BIG[: 2 << 20]) == BIG[: 2 << 20]
         bodies = [b"%d" % n * 100 for n in range(20)]
         assert await asyncio.gather(*map(client.post, bodies)) == bodies
