@@ -319,8 +319,11 @@ async def aiofastnet(folder: Path) -> None:
 async def pyside6(folder: Path) -> None:
     (folder / "main.py").write_text(QT)
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    child = await asyncio.create_subprocess_exec(sys.executable, str(folder / "main.py"), env=environment)
-    assert await child.wait() == 0
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, str(folder / "main.py"), env=environment, stderr=subprocess.PIPE
+    )
+    _, errors = await child.communicate()
+    assert child.returncode == 0, errors.decode().strip()
 
 
 #: Qt keeps its thread; a second one waits, and lets Qt run what there is to run.
@@ -429,5 +432,6 @@ async def chromium(folder: Path) -> None:
         assert answer["result"].get("value") == 8 << 20, answer
         await call("Browser.close")
     assert await asyncio.wait_for(browser.wait(), LIMIT) == 0
-    outgoing.close()
+    if not outgoing.is_closing():
+        outgoing.close()
     incoming.close()
