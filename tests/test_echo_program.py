@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from iocp_loop import echo
-from iocp_loop.echo import Statistics
+from iocp_loop.echo import output
+from iocp_loop.echo.output import Statistics
 from iocp_loop.ports import DRIVERS, availability
 
 from .programs import Server, ask, run_to_end
@@ -220,7 +220,7 @@ def test_on_a_terminal_statistics_are_one_table(monkeypatch: pytest.MonkeyPatch)
     rich_live = pytest.importorskip("rich.live")
     screen = io.StringIO()
     live = rich_live.Live(console=rich_console.Console(file=screen, force_terminal=True, width=90), auto_refresh=False)
-    monkeypatch.setattr(echo, "_live_display", lambda: live)
+    monkeypatch.setattr(output, "_live_display", lambda: live)
     counts = Counter(connections=0, open=0, bytes=0, messages=0)
 
     def shown(statistics: Statistics) -> str:
@@ -454,9 +454,9 @@ def echo_with_minimum_life(tmp_path: Path) -> Path:
     """The program with another `MINIMUM_LIFE`, which comes before its arguments: the tests' answer to chance."""
     program = tmp_path / "echo.py"
     program.write_text(
-        "import sys, iocp_loop.echo, iocp_loop.workers\n"
-        "iocp_loop.workers.MINIMUM_LIFE = float(sys.argv.pop(1))\n"
-        "sys.exit(iocp_loop.echo.main())\n"
+        "import sys, iocp_loop.echo.__main__, iocp_loop.echo.supervisor\n"
+        "iocp_loop.echo.supervisor.MINIMUM_LIFE = float(sys.argv.pop(1))\n"
+        "sys.exit(iocp_loop.echo.__main__.main())\n"
     )
     return program
 
