@@ -56,7 +56,7 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml $(NATIVE)
 APPS := $(VENV)-apps
 
 $(VENV)/.apps: $(VENV)/.made pyproject.toml $(NATIVE)
-	$(call install,[test,apps])
+	$(call install,[apps])
 
 $(VENV)/.wheels: $(VENV)/.made pyproject.toml
 	$(call install,[wheels])
