@@ -23,9 +23,9 @@ from typing import Any
 
 from iocp_loop import native
 from iocp_loop import operations as ops
-from iocp_loop.ports import iocp_turns
-from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import ffi, lib
+from iocp_loop.ports.iocp import turns as iocp_turns
+from iocp_loop.ports.iocp.driver import IocpDriver
+from iocp_loop.ports.iocp.binding import ffi, lib
 
 SIZE = 1024
 STREAMS = 100

@@ -1,7 +1,7 @@
 """IocpEventLoop: asyncio's event loop on a completion port.
 
-asyncio.BaseEventLoop brings tasks, executors, name lookup and the orchestration of connections and servers; turns.py
-the ready queue and the timers.  This class gives them the rest: a proactor to wait in, transports, and the socket
+asyncio.BaseEventLoop brings tasks, executors, name lookup and the orchestration of connections and servers;
+methods/turns.py the ready queue and the timers.  This class gives them the rest: a proactor to wait in, transports, and the socket
 methods.
 """
 
@@ -15,24 +15,24 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .clock import ClockMethods
-from .datagrams import DatagramTransport
-from .embedding import EmbeddingMethods
-from .names import NameMethods
-from .pipes import PipeMethods
+from .methods.clock import ClockMethods
+from .endpoints.datagrams import DatagramTransport
+from .methods.embedding import EmbeddingMethods
+from .methods.names import NameMethods
+from .methods.pipes import PipeMethods
 from .ports import make_driver
 from .proactor import Proactor
-from .readiness import ReadinessMethods
-from .sendfile import begin_at
-from .servers import Listener
-from .signals import SignalMethods
-from .sockets import SocketMethods
+from .methods.readiness import ReadinessMethods
+from .endpoints.sendfile import begin_at
+from .endpoints.listener import Listener
+from .methods.signals import SignalMethods
+from .methods.sockets import SocketMethods
 from .statistics import Statistics, statistics
-from .subprocesses import SubprocessMethods
-from .tls import TlsMethods
+from .methods.subprocesses import SubprocessMethods
+from .endpoints.tls import TlsMethods
 from .transports import SocketTransport
-from .turns import Turns
-from .unix import UnixMethods
+from .methods.turns import Turns
+from .methods.unix import UnixMethods
 
 __all__ = ["IocpEventLoop", "new_event_loop"]
 

@@ -50,7 +50,7 @@ from . import operations as ops
 from .debugging import DebugContext, context_for, unclosed
 from .native import hot
 from .proactor import Proactor, advance, fail
-from .sendfile import check_regular, copy_file, send_file
+from .endpoints.sendfile import check_regular, copy_file, send_file
 
 __all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
 

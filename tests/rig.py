@@ -13,7 +13,8 @@ import pytest
 
 from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, Operation
-from iocp_loop.ports import Driver, make_driver, poll
+from iocp_loop.ports import Driver, make_driver
+from iocp_loop.ports.poll import driver as poll
 
 from .support import LIMIT
 

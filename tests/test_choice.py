@@ -199,7 +199,7 @@ def test_a_kernel_without_io_uring() -> None:
 @uring
 @pytest.mark.parametrize("setting", ["1", "2"])
 def test_io_uring_disabled_by_sysctl(setting: str) -> None:
-    fake = f"from iocp_loop.ports import uring_binding\nuring_binding._io_uring_disabled = lambda: {setting!r}\n"
+    fake = f"from iocp_loop.ports.uring import binding as uring_binding\nuring_binding._io_uring_disabled = lambda: {setting!r}\n"
     driver, refusal = look(REFUSE_IO_URING + fake, "1")
     assert driver == "poll"
     assert f"kernel.io_uring_disabled={setting}" in refusal
@@ -430,7 +430,7 @@ def test_the_package_imports_without_any_binding() -> None:
 def test_running_out_of_descriptors_is_told_as_such() -> None:
     printed = run_python(
         """
-        import resource, iocp_loop.ports.uring
+        import resource, iocp_loop.ports.uring.driver
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
         print(iocp_loop.ports.availability("uring").reason)
         """

@@ -14,7 +14,7 @@ import pytest
 
 import iocp_loop
 from iocp_loop import operations as ops
-from iocp_loop.datagrams import DatagramTransport
+from iocp_loop.endpoints.datagrams import DatagramTransport
 
 from .support import WINDOWS, WINE, turns, udp_socket, until
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from iocp_loop import echo
-from iocp_loop.echo import Statistics
+from iocp_loop.echo import __main__ as echo
+from iocp_loop.echo.__main__ import Statistics
 from iocp_loop.ports import DRIVERS, availability
 
 from .programs import Server, ask, run_to_end
@@ -454,9 +454,9 @@ def echo_with_minimum_life(tmp_path: Path) -> Path:
     """The program with another `MINIMUM_LIFE`, which comes before its arguments: the tests' answer to chance."""
     program = tmp_path / "echo.py"
     program.write_text(
-        "import sys, iocp_loop.echo, iocp_loop.workers\n"
-        "iocp_loop.workers.MINIMUM_LIFE = float(sys.argv.pop(1))\n"
-        "sys.exit(iocp_loop.echo.main())\n"
+        "import sys, iocp_loop.echo.__main__, iocp_loop.echo.supervisor\n"
+        "iocp_loop.echo.supervisor.MINIMUM_LIFE = float(sys.argv.pop(1))\n"
+        "sys.exit(iocp_loop.echo.__main__.main())\n"
     )
     return program
 

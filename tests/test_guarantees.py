@@ -20,7 +20,7 @@ import pytest
 
 import iocp_loop
 from iocp_loop import operations as ops
-from iocp_loop import signals
+from iocp_loop.methods import signals
 from iocp_loop.ports import make_driver
 
 from .support import (

@@ -25,9 +25,9 @@ import msvcrt
 import iocp_loop
 from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
-from iocp_loop.ports import iocp_readiness
-from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import ffi, lib
+from iocp_loop.ports.iocp import readiness as iocp_readiness
+from iocp_loop.ports.iocp.driver import IocpDriver
+from iocp_loop.ports.iocp.binding import ffi, lib
 
 from .support import LIMIT, WINE, Echo, in_thread, listening_socket, read_all, read_exactly, reset, udp_socket
 from .windows_rig import Handle, result

@@ -252,7 +252,7 @@ def test_a_log_off_does_not_end_a_service() -> None:
         """
         import asyncio, ctypes, signal, threading
         import iocp_loop
-        from iocp_loop.ports.iocp_binding import lib
+        from iocp_loop.ports.iocp.binding import lib
 
         async def main():
             asyncio.get_running_loop().add_signal_handler(signal.SIGBREAK, print, "called")

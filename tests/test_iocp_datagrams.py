@@ -16,8 +16,8 @@ if sys.platform != "win32":
 
 import iocp_loop
 from iocp_loop import operations as ops
-from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import lib
+from iocp_loop.ports.iocp.driver import IocpDriver
+from iocp_loop.ports.iocp.binding import lib
 
 from .support import turns, udp_socket, until
 

@@ -21,8 +21,8 @@ import ctypes
 from ctypes import wintypes
 
 import iocp_loop
-from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_readiness import POLLS_PER_DEVICE
+from iocp_loop.ports.iocp.driver import IocpDriver
+from iocp_loop.ports.iocp.readiness import POLLS_PER_DEVICE
 
 from .support import LIMIT, Echo, until
 

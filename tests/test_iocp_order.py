@@ -19,7 +19,7 @@ import iocp_loop
 from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, WRITABLE, Operation
-from iocp_loop.ports import iocp_sockets
+from iocp_loop.ports.iocp import sockets as iocp_sockets
 
 from .rig import Pair, Rig, waiting_operations
 from .support import LIMIT, in_thread, read_all, read_exactly, tcp_pair, udp_socket

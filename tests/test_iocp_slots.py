@@ -16,10 +16,10 @@ if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
 
 from iocp_loop import operations as ops
-from iocp_loop.ports import iocp_receiving
-from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_binding import SlotPool, ffi
-from iocp_loop.ports.iocp_receiving import SLOT_SIZE
+from iocp_loop.ports.iocp import receiving as iocp_receiving
+from iocp_loop.ports.iocp.driver import IocpDriver
+from iocp_loop.ports.iocp.binding import SlotPool, ffi
+from iocp_loop.ports.iocp.receiving import SLOT_SIZE
 
 from .support import LIMIT, reset
 from .windows_rig import UNDONE, leave_undone

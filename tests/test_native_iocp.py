@@ -20,9 +20,9 @@ import pytest
 
 from iocp_loop import native
 from iocp_loop import operations as ops
-from iocp_loop.ports.iocp import IocpDriver
-from iocp_loop.ports.iocp_receiving import SLOT_SIZE
-from iocp_loop.ports.iocp_turns import IocpTurns, PythonIocpTurns
+from iocp_loop.ports.iocp.driver import IocpDriver
+from iocp_loop.ports.iocp.receiving import SLOT_SIZE
+from iocp_loop.ports.iocp.turns import IocpTurns, PythonIocpTurns
 
 from .rig import Pair, Rig, received
 from .support import LIMIT, in_thread, read_all, reset, tcp_pair

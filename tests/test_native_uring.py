@@ -28,9 +28,9 @@ from .support import LIMIT, fill, in_thread, listening_socket, run_python, tcp_p
 if sys.platform != "linux":
     pytest.skip("io_uring exists on Linux only", allow_module_level=True)
 
-uring: Any = importlib.import_module("iocp_loop.ports.uring")
-uring_turns: Any = importlib.import_module("iocp_loop.ports.uring_turns")
-binding: Any = importlib.import_module("iocp_loop.ports.uring_binding")
+uring: Any = importlib.import_module("iocp_loop.ports.uring.driver")
+uring_turns: Any = importlib.import_module("iocp_loop.ports.uring.turns")
+binding: Any = importlib.import_module("iocp_loop.ports.uring.binding")
 
 _state = availability("uring")
 needs_uring = pytest.mark.skipif(not _state.available, reason=f"uring can't work here: {_state.reason}")
@@ -437,7 +437,7 @@ def test_a_forked_child_does_not_disturb_its_parent() -> None:
         import os, socket, warnings
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons dislike fork beside threads
         from iocp_loop.operations import ReceiveStream
-        from iocp_loop.ports.uring import UringDriver
+        from iocp_loop.ports.uring.driver import UringDriver
 
         driver = UringDriver()
         ours, peer = socket.socketpair()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from iocp_loop import operations as ops
-from iocp_loop.ports import poll
+from iocp_loop.ports.poll import driver as poll
 
 from .rig import POLLERS, Rig, driver_of_another_system
 from .support import LIMIT, in_thread, tcp_pair

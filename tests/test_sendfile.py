@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pytest
 
 import iocp_loop
-from iocp_loop import sendfile
+from iocp_loop.endpoints import sendfile
 
 from .certificates import client_context, server_context
 from .support import Recorder, in_thread, read_all, read_exactly, reset, tcp_pair, turns, udp_socket, until

@@ -68,7 +68,7 @@ def test_what_is_ours_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [asyncio.Transport, asyncio.DatagramTransport])
 def test_transports_have_every_method(kind: type) -> None:
-    from iocp_loop.datagrams import DatagramTransport
+    from iocp_loop.endpoints.datagrams import DatagramTransport
     from iocp_loop.transports import SocketTransport
 
     has_every_method(SocketTransport if kind is asyncio.Transport else DatagramTransport, kind)
@@ -76,7 +76,7 @@ def test_transports_have_every_method(kind: type) -> None:
 
 @pytest.mark.skipif(not WINDOWS, reason="named pipes of this kind exist on Windows only")
 def test_the_transport_of_named_pipes_has_every_method() -> None:
-    ours = importlib.import_module("iocp_loop.windows_pipes").DuplexPipeTransport
+    ours = importlib.import_module("iocp_loop.pipes.windows").DuplexPipeTransport
     has_every_method(ours, asyncio.Transport, inherited=("get_extra_info", "writelines"))
 
 

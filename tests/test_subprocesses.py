@@ -22,7 +22,7 @@ import pytest
 
 import iocp_loop
 from iocp_loop import operations as ops
-from iocp_loop import subprocesses
+from iocp_loop.methods import subprocesses
 
 from .support import LIMIT, WINDOWS, open_handles, run_python, turns, until
 

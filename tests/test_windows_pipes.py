@@ -25,8 +25,9 @@ from asyncio import windows_utils
 from multiprocessing.connection import Pipe as connection_pair
 
 import iocp_loop
-from iocp_loop import pipes, windows_channels
-from iocp_loop.ports import windows_handles
+from iocp_loop.methods import pipes
+from iocp_loop.pipes import channels as windows_channels
+from iocp_loop.ports.iocp import handles as windows_handles
 
 from .support import LIMIT, Recorder, in_thread, python_command, turns, until
 from .windows_rig import raw_client

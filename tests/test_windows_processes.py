@@ -16,7 +16,8 @@ if sys.platform != "win32":
 
 
 import iocp_loop
-from iocp_loop import windows_channels, windows_pipes
+from iocp_loop.pipes import channels as windows_channels
+from iocp_loop.pipes import windows as windows_pipes
 
 from .support import WINE, turns, until
 

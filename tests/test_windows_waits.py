@@ -20,7 +20,7 @@ from asyncio import windows_utils
 
 import iocp_loop
 from iocp_loop import operations as ops
-from iocp_loop.ports.iocp_binding import lib
+from iocp_loop.ports.iocp.binding import lib
 
 from .support import LIMIT, WINE, turns, until
 

@@ -79,12 +79,12 @@ def _why_not(name: str) -> str | None:
     if name == "iocp":
         if sys.platform != "win32":
             return "I/O completion ports exist on Windows only"
-        from . import iocp
+        from .iocp import driver as iocp
 
         return iocp.probe()
     if not sys.platform.startswith("linux"):
         return "io_uring exists on Linux only"
-    from . import uring
+    from .uring import driver as uring
 
     return uring.probe()
 
@@ -92,13 +92,13 @@ def _why_not(name: str) -> str | None:
 def _driver_class(name: str) -> type[Driver]:
     # Imported when chosen: a driver's module may need an extension module that was not built.
     if name == "iocp":
-        from .iocp import IocpDriver
+        from .iocp.driver import IocpDriver
 
         return IocpDriver
     if name == "uring":
-        from .uring import UringDriver
+        from .uring.driver import UringDriver
 
         return UringDriver
-    from .poll import PollDriver
+    from .poll.driver import PollDriver
 
     return PollDriver

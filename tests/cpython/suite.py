@@ -34,8 +34,8 @@ from unittest import mock
 
 import pytest
 
-import iocp_loop.pipes
-import iocp_loop.unix
+import iocp_loop.methods.pipes
+import iocp_loop.methods.unix
 from iocp_loop.policy import IocpPolicy
 
 from .expected_failures import EXPECTED_FAILURES
@@ -233,10 +233,10 @@ def _our_loop_by_name(driver: str) -> Iterator[None]:
         # A class, since tests ask whether a loop is one: they grant it what they grant CPython's loop on the same port.
         names = {"ProactorEventLoop": iocp_loop.IocpEventLoop, "SelectorEventLoop": make}
         more: Any = mock.patch.multiple(asyncio, **names)
-        server: Any = mock.patch.object(asyncio.windows_events, "PipeServer", iocp_loop.named_pipes.PipeServer)
+        server: Any = mock.patch.object(asyncio.windows_events, "PipeServer", iocp_loop.pipes.named.PipeServer)
     else:
         more = mock.patch.object(asyncio, "SelectorEventLoop", make)
-        server = mock.patch.object(iocp_loop.unix, "socket", _SocketModule())
+        server = mock.patch.object(iocp_loop.methods.unix, "socket", _SocketModule())
     with (
         mock.patch.object(asyncio.events, "_event_loop_policy", IocpPolicy(driver)),
         more,

@@ -1,5 +1,5 @@
 /*
- * Making connections: accepting one (ports/poll.py).
+ * Making connections: accepting one (ports/poll/driver.py).
  */
 
 #define _GNU_SOURCE /* accept4 */

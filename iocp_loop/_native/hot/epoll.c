@@ -1,6 +1,6 @@
 /*
  * The wait and the dispatch of driver poll on Linux, and its receive.  A class in Python inherits from EpollTurns first
- * and from the driver that is written in Python behind it; ports/poll.py tells how it all works.
+ * and from the driver that is written in Python behind it; ports/poll/driver.py tells how it all works.
  *
  * Nothing here blocks but the wait: a receive on a ready, non-blocking socket is over before another thread could have
  * had the GIL.

@@ -4,16 +4,16 @@
  * is used wherever this module was not built (see iocp_loop/native.py).
  *
  *   handles.c   Handle and TimerHandle: asyncio's own classes, made and run without a frame of Python
- *   turns.c     Turns: the ready queue and one turn of the loop                  (turns.py)
+ *   turns.c     Turns: the ready queue and one turn of the loop                  (methods/turns.py)
  *   timers.c    the heap of its timers                                           (asyncio's heapq)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
- *   sockets.c   sock_recv and sock_sendall                                       (sockets.py)
- *   tls.c       the same through TLS                                             (tls.py)
- *   connections.c accepting                                                      (ports/poll.py)
- *   datagrams.c receiving and sending datagrams                                  (datagrams.py)
- *   uring.c     the wait and the dispatch of driver uring                        (ports/uring.py)
- *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll.py)
- *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp.py)
+ *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
+ *   tls.c       the same through TLS                                             (endpoints/tls.py)
+ *   connections.c accepting                                                      (ports/poll/driver.py)
+ *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
+ *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
+ *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll/driver.py)
+ *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it

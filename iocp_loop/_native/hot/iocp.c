@@ -1,6 +1,6 @@
 /*
  * The wait and the dispatch of driver iocp, and its receive.  A class in Python inherits from IocpTurns first and from
- * the driver that is written in Python behind it; ports/iocp.py tells how it all works.
+ * the driver that is written in Python behind it; ports/iocp/driver.py tells how it all works.
  *
  * The port is opened and closed in Python, through cffi; what is called here are two functions of the binding,
  * iocp_wait and iocp_receive, whose addresses come from there.  A turn is one iocp_wait, without the GIL if it may
@@ -11,7 +11,7 @@
  * Whatever is not that (errors, ends, cancels, requests that their thread left undone, handles of other ports) is for
  * the `finish` of the submission, in Python.
  *
- * Who owns what.  A submission (class Submission, iocp_binding.py) belongs to the table `_outstanding` while the kernel
+ * Who owns what.  A submission (class Submission, binding.py) belongs to the table `_outstanding` while the kernel
  * has its request: the table's reference keeps the OVERLAPPED and, by the slot in it, the memory.  So it is entered
  * before the request is made, and taken out once the entry was reaped or the request turned out to be over at once.  An
  * OVERLAPPED is never touched between the two.  Slots move between the list of the pool and the submission; only a

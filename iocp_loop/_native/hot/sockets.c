@@ -4,7 +4,7 @@
  * SocketCalls.receive tries at once.  If there is nothing to receive, it returns a SocketWait, which a coroutine awaits: it
  * submits a Receive operation that it fills in itself, and yields a Future to wait with.  The operation is one like any
  * other: it stands in the in-flight table, may be cancelled, moves with the loop to another thread.  Whatever is not the
- * plain case is answered with None, and the caller goes the way in Python (sockets.py, proactor.py), which is the
+ * plain case is answered with None, and the caller goes the way in Python (methods/sockets.py, proactor.py), which is the
  * reference.
  *
  * What a wait has got when nobody awaits it any more is not lost: the proactor keeps it (Proactor.abandon, keep_value).

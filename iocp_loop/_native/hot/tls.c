@@ -1,7 +1,7 @@
 /*
  * The way of one message through TLS: what comes from the peer is decrypted and given to the protocol, what the protocol
  * writes is encrypted and given to the transport beneath.  Handshake, shutdown, errors and flow control are left to
- * asyncio's SSLProtocol, which the class in Python inherits from besides (iocp_loop/tls.py).
+ * asyncio's SSLProtocol, which the class in Python inherits from besides (iocp_loop/endpoints/tls.py).
  *
  * The two share one state.  What this file looks at has its place in `struct tls`, under the names that SSLProtocol
  * uses: as a member of the type comes before an entry of the instance's __dict__, "self._state = ..." over there sets

@@ -6,7 +6,7 @@
  * BaseEventLoop's other methods assign to them; everything else stays BaseEventLoop's.
  *
  * The ready queue is a ring of handles.  One of them stands for the completions that the wait of this turn has gathered
- * (turns.py has its class): what was ready before them is to run before them.
+ * (methods/turns.py has its class): what was ready before them is to run before them.
  *
  * Tools run turns of their own on what they find in _ready, _scheduled and _process_events (nest_asyncio does).  So these
  * are there as BaseEventLoop has them, but for _scheduled, which is a copy.
@@ -455,7 +455,7 @@ static int wait(Turns *self)
 {
     double seconds = -1; /* for ever */
     PyObject *timeout, *done;
-    if (self->waited) /* by loop.poll(), see embedding.py */
+    if (self->waited) /* by loop.poll(), see methods/embedding.py */
         return 0;
     if (READ(self->count) > 0 || self->stopping) {
         if (self->native != NULL && self->select == NULL)

@@ -1,6 +1,6 @@
 /*
  * The wait and the dispatch of driver uring: those of driver poll (epoll.c) with a ring in them.  A class in Python
- * inherits from UringTurns first and from the driver that is written in Python behind it; ports/uring.py tells how it all
+ * inherits from UringTurns first and from the driver that is written in Python behind it; ports/uring/driver.py tells how it all
  * works.
  *
  * The ring is opened and closed in Python, through cffi; what is called here are the one function of a turn, uring_wait, and

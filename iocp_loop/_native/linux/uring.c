@@ -1,5 +1,5 @@
 /*
- * io_uring by raw system calls; see uring.h for the interface and ports/uring.py for the whole picture.
+ * io_uring by raw system calls; see uring.h for the interface and ports/uring/driver.py for the whole picture.
  *
  * The kernel's structures and constants are declared here under our own names, so that this builds with any kernel
  * headers, or none.  They are the kernel's binary interface, as the manual pages io_uring_setup(2), io_uring_enter(2),

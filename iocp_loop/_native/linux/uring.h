@@ -1,5 +1,5 @@
 /*
- * One io_uring instance, for the driver in ports/uring.py.
+ * One io_uring instance, for the driver in ports/uring/driver.py.
  *
  * The functions return 0 or a count, or a negative errno; they never touch Python.  uring.c tells how they work.
  */
@@ -19,7 +19,7 @@
 #define URING_BIG 4  /* with URING_DATA: so many bytes that copying out of the pool is the slow way */
 
 /* A piece below so many bytes is a small one.  After so many in a row of them, or of big ones, a stream changes its way
- * of receiving; ports/uring.py tells. */
+ * of receiving; ports/uring/driver.py tells. */
 #define URING_SMALL 2048
 #define URING_IN_A_ROW 4
 

@@ -1,0 +1,1 @@
+"""Pipes: their transports on UNIX and on Windows, and named pipes."""

@@ -1,0 +1,1 @@
+"""Driver iocp: an I/O completion port of Windows."""

@@ -1,0 +1,158 @@
+"""Receiving from stream sockets on driver ``iocp``: without memory lent, or with a slot; driver.py tells when."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from ... import operations as ops
+from ...operations import CANCELLING, IN_FLIGHT
+from ..driver import receive_into
+from .binding import ABORTED, Slot, SlotPool, Submission, ffi, lib
+from .datagrams import DatagramRequests
+from .requests import Association
+
+__all__ = ["SLOT_SIZE", "ReceiveRequests"]
+
+#: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
+SCRATCH_SIZE = 256 * 1024
+
+#: The pool of slots for small receives: the size of one, bytes, and how many a port hands out at most.
+SLOT_SIZE = 16384
+SLOT_LIMIT = 512
+
+
+class ReceiveRequests(DatagramRequests):
+    """The operations Receive, ReceiveInto and ReceiveStream; sockets of messages receive as datagrams do."""
+
+    def __init__(self, concurrency: int = 1) -> None:
+        super().__init__(concurrency)
+        self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
+        self._slots = SlotPool(SLOT_SIZE, SLOT_LIMIT)
+
+    # -- one receive -------------------------------------------------------------------------------
+
+    def _start_receive(self, op: ops.Receive | ops.ReceiveInto, association: Association) -> None:
+        if association.stream:
+            into = memoryview(op.buffer) if isinstance(op, ops.ReceiveInto) else None
+            self._arm_receive(self._take(op, association, self._receive_once, into))
+        else:
+            self._start_receive_from(op, association)
+
+    def _arm_receive(self, sub: Submission) -> None:
+        self._request(sub, lib.iocp_receive, ffi.NULL, 0)
+
+    def _receive_once(self, sub: Submission, count: int, code: int) -> None:
+        """Something can be received now, or the wait for it has failed."""
+        op = sub.op
+        if code and not self._left_undone(op, code):
+            self._end(sub, None, code)
+            return
+        sock: Any = op.handle
+        try:
+            value = sock.recv(op.size) if sub.keep is None else sock.recv_into(sub.keep)
+        except BlockingIOError:  # somebody else was faster
+            if op.state is CANCELLING:
+                self._end(sub, None, ABORTED)
+            else:
+                self._arm_receive(sub)
+        except (SystemExit, KeyboardInterrupt):
+            self._arm_receive(sub)
+            raise
+        except BaseException as error:
+            self._end_with(sub, None, error)
+        else:
+            self._end(sub, value)
+
+    # -- streams -----------------------------------------------------------------------------------
+
+    def _start_receive_stream(self, op: ops.ReceiveStream, association: Association) -> None:
+        self._take(op, association, self._receive_some)
+        self._arm(op)
+
+    def _arm(self, op: ops.ReceiveStream) -> None:
+        """Arm a receive stream, unless it is armed, paused or over."""
+        sub = op.driver_data
+        if op.state is not IN_FLIGHT or op.paused or sub.armed:
+            return  # in this order: once it is over, the submission may serve another
+        slot = self._slots.take() if sub.small and not sub.association.emulated else None
+        if slot is None:
+            self._arm_receive(sub)
+        elif op.state is not IN_FLIGHT or op.paused or sub.armed:
+            self._slots.give_back(slot)  # making slots ran the garbage collector, and a finalizer has ended the stream
+        else:
+            sub.slot = slot
+            self._request(sub, lib.iocp_receive, slot[0], SLOT_SIZE)
+
+    def _receive_some(self, sub: Submission, count: int, code: int) -> None:
+        """One receive of a stream, delivered at once.  The hottest function of this driver."""
+        op = sub.op
+        slot = sub.slot
+        if slot is not None:
+            self._receive_from_slot(sub, op, slot, count, code)
+            return
+        if op.state is CANCELLING:
+            self._end(sub, None, ABORTED)
+            return
+        if code and not self._left_undone(op, code):
+            self._end(sub, None, code)
+            return
+        if op.paused:
+            return  # what there is stays in the socket; resume() asks again
+        again = False
+        value: Any = None
+        try:
+            if op.get_buffer is None:
+                scratch = self._scratch
+                count = op.handle.recv_into(scratch)
+                value = scratch[:count]
+                again = count == SCRATCH_SIZE
+                sub.small = count < SLOT_SIZE
+            else:
+                value = receive_into(op)
+        except BlockingIOError:
+            pass
+        except (SystemExit, KeyboardInterrupt):
+            self._arm(op)  # another run of the loop may follow
+            raise
+        except BaseException as error:
+            if op.state is not IN_FLIGHT:  # get_buffer has ended it, and the submission may serve another
+                raise
+            self._end_with(sub, None, error)
+            return
+        try:
+            if value:
+                self.completions += 1
+                op.complete(value, None)
+            elif value is not None:
+                self._end(sub, value)
+        finally:
+            if again and op.state is IN_FLIGHT and not op.paused and not sub.armed:
+                self._next_dispatch(sub)  # the buffer was full: there is more
+            else:
+                self._arm(op)
+
+    def _receive_from_slot(self, sub: Submission, op: Any, slot: Slot, count: int, code: int) -> None:
+        """The same for a receive that had memory: the data are here already, whatever has become of the stream."""
+        data = slot[1][slot[2] : slot[2] + count]
+        sub.slot = None
+        self._slots.give_back(slot)
+        full = count == SLOT_SIZE
+        sub.small = not full
+        try:
+            if count:
+                self.completions += 1
+                op.complete(data, None)
+        finally:
+            if sub.armed or sub.op is not op:
+                pass  # `complete` paused and resumed, or cancelled
+            elif op.state is CANCELLING:
+                self._end(sub, None, ABORTED)
+            elif code and not self._left_undone(op, code):
+                self._end(sub, None, code)
+            elif not count and not code:
+                self._end(sub, b"")
+            elif full and op.state is IN_FLIGHT and not op.paused:
+                self._next_dispatch(sub)  # there may be more
+            else:
+                self._arm(op)

@@ -1,0 +1,1 @@
+"""Driver poll: readiness, by epoll or select."""

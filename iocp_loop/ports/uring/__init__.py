@@ -1,0 +1,1 @@
+"""Driver uring: io_uring."""
