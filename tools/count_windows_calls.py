@@ -1,8 +1,9 @@
-"""Count the calls into Windows that an echo server makes for each message, on several event loops.
+"""Count the calls into Windows that a server makes for each message or connection, on several event loops.
 
-An echo server runs on Windows Python under Wine, whose trace (``WINEDEBUG=+relay``) shows every call of one DLL into
-another.  A client on this side sends messages; what the server has called meanwhile, divided by the number of messages,
-is what one costs.  Wall time under Wine would say nothing of Windows; the number of calls is the same there.
+An echo server, or what else `MODES` names, runs on Windows Python under Wine, whose trace (``WINEDEBUG=+relay``) shows
+every call of one DLL into another.  A client on this side sends messages; what the server has called meanwhile, divided
+by the number of messages, is what one costs.  Wall time under Wine would say nothing of Windows; the number of calls is
+the same there.
 
 Counted are calls by the program's own modules (Python, extension modules) into Windows' DLLs, without the C runtime.
 System calls are counted beside: which functions of ntdll, by whomever, enter the kernel.  A message is one that the
@@ -33,7 +34,7 @@ from test_windows import compile_binding, requirements, stage
 from windows_python import SetupError, WindowsPython, end_cleanly, find_wine, say
 
 SERVER = """
-import asyncio, sys
+import asyncio, socket, sys
 
 class Echo(asyncio.Protocol):
     def connection_made(self, transport):
@@ -42,20 +43,79 @@ class Echo(asyncio.Protocol):
     def data_received(self, data):
         self.transport.write(data)
 
+class Goodbye(asyncio.Protocol):
+    def connection_made(self, transport):
+        transport.close()
+
+class Datagrams(asyncio.DatagramProtocol):
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def datagram_received(self, data, address):
+        self.transport.sendto(data, address)
+
 async def echo(reader, writer):
     while data := await reader.read(65536):
         writer.write(data)
         await writer.drain()
 
-async def main(mode):
-    if mode == "protocol":
-        server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0, backlog=1000)
-    else:
-        server = await asyncio.start_server(echo, "127.0.0.1", 0, backlog=1000)
-    print("listening", server.sockets[0].getsockname()[1], flush=True)
-    await asyncio.Event().wait()
+async def serve(loop, conn):
+    with conn:
+        while data := await loop.sock_recv(conn, 65536):
+            await loop.sock_sendall(conn, data)
 
-name, mode = sys.argv[1:]
+async def accept(loop, listener):
+    tasks = set()
+    while True:
+        conn, _ = await loop.sock_accept(listener)
+        tasks.add(task := loop.create_task(serve(loop, conn)))
+        task.add_done_callback(tasks.discard)
+
+async def answer(loop, sock):
+    while True:
+        data, address = await loop.sock_recvfrom(sock, 65536)
+        await loop.sock_sendto(sock, data, address)
+
+async def connect(port):
+    while True:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+def bound(kind):
+    sock = socket.socket(socket.AF_INET, kind)
+    sock.bind(("127.0.0.1", 0))
+    sock.setblocking(False)
+    return sock
+
+async def main(mode, port):
+    loop = asyncio.get_running_loop()
+    task = None
+    if mode == "streams":
+        server = await asyncio.start_server(echo, "127.0.0.1", 0, backlog=1000)
+        sock = server.sockets[0]
+    elif mode in ("protocol", "connections"):
+        factory = Echo if mode == "protocol" else Goodbye
+        server = await loop.create_server(factory, "127.0.0.1", 0, backlog=1000)
+        sock = server.sockets[0]
+    elif mode == "sockets":
+        sock = bound(socket.SOCK_STREAM)
+        sock.listen(1000)
+        task = loop.create_task(accept(loop, sock))
+    elif mode == "datagrams":
+        sock = bound(socket.SOCK_DGRAM)
+        await loop.create_datagram_endpoint(Datagrams, sock=sock)
+    elif mode == "sock_datagrams":
+        sock = bound(socket.SOCK_DGRAM)
+        task = loop.create_task(answer(loop, sock))
+    else:
+        sock = bound(socket.SOCK_DGRAM)
+        task = loop.create_task(connect(port))
+    print("listening", sock.getsockname()[1], flush=True)
+    await (task or asyncio.Event().wait())
+
+name, mode, port = sys.argv[1:]
 if name == "asyncio":
     factory = asyncio.ProactorEventLoop
 elif name == "winloop":
@@ -65,8 +125,13 @@ else:
     import iocp_loop
     factory = iocp_loop.new_event_loop
 with asyncio.Runner(loop_factory=factory) as runner:
-    runner.run(main(mode))
+    runner.run(main(mode, int(port)))
 """
+
+#: What is counted, of which a "message" is: an echo by a protocol, by streams, by sock_recv and sock_sendall, by a
+#: datagram endpoint, by sock_recvfrom and sock_sendto; a connection that is accepted and closed; one that is made, heard
+#: to the end (at once) and closed.
+MODES = ("protocol", "streams", "sockets", "datagrams", "sock_datagrams", "connections", "connect")
 
 #: "07f8:Call KERNEL32.GetLastError() ret=0377159d"
 CALL = re.compile(rb"^[0-9a-f]{4}:Call (\w+)\.(\w+)\(.*ret=([0-9a-f]+)")
@@ -137,18 +202,20 @@ def size_of_image(path: Path) -> int:
 
 
 class Clients:
-    """Connections that each have one message under way."""
+    """Sockets that each have one message under way."""
 
-    def __init__(self, port: int, connections: int, size: int) -> None:
+    def __init__(self, kind: socket.SocketKind, port: int, connections: int, size: int) -> None:
         self._message = b"x" * size
         self._selector = selectors.DefaultSelector()
         self._missing: dict[socket.socket, int] = {}
         for _ in range(connections):
-            sock = socket.create_connection(("127.0.0.1", port), 60)
+            sock = socket.socket(socket.AF_INET, kind)
+            sock.settimeout(60)
+            sock.connect(("127.0.0.1", port))
             self._selector.register(sock, selectors.EVENT_READ)
             self._missing[sock] = 0
 
-    def echo(self, rounds: int) -> int:
+    def exchange(self, rounds: int) -> int:
         """Send `rounds` messages on each connection and wait for all of them; how many there were."""
         for _ in range(rounds):
             for sock in self._missing:
@@ -167,10 +234,57 @@ class Clients:
         self._selector.close()
 
 
+class Callers:
+    """Connections that the other side closes, some at once."""
+
+    def __init__(self, port: int, connections: int) -> None:
+        self._address = ("127.0.0.1", port)
+        self._connections = connections
+
+    def exchange(self, rounds: int) -> int:
+        for _ in range(rounds):
+            socks = [socket.create_connection(self._address, 60) for _ in range(self._connections)]
+            for sock in socks:
+                sock.recv(1)
+                sock.close()
+        return rounds * self._connections
+
+    def close(self) -> None:
+        pass
+
+
+class Listener:
+    """Takes connections and closes them."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+
+    def exchange(self, rounds: int) -> int:
+        for _ in range(rounds):
+            self._listener.accept()[0].close()
+        return rounds
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def peer(case: Case, port: int, listener: socket.socket) -> Clients | Callers | Listener:
+    """This side of a case."""
+    if case.mode == "connect":
+        return Listener(listener)
+    listener.close()
+    if case.mode == "connections":
+        return Callers(port, case.connections)
+    kind = socket.SOCK_DGRAM if "datagrams" in case.mode else socket.SOCK_STREAM
+    return Clients(kind, port, case.connections, case.size)
+
+
 def count(python: WindowsPython, folder: Path, case: Case, rounds: int) -> tuple[Counter[str], Counter[str], int]:
     """Calls and system calls of one case, and the number of messages that they served."""
     environment = {**python.wine.environment, "WINEDEBUG": "+relay,+loaddll"}
-    command = [find_wine() or "wine64", str(python.exe), "-c", SERVER, case.loop, case.mode]
+    listener = socket.create_server(("127.0.0.1", 0))
+    number = str(listener.getsockname()[1])
+    command = [find_wine() or "wine64", str(python.exe), "-c", SERVER, case.loop, case.mode, number]
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
@@ -182,11 +296,11 @@ def count(python: WindowsPython, folder: Path, case: Case, rounds: int) -> tuple
             line = process.stdout.readline()
             if not line.startswith(b"listening "):
                 raise SetupError(f"{case.loop} does not start")
-            clients = Clients(int(line.split()[1]), case.connections, case.size)
-            clients.echo(5)
+            clients = peer(case, int(line.split()[1]), listener)
+            clients.exchange(5)
             trace.settle()
             calls, system_calls = trace.calls.copy(), trace.system_calls.copy()
-            messages = clients.echo(rounds)
+            messages = clients.exchange(rounds)
             trace.settle()
             clients.close()
             return trace.calls - calls, trace.system_calls - system_calls, messages
@@ -195,10 +309,10 @@ def count(python: WindowsPython, folder: Path, case: Case, rounds: int) -> tuple
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Count the calls into Windows for each echoed message, under Wine.")
+    parser = argparse.ArgumentParser(description="Count the calls into Windows for each message or connection, under Wine.")
     parser.add_argument("--version", default="auto", help="of Windows Python: X.Y, or auto")
     parser.add_argument("--loops", nargs="+", default=["iocp_loop", "asyncio", "winloop"])
-    parser.add_argument("--mode", nargs="+", default=["protocol"], choices=["protocol", "streams"])
+    parser.add_argument("--mode", nargs="+", default=["protocol"], choices=MODES)
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 100])
     parser.add_argument("--size", nargs="+", type=int, default=[1024], help="bytes of a message")
     parser.add_argument("--messages", type=int, default=1000, help="how many are counted, about")
