@@ -13,6 +13,7 @@
  *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll/driver.py)
+ *   calls.h     the system's calls on sockets, the same on each system
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
@@ -118,11 +119,11 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *append, *arm, *end_with, *popleft, *take; /* of iocp.c */
+    PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
         *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
-        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
+        *gettimeout, *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
         *receiving_failed, *report, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
         *wait_again, *when, *write, *write_otherwise, *write_to_self;
 } names;
@@ -263,6 +264,9 @@ struct native_driver {
      * above. */
     int (*busy)(PyObject *driver, descriptor fd, int writing);
     int look_costs; /* a wait of 0 s is a system call even if there is nothing; then the loop asks less often */
+    /* In place of submit_receive, where the request is the attempt: receive for the new Receive `op`.  Bytes; None if it is
+     * in flight now; NULL without an exception if the driver can't take it this way. */
+    PyObject *(*receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size, size_t *expected);
 };
 
 void add_native_driver(const struct native_driver *driver);
@@ -278,16 +282,24 @@ int land(PyObject *op, PyObject *in_flight);
 /* op.complete(value, error), of which one is None. */
 int complete_operation(PyObject *op, PyObject *value, PyObject *error);
 
-#ifndef _WIN32
+/* Whether a call on `sock` does not wait: one that can be told not to, or of a non-blocking socket. */
+#ifdef _WIN32
+int never_waits(PyObject *sock);
+#else
+#define never_waits(sock) 1
+#endif
+
 /* sockets.c.  What there is to receive for `op`, a Receive that waits: bytes, or None if there is nothing just now. */
 PyObject *receive_for(PyObject *op);
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
-ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
+Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
+/* Bytes, or None if there is nothing to receive just now. */
+PyObject *receive_now(descriptor fd, size_t size, size_t *expected);
 /* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner provides; -1
  * with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full,
  * so that there may be more. */
-ssize_t receive_into(PyObject *op, int *filled);
+Py_ssize_t receive_into(PyObject *op, int *filled);
 enum { NO_BUFFER = -2 };
 /* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
 enum { RECEIVES_IN_A_TURN = 8 };
@@ -304,10 +316,15 @@ int add_sockets(PyObject *module);
 /* datagrams.c */
 struct sockaddr_storage;
 PyObject *make_tuple(const struct sockaddr_storage *address);
+/* The same by way of a table; of an address without length, that of a connection: None. */
+PyObject *tuple_of(const struct sockaddr_storage *address, Py_ssize_t length);
+/* Receive for the ReceiveFromStream `op` what there is, up to `most` datagrams, and deliver each.  Their number; -1 with an
+ * exception; NOT_PLAIN for the way in Python. */
+int receive_datagrams_for(PyObject *driver, PyObject *op, int most);
+enum { NOT_PLAIN = -2 };
 PyObject *receive_datagrams(PyObject *module, PyObject *args);
 PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
 int add_datagrams(PyObject *module);
-#endif
 
 /* Whether a list or a deque has anything in it; both keep their size where var-sized objects do. */
 static inline int has_items(PyObject *object) { return object != NULL && Py_SIZE(object) > 0; }

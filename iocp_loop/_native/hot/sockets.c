@@ -10,11 +10,7 @@
  * What a wait has got when nobody awaits it any more is not lost: the proactor keeps it (Proactor.abandon, keep_value).
  */
 
-#include "hot.h"
-
-#ifndef _WIN32
-#include <errno.h>
-#include <sys/socket.h>
+#include "calls.h"
 
 typedef struct {
     PyObject_HEAD
@@ -44,15 +40,15 @@ enum { DIRECT_FROM = 4 * 1024, DIRECT_MOST = 128 * 1024 - 64 };
  * The system's calls
  * ------------------------------------------------------------------------------------------------------------------ */
 
-ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
+Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
 {
-    ssize_t count;
+    Py_ssize_t count;
     *data = NULL;
     if (*expected < DIRECT_FROM) {
         char *memory = scratch();
         if (memory == NULL)
             return NO_BUFFER;
-        count = recv(fd, memory, most < SCRATCH_SIZE ? most : SCRATCH_SIZE, MSG_DONTWAIT);
+        count = recv(fd, memory, CALL_SIZE(most < SCRATCH_SIZE ? most : SCRATCH_SIZE), MSG_DONTWAIT);
         if (count <= 0)
             return count;
         *data = PyBytes_FromStringAndSize(memory, count);
@@ -63,11 +59,11 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
         PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
         if (bytes == NULL)
             return NO_BUFFER;
-        count = recv(fd, PyBytes_AS_STRING(bytes), room, MSG_DONTWAIT);
+        count = recv(fd, PyBytes_AS_STRING(bytes), CALL_SIZE(room), MSG_DONTWAIT);
         if (count <= 0) {
-            int code = errno;
+            int code = last_error();
             Py_DECREF(bytes);
-            errno = code;
+            set_last_error(code);
             return count;
         }
         if ((size_t)count != room)
@@ -82,38 +78,35 @@ ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **d
     return *data == NULL ? NO_BUFFER : count;
 }
 
-/* Bytes, or None if there is nothing to receive just now. */
-static PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
+PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
 {
     PyObject *data;
-    ssize_t count;
+    Py_ssize_t count;
     do
         count = receive_bytes(fd, size, expected, &data);
-    while (count == -1 && errno == EINTR);
+    while (count == -1 && was_interrupted());
     if (count > 0)
         return data;
     if (count == 0)
         return PyBytes_FromStringAndSize(NULL, 0);
     if (count == NO_BUFFER)
         return NULL;
-    if (errno == EAGAIN || errno == EWOULDBLOCK)
-        return Py_NewRef(Py_None);
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return would_wait() ? Py_NewRef(Py_None) : raise_last_error();
 }
 
 /* Asking for the buffer may do anything: end the stream, close its socket. */
-ssize_t receive_into(PyObject *op, int *filled)
+Py_ssize_t receive_into(PyObject *op, int *filled)
 {
     PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
     PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
     Py_buffer view;
-    ssize_t count = NO_BUFFER;
+    Py_ssize_t count = NO_BUFFER;
     int code = 0;
     *filled = 0;
     if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
         if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
-            count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
-            code = errno;
+            count = recv(socket_descriptor(sock), view.buf, CALL_SIZE((size_t)view.len), MSG_DONTWAIT);
+            code = last_error();
             *filled = count > 0 && count == view.len;
         }
         PyBuffer_Release(&view);
@@ -121,7 +114,7 @@ ssize_t receive_into(PyObject *op, int *filled)
     Py_XDECREF(buffer);
     Py_DECREF(get_buffer);
     Py_DECREF(sock);
-    errno = code;
+    set_last_error(code);
     return count;
 }
 
@@ -153,7 +146,7 @@ PyObject *receive_for(PyObject *op)
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {
-    if (!is_socket(sock) || turns_in_debug(loop))
+    if (!is_socket(sock) || turns_in_debug(loop) || !never_waits(sock))
         return NO_DESCRIPTOR;
     return socket_descriptor(sock);
 }
@@ -162,18 +155,39 @@ static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
  * The wait
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* Make the operation and submit it.  1: done; 0: not here and now; -1: error. */
+/* A new wait for `sock`. */
+static SocketWait *new_wait(SocketCalls *calls, PyObject *sock, size_t size)
+{
+    SocketWait *self = PyObject_GC_New(SocketWait, SocketWait_type);
+    if (self == NULL)
+        return NULL;
+    self->calls = (SocketCalls *)Py_NewRef(calls);
+    self->sock = Py_NewRef(sock);
+    self->op = self->future = self->value = self->error = NULL;
+    self->size = size;
+    self->begun = 0;
+    PyObject_GC_Track(self);
+    return self;
+}
+
+/* Its operation, not submitted yet. */
+static PyObject *make_receive(SocketWait *self, descriptor fd)
+{
+    PyObject *op = new_operation(operation_slots.receive, self->sock, fd, (PyObject *)self);
+    if (op != NULL && (SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size)) == NULL)
+        Py_CLEAR(op);
+    return op;
+}
+
+/* Submit the operation.  1: done; 0: not here and now; -1: error. */
 static int submit(SocketWait *self, SocketCalls *calls)
 {
+    if (self->op != NULL) /* it is in flight already: see receive_by_request */
+        return 1;
     descriptor fd = socket_descriptor(self->sock);
-    PyObject *op = new_operation(operation_slots.receive, self->sock, fd, (PyObject *)self);
+    PyObject *op = make_receive(self, fd);
     if (op == NULL)
         return -1;
-    SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size);
-    if (SLOT(op, operation_slots.size) == NULL) {
-        Py_DECREF(op);
-        return -1;
-    }
     int done = calls->native->submit_receive(calls->driver, op, fd, self->size);
     if (done > 0)
         Py_XSETREF(self->op, op);
@@ -224,7 +238,8 @@ static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
         done = PyObject_CallMethodNoArgs(future, names.done);
         cancelled = done == NULL ? -1 : PyObject_IsTrue(done); /* and its task has not run yet */
         Py_CLEAR(done);
-    }
+    } else if (!self->begun) /* an exception came between the request and its await */
+        cancelled = 1;
     if (cancelled < 0)
         failed = -1;
     else if (cancelled)
@@ -463,6 +478,37 @@ static PyType_Spec wait_spec = {
  * The calls
  * ------------------------------------------------------------------------------------------------------------------ */
 
+/* Whether a transport of the loop has `fd`; -1: error. */
+static int is_owned(SocketCalls *self, descriptor fd)
+{
+    PyObject *number = PyLong_FromLongLong((long long)fd);
+    int owned = number == NULL ? -1 : PyDict_Contains(self->transports, number);
+    Py_XDECREF(number);
+    return owned;
+}
+
+/* Where the request itself is the attempt, and may be done at once. */
+static PyObject *receive_by_request(SocketCalls *self, PyObject *sock, descriptor fd, size_t size)
+{
+    int owned = is_owned(self, fd);
+    if (owned)
+        return owned < 0 ? NULL : Py_NewRef(Py_None);
+    SocketWait *wait = new_wait(self, sock, size);
+    PyObject *op = wait == NULL ? NULL : make_receive(wait, fd), *data = NULL;
+    if (op != NULL) {
+        data = self->native->receive(self->driver, op, fd, size, &self->expected);
+        if (data == NULL && !PyErr_Occurred())
+            data = Py_NewRef(Py_None); /* for the way in Python */
+        else if (data == Py_None) {
+            wait->op = Py_NewRef(op);
+            Py_SETREF(data, Py_NewRef((PyObject *)wait));
+        }
+        Py_DECREF(op);
+    }
+    Py_XDECREF(wait);
+    return data;
+}
+
 /* receive(sock, n): bytes; or a SocketWait to await; or None, for the way in Python. */
 static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -488,6 +534,8 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         PyErr_Clear(); /* too large; Python's way says what it thinks of that */
         Py_RETURN_NONE;
     }
+    if (self->native->receive != NULL)
+        return receive_by_request(self, sock, fd, (size_t)size);
     int busy = self->native->busy(self->driver, fd, 0);
     if (busy < 0)
         return NULL;
@@ -496,9 +544,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     PyObject *data = receive_now(fd, (size_t)size, &self->expected);
     if (data != Py_None)
         return data;
-    PyObject *number = PyLong_FromLong(fd);
-    int owned = number == NULL ? -1 : PyDict_Contains(self->transports, number);
-    Py_XDECREF(number);
+    int owned = is_owned(self, fd);
     if (owned < 0) {
         Py_DECREF(data);
         return NULL;
@@ -506,16 +552,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     if (owned || !self->native->submit_receive(self->driver, NULL, fd, 0))
         return data; /* None */
     Py_DECREF(data);
-    SocketWait *wait = PyObject_GC_New(SocketWait, SocketWait_type);
-    if (wait == NULL)
-        return NULL;
-    wait->calls = (SocketCalls *)Py_NewRef(self);
-    wait->sock = Py_NewRef(sock);
-    wait->op = wait->future = wait->value = wait->error = NULL;
-    wait->size = (size_t)size;
-    wait->begun = 0;
-    PyObject_GC_Track(wait);
-    return (PyObject *)wait;
+    return (PyObject *)new_wait(self, sock, (size_t)size);
 }
 
 /* send(sock, data): how many bytes the system has taken, perhaps 0; or None, for the way in Python. */
@@ -533,12 +570,11 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
         return NULL;
     if (busy)
         return PyLong_FromLong(0); /* it waits in line */
-    ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), (size_t)PyBytes_GET_SIZE(args[1]), MSG_DONTWAIT | MSG_NOSIGNAL);
+    Py_ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), CALL_SIZE((size_t)PyBytes_GET_SIZE(args[1])),
+                           MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent >= 0)
         return PyLong_FromSsize_t(sent);
-    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
-        return PyLong_FromLong(0);
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return would_wait() ? PyLong_FromLong(0) : raise_last_error();
 }
 
 static int calls_traverse(SocketCalls *self, visitproc visit, void *arg)
@@ -637,5 +673,3 @@ int add_sockets(PyObject *module)
     Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
     return SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
 }
-
-#endif
