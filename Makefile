@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries newcomer test-all test-debian test-free-threaded test-windows test-windows-all lint format types docs coverage bench wheel wheels clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries newcomer test-all test-debian test-free-threaded stress test-windows test-windows-all lint format types docs coverage bench wheel wheels clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -56,7 +56,7 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml $(NATIVE)
 APPS := $(VENV)-apps
 
 $(VENV)/.apps: $(VENV)/.made pyproject.toml $(NATIVE)
-	$(call install,[test,apps])
+	$(call install,[apps])
 
 $(VENV)/.wheels: $(VENV)/.made pyproject.toml
 	$(call install,[wheels])
@@ -96,7 +96,7 @@ test-python-tier: $(VENV)/.test ## the same tests on the Python tier, without th
 fuzz: $(VENV)/.test ## seeded programs on every driver and tier, compared with asyncio's own loop (ARGS="--minutes 30 tls")
 	@$(RUN) -m tests.fuzz $(ARGS)
 
-sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSanitizer and valgrind (ARGS=asan, ARGS=valgrind)
+sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSanitizer, valgrind and ThreadSanitizer (ARGS="asan valgrind tsan")
 	@PYTHON=$(RUN) tools/sanitize.sh $(ARGS)
 
 soak: $(VENV)/.test ## 100,000 connections, 1,000,000 callbacks and timers: nothing may be left (ARGS=)
@@ -123,6 +123,11 @@ test-debian: $(VENV)/.made ## the tests on Pythons of Debian testing, as root (V
 
 test-free-threaded: $(VENV)/.made ## the tests without the GIL, on a CPython 3.14t made for it, as root (ARGS=)
 	@PYTHON=$(RUN) tools/test_free_threaded.sh $(ARGS)
+
+REPEAT ?= 100
+
+stress: $(VENV)/.made ## loops in parallel without the GIL, 100 times over on each driver, as root (REPEAT=, ARGS=)
+	@PYTHON=$(RUN) IOCP_LOOP_REPEAT=$(REPEAT) tools/test_free_threaded.sh -q tests/test_threads_in_parallel.py $(ARGS)
 
 # auto: the version of the environment's Python, or else another that exists as Windows Python.
 VERSION ?= auto

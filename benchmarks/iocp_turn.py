@@ -24,8 +24,8 @@ from typing import Any
 from iocp_loop import native
 from iocp_loop import operations as ops
 from iocp_loop.ports.iocp import turns as iocp_turns
-from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.binding import ffi, lib
+from iocp_loop.ports.iocp.driver import IocpDriver
 
 SIZE = 1024
 STREAMS = 100

@@ -1,8 +1,8 @@
 """IocpEventLoop: asyncio's event loop on a completion port.
 
 asyncio.BaseEventLoop brings tasks, executors, name lookup and the orchestration of connections and servers;
-methods/turns.py the ready queue and the timers.  This class gives them the rest: a proactor to wait in, transports, and the socket
-methods.
+methods/turns.py the ready queue and the timers.  This class gives them the rest: a proactor to wait in, transports, and
+the socket methods.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .methods.clock import ClockMethods
 from .endpoints.datagrams import DatagramTransport
+from .endpoints.listener import Listener
+from .endpoints.sendfile import begin_at
+from .methods.clock import ClockMethods
 from .methods.embedding import EmbeddingMethods
 from .methods.names import NameMethods
 from .methods.pipes import PipeMethods
-from .ports import make_driver
-from .proactor import Proactor
 from .methods.readiness import ReadinessMethods
-from .endpoints.sendfile import begin_at
-from .endpoints.listener import Listener
 from .methods.signals import SignalMethods
 from .methods.sockets import SocketMethods
-from .statistics import Statistics, statistics
 from .methods.subprocesses import SubprocessMethods
-from .endpoints.tls import TlsMethods
-from .transports import SocketTransport
+from .methods.tls import TlsMethods
 from .methods.turns import Turns
 from .methods.unix import UnixMethods
+from .ports import make_driver
+from .proactor import Proactor
+from .statistics import Statistics, statistics
+from .transports import SocketTransport
 
 __all__ = ["IocpEventLoop", "new_event_loop"]
 

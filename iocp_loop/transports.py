@@ -48,9 +48,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import operations as ops
 from .debugging import DebugContext, context_for, unclosed
+from .endpoints.sendfile import check_regular, copy_file, send_file
 from .native import hot
 from .proactor import Proactor, advance, fail
-from .endpoints.sendfile import check_regular, copy_file, send_file
 
 __all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
 

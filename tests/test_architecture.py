@@ -24,8 +24,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 #: Who may import whom: a module imports only what stands below its own line.
 LAYERS = [
     "__main__ pytest_plugin _startup.sitecustomize echo.__main__",
-    "doctor launch takeover echo.service echo.supervisor echo.output",
-    "__init__ echo.__init__",
+    "doctor launch takeover echo.options",
+    "__init__ echo.__init__ echo.service echo.output echo.supervisor",
     "threads",
     "policy",
     "loop",
@@ -44,13 +44,33 @@ LAYERS = [
     "ports.iocp.datagrams",
     "ports.iocp.requests",
     "ports.iocp.binding ports.uring.binding ports.iocp.__init__ ports.uring.__init__ ports.poll.__init__",
+    "ports.receiving",
     "ports.driver",
     "operations native system",
     "built _cffi_build",
 ]
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
-HEADERS = ["hot/epoll.h", "hot/hot.h", "windows/shared.h", "linux/uring.h windows/iocp.h"]
+HEADERS = [
+    "hot/epoll.h hot/iocp.h hot/sockets.h hot/turns.h",
+    "hot/calls.h hot/driver.h hot/handles.h hot/receiving.h",
+    "hot/hot.h",
+    "windows/shared.h",
+    "linux/uring.h windows/iocp.h",
+]
+
+#: And for the C of the native tier: a file calls only functions, and uses only data, of files below its own line.
+NATIVE_TIER = [
+    "module",
+    "turns uring iocp",
+    "epoll iocp_sockets schedule tasks",
+    "epoll_watches ready",
+    "ahead epoll_waits",
+    "connections sockets streams tls",
+    "datagrams driver handles receiving",
+    "timers",
+    "shared",
+]
 
 #: Extension modules, which import nothing of ours.
 COMPILED = {"_hot", "_iocp", "_uring"}
@@ -110,6 +130,34 @@ def test_includes_point_down(path: Path) -> None:
         assert HEADER_LEVEL[target] > level, f"{name} includes {target}"
         if not name.startswith("hot/"):
             assert not target.startswith("hot/"), f"{name}: the binding knows nothing of the native tier"
+
+
+@functools.cache
+def c_code(path: Path) -> str:
+    """The text of a file in C, without comments and strings."""
+    text = re.sub(r"/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r'"(?:\\.|[^"\\\n])*"', '""', text)
+
+
+def exported() -> dict[str, str]:
+    """The file of each function and each variable of the native tier that is not static."""
+    found: dict[str, str] = {}
+    for path in (PACKAGE / "_native" / "hot").glob("*.c"):
+        for line in re.findall(r"^(?!static|typedef|extern|enum .*\{|#)[A-Za-z_].*$", c_code(path), re.MULTILINE):
+            names = re.findall(r"(\w+)\(", line)[:1] if "(" in line else re.findall(r"(\w+)(?=[,;\[])", line)
+            found |= dict.fromkeys(names, path.stem)
+    return found
+
+
+def test_the_c_of_the_native_tier_calls_down() -> None:
+    level = {stem: level for level, line in enumerate(NATIVE_TIER) for stem in line.split()}
+    homes = exported()
+    assert {"receive_for_stream", "launch", "names", "Driver_type"} < set(homes)
+    assert set(level) == {path.stem for path in (PACKAGE / "_native" / "hot").glob("*.c")}
+    for path in (PACKAGE / "_native" / "hot").glob("*.c"):
+        for name in set(re.findall(r"\w+", c_code(path))) & set(homes):
+            home = homes[name]
+            assert home == path.stem or level[home] > level[path.stem], f"{path.name} uses {name} of {home}.c"
 
 
 def test_the_page_shows_every_module() -> None:

@@ -199,7 +199,7 @@ def test_a_kernel_without_io_uring() -> None:
 @uring
 @pytest.mark.parametrize("setting", ["1", "2"])
 def test_io_uring_disabled_by_sysctl(setting: str) -> None:
-    fake = f"from iocp_loop.ports.uring import binding as uring_binding\nuring_binding._io_uring_disabled = lambda: {setting!r}\n"
+    fake = f"from iocp_loop.ports.uring import binding\nbinding._io_uring_disabled = lambda: {setting!r}\n"
     driver, refusal = look(REFUSE_IO_URING + fake, "1")
     assert driver == "poll"
     assert f"kernel.io_uring_disabled={setting}" in refusal

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from iocp_loop.echo import __main__ as echo
-from iocp_loop.echo.__main__ import Statistics
+from iocp_loop.echo import output
+from iocp_loop.echo.output import Statistics
 from iocp_loop.ports import DRIVERS, availability
 
 from .programs import Server, ask, run_to_end
@@ -220,7 +220,7 @@ def test_on_a_terminal_statistics_are_one_table(monkeypatch: pytest.MonkeyPatch)
     rich_live = pytest.importorskip("rich.live")
     screen = io.StringIO()
     live = rich_live.Live(console=rich_console.Console(file=screen, force_terminal=True, width=90), auto_refresh=False)
-    monkeypatch.setattr(echo, "_live_display", lambda: live)
+    monkeypatch.setattr(output, "_live_display", lambda: live)
     counts = Counter(connections=0, open=0, bytes=0, messages=0)
 
     def shown(statistics: Statistics) -> str:

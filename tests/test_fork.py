@@ -194,8 +194,10 @@ async def main():
         status = await asyncio.to_thread(os.waitpid, pid, 0)
         assert os.waitstatus_to_exitcode(status[1]) == 0
         assert not waiting.done()
+    else:
+        asyncio._set_running_loop(loop)  # asyncio knows of none in such a child, and Tasks want one since Python 3.14
     peer.send(b"two")
-    assert await waiting == b"two"  # asyncio's own functions know of no running loop in such a child
+    assert await waiting == b"two"
     if not pid:
         os._exit(0)
     await asyncio.sleep(0.01)

@@ -26,8 +26,8 @@ import iocp_loop
 from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
 from iocp_loop.ports.iocp import readiness as iocp_readiness
-from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.binding import ffi, lib
+from iocp_loop.ports.iocp.driver import IocpDriver
 
 from .support import LIMIT, WINE, Echo, in_thread, listening_socket, read_all, read_exactly, reset, udp_socket
 from .windows_rig import Handle, result

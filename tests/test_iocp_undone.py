@@ -12,8 +12,8 @@ if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
 
 from iocp_loop import operations as ops
-from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.binding import RETRY
+from iocp_loop.ports.iocp.driver import IocpDriver
 
 from .support import LIMIT, udp_socket
 from .windows_rig import UNDONE, leave_undone

@@ -21,8 +21,8 @@ import _winapi
 from asyncio import windows_utils
 
 import iocp_loop
-from iocp_loop.pipes import named as named_pipes
 from iocp_loop.pipes import channels as windows_channels
+from iocp_loop.pipes import named as named_pipes
 from iocp_loop.ports.iocp import handles as windows_handles
 
 from .support import LIMIT, WINE, Echo, Recorder, open_handles, turns, until

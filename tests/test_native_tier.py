@@ -119,6 +119,8 @@ def test_a_value_that_means_nothing_is_an_error() -> None:
 
 def test_in_a_subinterpreter_it_gives_way_to_the_python_tier() -> None:
     """Its types are made once for the process, beneath the main interpreter's asyncio."""
+    if sys.version_info >= (3, 13):
+        pytest.importorskip("_interpreters", reason="this Python cannot make one", exc_type=ImportError)
     code = "from iocp_loop import native; assert native.hot is None, native.hot; print(native.why_not)"
     done = run_python(
         f"""

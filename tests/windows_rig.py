@@ -18,8 +18,8 @@ from asyncio import windows_utils
 from iocp_loop import CompletionPort
 from iocp_loop import operations as ops
 from iocp_loop.ports.iocp import handles as windows_handles
-from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.binding import ABORTED, RETRY, ffi, lib
+from iocp_loop.ports.iocp.driver import IocpDriver
 
 from .support import LIMIT
 

@@ -129,8 +129,8 @@ with asyncio.Runner(loop_factory=factory) as runner:
 """
 
 #: What is counted, of which a "message" is: an echo by a protocol, by streams, by sock_recv and sock_sendall, by a
-#: datagram endpoint, by sock_recvfrom and sock_sendto; a connection that is accepted and closed; one that is made, heard
-#: to the end (at once) and closed.
+#: datagram endpoint, by sock_recvfrom and sock_sendto; a connection that is accepted and closed; one that is made,
+#: heard to the end (at once) and closed.
 MODES = ("protocol", "streams", "sockets", "datagrams", "sock_datagrams", "connections", "connect")
 
 #: "07f8:Call KERNEL32.GetLastError() ret=0377159d"
@@ -309,7 +309,9 @@ def count(python: WindowsPython, folder: Path, case: Case, rounds: int) -> tuple
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Count the calls into Windows for each message or connection, under Wine.")
+    parser = argparse.ArgumentParser(
+        description="Count the calls into Windows for each message or connection, under Wine."
+    )
     parser.add_argument("--version", default="auto", help="of Windows Python: X.Y, or auto")
     parser.add_argument("--loops", nargs="+", default=["iocp_loop", "asyncio", "winloop"])
     parser.add_argument("--mode", nargs="+", default=["protocol"], choices=MODES)

@@ -1,8 +1,8 @@
 #!/bin/bash
-# The tests and the fuzzers on a native part that is built with AddressSanitizer and UndefinedBehaviorSanitizer, and the tests under
-# valgrind.
+# The tests and the fuzzers on a native part that is built with AddressSanitizer and UndefinedBehaviorSanitizer, the tests under
+# valgrind, and those with threads under ThreadSanitizer, on a free-threaded Python (as root, or they are skipped).
 #
-#   tools/sanitize.sh [asan] [valgrind] [-- ARGUMENTS OF PYTEST]     (neither named: both)
+#   tools/sanitize.sh [asan] [valgrind] [tsan] [-- ARGUMENTS OF PYTEST]     (none named: all)
 #
 # It works on a copy of the project in build/sanitize, so that the modules of the environment stay as they are.
 # PYTHON names the interpreter of an environment with what the tests need.
@@ -25,6 +25,8 @@ subjects=(
 )
 # Programs of the fuzzers: seeds of each family.
 seeds=5
+# Loops and ports that several threads use at once.
+threaded=(tests/test_threads_in_parallel.py tests/test_run_threads.py tests/test_port.py tests/test_echo_traffic.py)
 # Under valgrind everything takes some 30 times as long.  It lets no other thread run while one is in io_uring_enter, so
 # what sends from a thread is only for driver poll.
 without_threads=(tests/test_native_tier.py tests/test_socket_waits.py)
@@ -38,7 +40,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# -eq 0 ] || shift
-[ ${#tools[@]} -gt 0 ] || tools=(asan valgrind)
+[ ${#tools[@]} -gt 0 ] || tools=(asan valgrind tsan)
 
 # build FLAGS COMMAND...: the package, with its modules built with these flags of the compiler, and the tests beside it;
 # then the doctor, by COMMAND.
@@ -77,6 +79,13 @@ run_valgrind() {
     build "-g -O1" env
     under_valgrind --driver uring "${without_threads[@]}" "$@"
     under_valgrind --driver poll "${fewer[@]}" "$@"
+}
+
+# In the root of test_free_threaded.sh.  -s: a report comes on the standard error, beside the test that it belongs to; the
+# run fails for it in the end.
+run_tsan() {
+    IOCP_LOOP_TSAN=1 IOCP_LOOP_STRESS="${IOCP_LOOP_STRESS:-5}" PYTHON=$python tools/test_free_threaded.sh \
+        -q -s -p no:cacheprovider "${threaded[@]}" "$@"
 }
 
 for tool in "${tools[@]}"; do

@@ -8,7 +8,11 @@
 #
 # The root stands in $IOCP_LOOP_DEBIAN, else in ~/.cache/iocp_loop-debian (about 1 GB).  Each step looks first whether
 # its result is there.  It needs to be run by root on a Debian or Ubuntu machine with debootstrap; packages come from the
-# machine's own Debian mirror, wheels by the pip of PYTHON (default: python3).
+# machine's own Debian mirror, wheels by the pip of PYTHON (default: python3).  Where these cannot be had, it ends with 77.
+#
+# The tests get the settings IOCP_LOOP_NATIVE, IOCP_LOOP_DRIVER, IOCP_LOOP_STRESS and PYTHON_GIL.  IOCP_LOOP_REPEAT=100 runs them
+# so many times in a row, until one fails.  IOCP_LOOP_TSAN=1, for 3.14t: the native part is built with ThreadSanitizer, see
+# free_threaded/tsan/tsan.h.
 set -eu
 
 project=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,6 +23,7 @@ all="3.13 3.14 3.15"
 
 say() { echo "test_debian: $*" >&2; }
 fail() { say "$*"; exit 1; }
+lack() { say "$*"; exit 77; }
 
 versions=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -38,7 +43,7 @@ command -v debootstrap >/dev/null || fail "debootstrap is missing: apt-get insta
 
 if [ ! -d "$root" ]; then
     mirror=$(apt-get indextargets --format '$(SITE)' 'Identifier: Packages' | grep -v security | head -n 1)
-    [ -n "$mirror" ] || fail "apt knows no Debian mirror"
+    [ -n "$mirror" ] || lack "apt knows no Debian mirror"
     packages=gcc,libc6-dev,libffi-dev,ca-certificates,procps
     for version in $all; do
         packages=$packages,python$version-dev,python$version-venv,libpython$version-testsuite
@@ -48,7 +53,7 @@ if [ ! -d "$root" ]; then
     mkdir -p "$home"
     # An older debootstrap knows the script sid, and not the names of the releases that have come since.
     debootstrap --variant=minbase --include="$packages" testing "$root.new" "$mirror" sid >"$home/debootstrap.log" 2>&1 ||
-        { tail -n 20 "$home/debootstrap.log" >&2; fail "debootstrap failed, see $home/debootstrap.log"; }
+        { tail -n 20 "$home/debootstrap.log" >&2; lack "debootstrap failed, see $home/debootstrap.log"; }
     mv "$root.new" "$root"
 fi
 
@@ -60,15 +65,18 @@ abi_of() {
     case $1 in *t) echo "--abi cp$(echo "$1" | tr -d .) --abi none" ;; esac
 }
 
+here=$project/tools/free_threaded
 for version in $versions; do
-    [ -x "$root/usr/bin/python${version%t}" ] || fail "no Python ${version%t} in $root, which is older: remove it"
-    if [ ! -x "$root$(place_of "$version")" ]; then
+    [ -x "$root/usr/bin/python${version%t}" ] || lack "no Python ${version%t} in $root, which is older: remove it"
+    made=$root/opt/python$version
+    if [ ! -x "$root$(place_of "$version")" ] || { [ -d "$made" ] &&
+        ! { cmp -s "$here/make.sh" "$made/make.sh" && cmp -s "$here/launch.c" "$made/launch.c"; }; }; then
         say "making Python $version"
         "$python" -m pip --disable-pip-version-check --quiet download --no-deps --only-binary :all: \
             --python-version "${version%t}" --implementation cp $(abi_of "$version") \
             --platform "manylinux2014_$(uname -m)" --dest "$home/interpreter" panda3d==1.10.16 ||
-            { say "the interpreter of Python $version cannot be downloaded"; exit 77; }
-        "$project/tools/free_threaded/make.sh" "$root" "$home"/interpreter/panda3d-*.whl
+            lack "the interpreter of Python $version cannot be downloaded"
+        "$here/make.sh" "$root" "$home"/interpreter/panda3d-*.whl
     fi
 done
 
@@ -91,7 +99,8 @@ for version in $versions; do
         rm -rf "$wheels"
         "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "${version%t}" \
             --implementation cp $(abi_of "$version") --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
-            --platform "manylinux_2_34_$machine" --dest "$wheels" --requirement "$home/requirements.txt"
+            --platform "manylinux_2_34_$machine" --dest "$wheels" --requirement "$home/requirements.txt" ||
+            lack "the wheels for Python $version cannot be downloaded"
         cp "$home/requirements.txt" "$wheels/"
     fi
 done
@@ -117,9 +126,29 @@ export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels/$version PIP_DISABLE_PIP_VERSION_CH
 cd /project
 "/venv-$version/bin/python" -W error -c 'import iocp_loop'
 "/venv-$version/bin/python" -m iocp_loop
-exec "/venv-$version/bin/python" -m pytest "$@"
+if [ -n "${IOCP_LOOP_TSAN-}" ]; then
+    rm -rf /tsan
+    cp -r /project /tsan
+    cd /tsan
+    rm -rf build iocp_loop/*.so
+    here=/tsan/tools/free_threaded/tsan
+    CFLAGS="-g -O1 -fsanitize=thread -w -include $here/tsan.h" LDFLAGS=-fsanitize=thread \
+        "/venv-$version/bin/python" setup.py --quiet build_ext --inplace
+    export LAUNCH_PRELOAD="$(gcc -print-file-name=libtsan.so)" PYTHONPATH="/tsan:$here" IOCP_LOOP_NATIVE=1
+    export TSAN_OPTIONS="suppressions=$here/suppressions history_size=4 die_after_fork=0 detect_deadlocks=0"
+fi
+for round in $(seq "${IOCP_LOOP_REPEAT:-1}"); do
+    [ "$round" = 1 ] || echo "round $round of $IOCP_LOOP_REPEAT"
+    "/venv-$version/bin/python" -m pytest "$@"
+done
 END
 chmod +x "$root/run-tests"
+
+export settings=
+for name in IOCP_LOOP_NATIVE IOCP_LOOP_DRIVER IOCP_LOOP_STRESS IOCP_LOOP_REPEAT IOCP_LOOP_TSAN PYTHON_GIL; do
+    eval "value=\${$name-}"
+    [ -z "$value" ] || settings="$settings $name=$value"
+done
 
 # In a mount namespace: what is mounted for the root goes when the tests end, however they end.
 status=0
@@ -127,7 +156,7 @@ for version in $versions; do
     say "Python $version"
     unshare --mount sh -c '
         mount --rbind /dev "$1/dev" && mount -t proc proc "$1/proc" && root=$1 && shift &&
-        exec chroot "$root" /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin /run-tests "$@"
+        exec chroot "$root" /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin $settings /run-tests "$@"
     ' sh "$root" "$version" "$(place_of "$version")" "$@" || { status=$?; say "Python $version: the tests failed"; }
 done
 exit "$status"

@@ -12,6 +12,10 @@ win_amd64, win_arm64    zig as cross compiler; the import libraries of Python's 
 The binding is built once for each platform (it uses Python's stable ABI), the native tier for each version of Python
 as well.  Headers come from a Python of this machine, else from Debian.
 
+A version with a t is a free-threaded Python.  That has no stable ABI, so its binding is its own; its headers are the
+ordinary ones, told that there is no GIL.  There is no such wheel for Windows, where the native tier was not tried
+without the GIL: pip takes the one without native code there, with which driver iocp has no binding.
+
 Each wheel is then installed by pip into a folder of its own, and tools/smoke.py runs on it with the Python that it is
 for: one of this machine, one of Debian's in a chroot, one for aarch64 under qemu-user, one for Windows under
 Wine.  Nothing there can compile.  What is not available or cannot run here is named at the end, with the reason.
@@ -49,7 +53,7 @@ DIST = ROOT / "dist"
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 STEM = f"iocp_loop-{SETTINGS['project']['version']}"
 
-VERSIONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
+VERSIONS = ("3.11", "3.12", "3.13", "3.14", "3.15", "3.14t", "3.15t")
 
 
 #: The Debian release that has a version of Python; there is none with 3.12.
@@ -177,6 +181,11 @@ def headers(version: str, windows: bool) -> Path:
     target = WORK / f"include-{kind}-{version}"
     if target.exists():
         return target
+    if version.endswith("t"):
+        shutil.copytree(headers(version.removesuffix("t"), windows), target)
+        with (target / "pyconfig.h").open("a", encoding="utf-8") as config:
+            config.write("#undef Py_GIL_DISABLED\n#define Py_GIL_DISABLED 1\n")
+        return target
     source = None
     for host in host_pythons(version):
         if Path(host.include, "Python.h").exists():
@@ -297,6 +306,7 @@ def build_wheel(source: Path, pure: Path, platform: Platform, version: str) -> P
     with tempfile.TemporaryDirectory(dir=WORK) as name:
         tmp = Path(name)
         number = version.replace(".", "")
+        free_threaded = version.endswith("t")
         modules = {}
         ending = f"cp{number}-{platform.suffix}" if platform.windows else f"cpython-{number}-{platform.suffix}"
         modules[f"iocp_loop/_hot.{ending}"] = compile_module(
@@ -307,28 +317,30 @@ def build_wheel(source: Path, pure: Path, platform: Platform, version: str) -> P
             ["-lws2_32"] if platform.windows else ["-fvisibility=hidden"],
             tmp / "_hot.bin",
         )
-        binding = WORK / f"binding-{platform.tag}.bin"
+        binding = WORK / f"binding-{number if free_threaded else 'abi3'}-{platform.tag}.bin"
         if not binding.exists():
             (tmp / "binding").mkdir()
             libraries = ["-lws2_32", "-lmswsock", "-lntdll", "-lkernel32"] if platform.windows else []
             compile_module(
                 platform,
-                headers(VERSIONS[0], platform.windows),
+                headers(version if free_threaded else VERSIONS[0], platform.windows),
                 "python3",
                 [emit_binding(source, platform), *sorted((native / system).glob("*.c"))],
-                [f"-I{native / system}", *libraries],
+                [f"-I{native / system}", *(["-D_CFFI_NO_LIMITED_API"] if free_threaded else []), *libraries],
                 tmp / "binding" / "binding.bin",
             )
             (tmp / "binding" / "binding.bin").rename(binding)
-        modules["iocp_loop/_iocp.pyd" if platform.windows else "iocp_loop/_uring.abi3.so"] = binding.read_bytes()
-        tag = f"cp{number}-cp{number}-{platform.tag}"
+        suffix = ending if free_threaded else "pyd" if platform.windows else "abi3.so"
+        modules[f"iocp_loop/{'_iocp' if platform.windows else '_uring'}.{suffix}"] = binding.read_bytes()
+        abi = f"cp{number.removesuffix('t')}-cp{number}"
+        tag = f"{abi}-{platform.tag}"
         if platform.windows:
             return repack(pure, DIST / f"{STEM}-{tag}.whl", modules, tag)
         if platform.libc == "musl":
             modules = {name: rename_libc(data, platform, tmp / "module") for name, data in modules.items()}
         # auditwheel looks at what the modules ask of the C library, and refuses what the platform does not promise.
         machine = platform.target.partition("-")[0]
-        plain = f"cp{number}-cp{number}-linux_{machine}"
+        plain = f"{abi}-linux_{machine}"
         wheel = repack(pure, tmp / f"{STEM}-{plain}.whl", modules, plain)
         must([sys.executable, "-c", AUDIT, "repair", "--plat", platform.tag, "-w", tmp / "repaired", wheel],
              IOCP_LOOP_AUDIT=f"{platform.libc} {machine}",
@@ -346,8 +358,11 @@ def build_wheel(source: Path, pure: Path, platform: Platform, version: str) -> P
 
 def install(wheel: Path, tag: str, version: str, target: Path) -> None:
     """Let pip install `wheel` for another Python than its own; so its tags, too, are judged by pip."""
+    abi = [f"cp{version.replace('.', '')}", "none"] if version.endswith("t") else []
     must([sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--target", target,
-          "--platform", tag, "--platform", tag.replace("manylinux2014", "manylinux_2_28"), "--python-version", version,
+          *(argument for each in abi for argument in ("--abi", each)),
+          "--platform", tag, "--platform", tag.replace("manylinux2014", "manylinux_2_28"),
+          "--python-version", version.removesuffix("t"),
           "--implementation", "cp", "--only-binary", ":all:", wheel])  # fmt: skip
 
 
@@ -377,6 +392,13 @@ def smoke(wheel: Path, platform: Platform, version: str) -> str:
 def smoke_in_root(version: str, platform: Platform, site: Path, emulator: str | None, drivers: str) -> str:
     """With a Python of Debian's."""
     root = WORK / f"root-{platform.architecture}-{version}"
+    python = f"/usr/bin/python{version}"
+    if version.endswith("t"):
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        root = Path(os.environ.get("IOCP_LOOP_DEBIAN") or Path(cache, "iocp_loop-debian")) / "root"
+        python = f"/opt/python{version}/bin/python{version}"
+        if emulator is not None or not Path(root, python[1:]).exists():
+            raise NotToBeHad("no free-threaded Python (make test-free-threaded makes one, for x86_64)")
     if not root.exists():
         say(f"Python {version} for {platform.architecture} from Debian")
         unpack(
@@ -386,7 +408,6 @@ def smoke_in_root(version: str, platform: Platform, site: Path, emulator: str | 
             architecture=platform.architecture,
             dependencies=True,
         )
-    python = f"/usr/bin/python{version}"
     if emulator is not None:
         path = shutil.which(emulator)
         if path is None:
@@ -465,6 +486,8 @@ def main() -> int:
     failures = 0
     for platform in platforms:
         for version in options.version or VERSIONS:
+            if platform.windows and version.endswith("t"):
+                continue
             name, result, failed = one(source, pure, platform, version, test=not options.no_test)
             failures += failed
             results[name] = result

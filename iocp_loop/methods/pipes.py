@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from ..proactor import Proactor
 
 if sys.platform == "win32":
-    from ..pipes import named as named_pipes
     from ..operations import AcceptPipe
+    from ..pipes import named as named_pipes
     from ..pipes.channels import PATIENCE, BlockingChannel, Channel, open_channel
     from ..pipes.windows import DuplexPipeTransport, ReadPipeTransport, WritePipeTransport
 else:

@@ -14,10 +14,10 @@ import sys
 import weakref
 from typing import Any, TypeVar
 
+from ..endpoints.sendfile import copy_file, send_file
 from ..native import hot
 from ..operations import READABLE, WRITABLE, HandleLike, connect_error, family_of, fileno
 from ..proactor import Proactor
-from ..endpoints.sendfile import copy_file, send_file
 
 __all__ = ["SocketMethods"]
 

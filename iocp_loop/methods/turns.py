@@ -47,7 +47,7 @@ class PythonTurns(asyncio.BaseEventLoop):
     _scheduled: list[Any]  # and its heap of timers, some of which are cancelled: so many
     _timer_cancelled_count: int
 
-    _waited = False  # True: the wait of this turn has been already, see methods/embedding.py; only the native turn looks at it
+    _waited = False  # True: the wait of this turn has been already, see embedding.py; only the native turn looks at it
 
     _select: Any = None  # a replacement of the proactor's `select`, for the native turn as well
     _selector: Any  # what BaseEventLoop waits in: the proactor, whose `select` is the driver's `wait`

@@ -19,9 +19,9 @@ from typing import Any, TypeAlias
 
 from .. import operations as ops
 from ..debugging import context_for
+from ..endpoints.listener import RETRY_DELAY
 from ..operations import was_cancelled
 from ..proactor import Proactor
-from ..endpoints.listener import RETRY_DELAY
 
 if sys.platform != "win32":
     raise ImportError("named pipes of this kind exist on Windows")

@@ -25,8 +25,8 @@ from typing import Any
 
 from .. import operations as ops
 from ..operations import READABLE, WRITABLE, was_cancelled
-from .transports import PipeTransport, ReadingSide, WritingSide
 from ..proactor import Proactor
+from .transports import PipeTransport, ReadingSide, WritingSide
 
 if sys.platform == "win32":
     raise ImportError("the transports of this module are for Unix")

@@ -37,15 +37,16 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Set
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from .. import operations
-from ..native import hot
 from ..operations import CANCELLING, DONE, IN_FLIGHT, NEW, HandleLike, Operation
 
 __all__ = ["Driver", "DriverUnavailable", "cancelled_error"]
 
 _logger = logging.getLogger("iocp_loop")
+
+#: The longest timeout that is handed to the kernel, ns: about 100 years.
+LONGEST_NS = 3_000_000_000_000_000_000
 
 
 class DriverUnavailable(RuntimeError):
@@ -265,46 +266,6 @@ class Driver(ABC):
             op, value, error = ready.popleft()
             self.completions += 1
             self._complete(op, value, error)
-
-
-def receive_into(op: Any, *flags: int) -> int | None:
-    """Receive once for a stream whose owner provides the buffer: how many bytes; None if nothing is to be received now.
-
-    Asking for the buffer may have ended the stream: what there is stays in the socket then.  The buffer is let go of
-    before the owner is told, who may give it another size.  Raises what `get_buffer` or receiving raises.
-    """
-    lent = op.get_buffer()
-    if lent is None or op.state is not IN_FLIGHT:
-        return None
-    with memoryview(lent) as view:
-        del lent
-        return cast("int", op.handle.recv_into(view, 0, *flags))
-
-
-def receive_datagrams(driver: Driver, op: Any, most: int, receive: Callable[[Any], Any]) -> int:
-    """Receive for a stream what there is, up to `most` datagrams, and deliver each; how many they were.
-
-    `receive(op)` makes one attempt: ``(data, address)``, or it raises, and so does this if receiving fails.  The native
-    tier does this in C for the datagrams of the Internet (``_native/hot/datagrams.c``).
-    """
-    if op.internet and _receive_natively is not None:
-        received = _receive_natively(driver, op, most)
-        if received is not None:
-            return cast("int", received)
-    count = 0
-    while count < most and not op.paused and op.state is IN_FLIGHT:
-        try:
-            value = receive(op)
-        except (BlockingIOError, InterruptedError):
-            break
-        driver._complete(op, value, None)
-        count += 1
-    return count
-
-
-_receive_natively = getattr(hot, "receive_datagrams", None)
-if _receive_natively is not None:
-    hot.use_operations(operations)
 
 
 def adopt_accepted(listener: socket.socket, fd: int) -> socket.socket:

@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,22 +31,26 @@ class Case(NamedTuple):
     """One library and what is done with it."""
 
     name: str
-    #: The distributions that it is about, as pip names them; the first one's version stands in the table.
+    #: The distributions that it is about, as pip names them; the table has their versions.
     distributions: tuple[str, ...]
     does: str
     body: Body
     #: What must be here: importable modules, and programs of Debian's packages.
     modules: tuple[str, ...]
     programs: tuple[str, ...]
+    #: Why it is not for Windows.
+    unix: str
 
     def missing(self) -> str | None:
         """What of it is not here, or None."""
+        if sys.platform == "win32" and self.unix:
+            return self.unix
         for module in self.modules:
             if not _is_here(module):
                 return f"{module} is not installed (make test-apps)"
         for name in self.programs:
             if program(name) is None:
-                return f"{name} is not installed (a package of Debian's)"
+                return f"{name} is not installed"
         return None
 
 
@@ -60,14 +65,16 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    distributions: str, does: str, *, modules: Sequence[str] = (), programs: Sequence[str] = ()
+    distributions: str, does: str, *, modules: Sequence[str] | None = None, programs: Sequence[str] = (), unix: str = ""
 ) -> Callable[[Body], Body]:
     """Register a case; its name is that of the function."""
     names = tuple(distributions.split())
+    if programs:
+        unix = "it needs programs of Debian's packages"
 
     def register(body: Body) -> Body:
         name: str = body.__name__
-        CASES[name] = Case(name, names, does, body, tuple(modules or names[:1]), tuple(programs))
+        CASES[name] = Case(name, names, does, body, tuple(names if modules is None else modules), tuple(programs), unix)
         return body
 
     return register
@@ -82,10 +89,21 @@ def load(name: str) -> Any:
 # What several cases need
 # ----------------------------------------------------------------------------------------------------------------------
 
+#: The variable that names the factory of a case's loop, as MODULE:NAME, for programs that it starts.
+FACTORY = "TESTS_APPS_LOOP"
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop of the case's kind."""
+    module, _, name = os.environ[FACTORY].partition(":")
+    loop: asyncio.AbstractEventLoop = getattr(load(module), name)()
+    return loop
+
 
 def program(name: str) -> str | None:
-    """A program of Debian's packages, some of which are not on every PATH."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", *glob.glob("/usr/lib/postgresql/*/bin")])
+    """A program of Debian's packages, some of which are not on every PATH, or of this environment."""
+    places = [os.path.dirname(sys.executable), "/usr/sbin", *glob.glob("/usr/lib/postgresql/*/bin")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *places])
     return shutil.which(name, path=path)
 
 

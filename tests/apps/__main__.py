@@ -20,15 +20,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import iocp_loop
 from iocp_loop.ports import DRIVERS, availability
 
-from . import Case, everything
+from . import FACTORY, Case, everything, new_event_loop
 
 #: Seconds for one case.
 PATIENCE = 180
+
+#: Loops that are not ours.
+FACTORIES = {
+    "asyncio": "asyncio:ProactorEventLoop" if sys.platform == "win32" else "asyncio:SelectorEventLoop",
+    "uvloop": "uvloop:new_event_loop",
+}
 
 
 def kinds() -> list[str]:
@@ -39,19 +44,17 @@ def kinds() -> list[str]:
 
 def run_one(case: Case, kind: str) -> None:
     """Run a case in this process."""
-    factory: Any = asyncio.SelectorEventLoop if kind == "asyncio" else None
-    if kind == "uvloop":
-        factory = importlib.import_module("uvloop").new_event_loop
-    elif kind != "asyncio":
-        os.environ["IOCP_LOOP_DRIVER"] = kind  # for its children too
-        factory = iocp_loop.new_event_loop
+    # In the environment for its children too.
+    os.environ[FACTORY] = FACTORIES.get(kind, "iocp_loop:new_event_loop")
+    if kind in DRIVERS:
+        os.environ["IOCP_LOOP_DRIVER"] = kind
 
     async def main(folder: Path) -> None:
         await asyncio.wait_for(case.body(folder), PATIENCE - 10)
 
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,
-        asyncio.Runner(loop_factory=factory) as runner,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
         runner.run(main(Path(name)))
 
@@ -69,8 +72,11 @@ def outcome(case: Case, kind: str) -> str:
     except subprocess.TimeoutExpired:
         return f"not finished in {PATIENCE} s"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     if process.returncode == 0:
         return ""
@@ -78,22 +84,29 @@ def outcome(case: Case, kind: str) -> str:
     return lines[-1].strip() if lines else f"exit code {process.returncode}"
 
 
-def version(case: Case) -> str:
-    return importlib.metadata.version(case.distributions[0])
+def versions(case: Case) -> str:
+    """Of what it is about, or of its programs where pip knows none."""
+    words = []
+    for name in case.distributions:
+        try:
+            words.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            words.append(name)
+    return ", ".join(words)
 
 
 PAGE = """\
 # Libraries
 
 Real libraries on this loop, each doing something real, beside asyncio's own loop and uvloop. This page is made by
-`make libraries`; `make test-apps` runs the same on this loop alone. Servers (PostgreSQL, Redis, mosquitto, nginx) are
-Debian's. The [recipes](recipes.md) are run as well: gunicorn, granian, IPython, Jupyter, dask's worker
-processes, PySide6, pytest-asyncio, pytest-aiohttp.
+`make libraries`; `make test-apps` runs the same on this loop alone. Servers (PostgreSQL, Redis, mosquitto, NATS, nginx)
+and Chromium are Debian's. The [recipes](recipes.md) are run as well, among them IPython, dask's worker processes,
+tkinter, pytest-asyncio and pytest-aiohttp.
 
 Made on {platform} with CPython {python}, iocp_loop {version}, uvloop {uvloop}.
 
-| library | version | what is done | {kinds} |
-|---|---|---|{dashes}
+| library | what is done | {kinds} |
+|---|---|{dashes}
 """
 
 
@@ -117,7 +130,7 @@ def table(rows: Sequence[tuple[Case, dict[str, str]]], on: Sequence[str]) -> str
                 cells.append(f"no ({len(notes)})")
             else:
                 cells.append("yes")
-        text += f"| {case.distributions[0]} | {version(case)} | {case.does} | {' | '.join(cells)} |\n"
+        text += f"| {versions(case)} | {case.does} | {' | '.join(cells)} |\n"
     if notes:
         text += "\nWhat did not work said:\n\n" + "".join(f"{n}. {note}\n" for n, note in enumerate(notes, 1))
     return text
@@ -147,7 +160,7 @@ def main() -> int:
         outcomes = {kind: outcome(cases[name], kind) for kind in on}
         results[name] = outcomes
         for kind, why in outcomes.items():
-            print(f"{name} {version(cases[name])} on {kind}: {why or 'ok'}", flush=True)
+            print(f"{name} ({versions(cases[name])}) on {kind}: {why or 'ok'}", flush=True)
     if options.results:
         options.results.write_text(json.dumps(results, indent=1))
     if options.table:

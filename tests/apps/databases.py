@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +18,8 @@ async def postgres(folder: Path) -> AsyncIterator[int]:
     """A PostgreSQL with a database ``postgres`` and a user ``postgres``; it refuses to be run by root."""
     options: dict[str, Any] = {}
     if os.geteuid() == 0:
+        import pwd  # not on Windows
+
         user = pwd.getpwnam("postgres")
         for each in (folder, *folder.parents[:1]):
             os.chown(each, user.pw_uid, user.pw_gid)

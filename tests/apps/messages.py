@@ -173,6 +173,40 @@ async def aiomqtt(folder: Path) -> None:
         assert sorted(map(int, await asyncio.wait_for(receiving, LIMIT))) == list(range(500))
 
 
+@case(
+    "nats-py",
+    "1,000 messages to three of a group, 100 requests at once",
+    modules=["nats"],
+    programs=["nats-server"],
+)
+async def nats(folder: Path) -> None:
+    port = free_port()
+    async with daemon(["nats-server", "--addr", "127.0.0.1", "--port", str(port)], port, folder):
+        client = await load("nats").connect(f"nats://127.0.0.1:{port}")
+        got: list[bytes] = []
+        complete = asyncio.Event()
+
+        async def take(message: Any) -> None:
+            got.append(message.data)
+            if len(got) == 1000:
+                complete.set()
+
+        async def answer(message: Any) -> None:
+            await message.respond(message.data[::-1])
+
+        for _ in range(3):
+            await client.subscribe("jobs", queue="workers", cb=take)
+        await client.subscribe("questions", cb=answer)
+        await client.flush()
+        for n in range(1000):
+            await client.publish("jobs", b"%d" % n)
+        await asyncio.wait_for(complete.wait(), LIMIT)
+        assert sorted(map(int, got)) == list(range(1000))
+        asked = [client.request("questions", b"<%d" % n, timeout=LIMIT) for n in range(100)]
+        assert [each.data for each in await asyncio.gather(*asked)] == [(b"<%d" % n)[::-1] for n in range(100)]
+        await client.drain()
+
+
 @case("aiosmtplib aiosmtpd", "50 mails at once, STARTTLS", modules=["aiosmtplib", "aiosmtpd"])
 async def aiosmtplib(folder: Path) -> None:
     from . import certificates

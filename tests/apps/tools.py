@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from . import LIMIT, case, free_port, load
+from . import LIMIT, case, certificates, free_port, load, program
 
 
-@case("anyio", "TCP, UDP and UNIX sockets, a process, threads, timeouts")
+@case("anyio", "TCP and UNIX sockets, a process, threads, timeouts", unix="UNIX sockets")
 async def anyio(folder: Path) -> None:
     library = load("anyio")
 
@@ -145,23 +151,287 @@ async def opentelemetry(folder: Path) -> None:
         assert spans[f"child {n}"].parent.span_id == spans[f"parent {n}"].context.span_id
 
 
-@case("debugpy", "a breakpoint-free session attaches to a running loop", modules=["debugpy"])
-async def debugpy(folder: Path) -> None:
-    port = free_port()
-    code = f"import debugpy, asyncio; debugpy.listen(('127.0.0.1', {port})); print('up', flush=True); input()"
+#: A program that runs a loop of the case's kind until its standard input ends.
+TICKING = """\
+import asyncio, sys, tests.apps
+
+def tick():
+    loop = asyncio.get_running_loop()  # the breakpoint is here
+    loop.call_later(0.01, tick)
+
+async def until_the_end_of_input():
+    tick()
+    print("up", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+
+def our_own_function():
+    with asyncio.Runner(loop_factory=tests.apps.new_event_loop) as runner:
+        runner.run(until_the_end_of_input())
+"""
+
+
+@contextlib.asynccontextmanager
+async def ticking(folder: Path, code: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The program above with `code` behind it, once its loop runs; it has to end by itself, without fault."""
+    (folder / "ticking.py").write_text(TICKING + code)
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-X", "frozen_modules=off", "-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        sys.executable, "-X", "frozen_modules=off", str(folder / "ticking.py"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
     assert child.stdin is not None
     assert child.stdout is not None
     assert await asyncio.wait_for(child.stdout.readline(), LIMIT) == b"up\n"
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = b'{"seq":1,"type":"request","command":"initialize","arguments":{"adapterID":"test"}}'
-    writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-    text = b""
-    while b'"command": "initialize"' not in text and b'"command":"initialize"' not in text:
-        text += await asyncio.wait_for(reader.read(1000), LIMIT)
-    writer.close()
+    yield child
     child.stdin.close()
-    child.kill()
-    await child.wait()
+    assert await asyncio.wait_for(child.wait(), LIMIT) == 0
+
+
+@case("debugpy", "attaches to a program on such a loop, which stops at a breakpoint in a callback and goes on")
+async def debugpy(folder: Path) -> None:
+    port = free_port()
+    async with ticking(folder, f"import debugpy\ndebugpy.listen(('127.0.0.1', {port}))\nour_own_function()\n"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+        def request(number: int, command: str, **arguments: Any) -> None:
+            body = json.dumps({"seq": number, "type": "request", "command": command, "arguments": arguments}).encode()
+            writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+
+        async def until(**wanted: Any) -> dict[str, Any]:
+            while True:
+                length = int((await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), LIMIT)).split()[-1])
+                message: dict[str, Any] = json.loads(await reader.readexactly(length))
+                if all(message.get(name) == value for name, value in wanted.items()):
+                    return message
+
+        line = TICKING.splitlines().index("    loop = asyncio.get_running_loop()  # the breakpoint is here") + 1
+        request(1, "initialize", adapterID="test")
+        await until(command="initialize", success=True)
+        request(2, "attach", justMyCode=False)
+        await until(event="initialized")
+        request(3, "setBreakpoints", source={"path": str(folder / "ticking.py")}, breakpoints=[{"line": line}])
+        request(4, "configurationDone")
+        stopped = await until(event="stopped")
+        assert stopped["body"]["reason"] == "breakpoint"
+        request(5, "setBreakpoints", source={"path": str(folder / "ticking.py")}, breakpoints=[])
+        request(6, "continue", threadId=stopped["body"]["threadId"])
+        await until(command="continue", success=True)
+        request(7, "disconnect", terminateDebuggee=False)
+        await until(command="disconnect", success=True)
+        writer.close()
+
+
+@case("py-spy", "the stack of a program on such a loop, native frames included", modules=[], programs=["py-spy"])
+async def py_spy(folder: Path) -> None:
+    async with ticking(folder, "our_own_function()\n") as child:
+        spy = await asyncio.create_subprocess_exec(
+            str(program("py-spy")), "dump", "--native", "--pid", str(child.pid), stdout=subprocess.PIPE
+        )
+        out, _ = await spy.communicate()
+        assert spy.returncode == 0
+        assert b"our_own_function" in out
+
+
+@case(
+    "ipykernel jupyter_client",
+    "a kernel on such a loop: await in cells, and one that waits is interrupted",
+    modules=["ipykernel", "jupyter_client"],
+    unix="Ctrl-C by SIGINT",
+)
+async def ipykernel(folder: Path) -> None:
+    kernel = folder / "kernels" / "test"
+    kernel.mkdir(parents=True)
+    start = "import asyncio, sys, tests.apps\n"
+    start += "class Policy(asyncio.DefaultEventLoopPolicy): new_event_loop = lambda self: tests.apps.new_event_loop()\n"
+    start += "asyncio.set_event_loop_policy(Policy())\n"
+    start += "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()\n"
+    argv = [sys.executable, "-W", "ignore", "-c", start, "-f", "{connection_file}"]
+    (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "test", "language": "python"}))
+    os.environ["JUPYTER_PATH"] = str(folder)
+    manager, client = await load("jupyter_client.manager").start_new_async_kernel(
+        kernel_name="test", env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    try:
+        kind = type(asyncio.get_running_loop()).__name__
+        await cell(client, f"import asyncio; assert type(asyncio.get_running_loop()).__name__ == {kind!r}", "ok")
+        await cell(client, "await asyncio.sleep(0.01)", "ok")
+        waiting = asyncio.create_task(cell(client, "await asyncio.sleep(60)", "error"))
+        while (await client.get_iopub_msg(timeout=LIMIT))["content"].get("execution_state") != "busy":
+            pass
+        await asyncio.sleep(0.2)  # it is busy a moment before it waits
+        await manager.interrupt_kernel()
+        await waiting
+    finally:
+        client.stop_channels()
+        await manager.shutdown_kernel(now=True)
+
+
+async def cell(client: Any, code: str, status: str) -> None:
+    number = client.execute(code)
+    while (answer := await client.get_shell_msg(timeout=LIMIT / 3))["parent_header"].get("msg_id") != number:
+        pass
+    assert answer["content"]["status"] == status, answer["content"]
+
+
+@case("aiofastnet", "its transports on such a loop: 8 MB over TLS by asyncio's streams, a datagram, sock_recv")
+async def aiofastnet(folder: Path) -> None:
+    loop = load("aiofastnet").patch_loop(asyncio.get_running_loop())
+    server_tls, client_tls = certificates(folder)
+    big = os.urandom(1 << 20) * 8
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(echo, "127.0.0.1", 0, ssl=server_tls) as server:
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("localhost", port, ssl=client_tls, family=socket.AF_INET)
+        assert type(writer.transport).__module__.startswith("aiofastnet"), type(writer.transport)
+        writer.write(big)
+        assert await asyncio.wait_for(reader.readexactly(len(big)), LIMIT) == big
+        writer.close()
+        await writer.wait_closed()
+
+    got = loop.create_future()
+
+    class Taker(asyncio.DatagramProtocol):
+        def datagram_received(self, data: bytes, address: Any) -> None:
+            got.set_result(data)
+
+    far, _ = await loop.create_datagram_endpoint(Taker, local_addr=("127.0.0.1", 0))
+    near, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, remote_addr=far.get_extra_info("sockname"))
+    near.sendto(b"hello")
+    assert await asyncio.wait_for(got, LIMIT) == b"hello"
+    near.close()
+    far.close()
+
+    ours, peer = socket.socketpair()
+    with ours, peer:
+        ours.setblocking(False)
+        waiting = asyncio.create_task(loop.sock_recv(ours, 100))
+        await asyncio.sleep(0)
+        peer.sendall(b"hello")
+        assert await asyncio.wait_for(waiting, LIMIT) == b"hello"
+
+
+@case("pyside6-essentials", "asyncio inside Qt's main loop, by poll and dispatch: 1,000 messages", modules=["PySide6"])
+async def pyside6(folder: Path) -> None:
+    (folder / "main.py").write_text(QT)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, str(folder / "main.py"), env=environment, stderr=subprocess.PIPE
+    )
+    _, errors = await child.communicate()
+    assert child.returncode == 0, errors.decode().strip()
+
+
+#: Qt keeps its thread; a second one waits, and lets Qt run what there is to run.
+QT = """
+import asyncio, sys, threading, tests.apps
+from PySide6.QtCore import QCoreApplication, QObject, Qt, QTimer, Signal, Slot
+
+application = QCoreApplication([])
+loop = tests.apps.new_event_loop()
+if not hasattr(loop, "dispatch"):
+    sys.exit("this loop cannot be dispatched by another main loop")
+finished = threading.Event()
+ticks = []
+timer = QTimer()
+timer.timeout.connect(lambda: ticks.append(1))
+timer.start(1)
+
+class Bridge(QObject):
+    ready = Signal()
+
+    @Slot()
+    def dispatch(self):
+        loop.dispatch()
+
+bridge = Bridge()
+bridge.ready.connect(bridge.dispatch, Qt.ConnectionType.BlockingQueuedConnection)
+
+def wait():
+    while not finished.is_set():
+        if loop.poll():
+            bridge.ready.emit()  # returns when Qt has run dispatch
+
+async def echo(reader, writer):
+    while line := await reader.readline():
+        writer.write(line)
+    writer.close()
+
+async def main():
+    try:
+        async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            for n in range(1000):
+                writer.write(b"%d\\n" % n)
+                assert await reader.readline() == b"%d\\n" % n
+            writer.close()
+    finally:
+        finished.set()
+        application.quit()
+
+task = loop.create_task(main())
+waiter = threading.Thread(target=wait)
+waiter.start()
+application.exec()
+waiter.join()
+task.result()
+assert ticks, "Qt's own timer has not run"
+loop.close()
+"""
+
+
+@case("chromium", "driven by pipes: a page of a server on this loop fetches 8 MB", modules=[], programs=["chromium"])
+async def chromium(folder: Path) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = b"x" * (8 << 20) if b"/big" in head else b"<title>hello</title>"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+            writer.close()
+
+    (their_read, our_write), (our_read, their_write) = os.pipe(), os.pipe()
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    command = f"exec {program('chromium')} {flags} --remote-debugging-pipe --user-data-dir={folder}/profile"
+    browser = await asyncio.create_subprocess_shell(
+        f"{command} 3<&{their_read} 4>&{their_write}",
+        pass_fds=[their_read, their_write], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(their_read)
+    os.close(their_write)
+    reader = asyncio.StreamReader(limit=1 << 24)
+    incoming, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(our_read, "rb"))
+    outgoing, _ = await loop.connect_write_pipe(asyncio.Protocol, os.fdopen(our_write, "wb"))
+    numbers = itertools.count(1)
+
+    async def call(method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        number = next(numbers)
+        text = {"id": number, "method": method, "params": parameters, **({"sessionId": session} if session else {})}
+        outgoing.write(json.dumps(text).encode() + b"\0")
+        while True:
+            message = json.loads((await asyncio.wait_for(reader.readuntil(b"\0"), LIMIT))[:-1])
+            if message.get("id") == number:
+                result: dict[str, Any] = message["result"]
+                return result
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        target = await call("Target.createTarget", url=url)
+        session = (await call("Target.attachToTarget", targetId=target["targetId"], flatten=True))["sessionId"]
+        fetch = f"fetch('{url}/big').then(answer => answer.text()).then(text => text.length)"
+        while not (await call("Runtime.evaluate", session, expression="document.title"))["result"].get("value"):
+            await asyncio.sleep(0.05)
+        answer = await call("Runtime.evaluate", session, expression=fetch, awaitPromise=True)
+        assert answer["result"].get("value") == 8 << 20, answer
+        await call("Browser.close")
+    assert await asyncio.wait_for(browser.wait(), LIMIT) == 0
+    if not outgoing.is_closing():
+        outgoing.close()
+    incoming.close()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
-from collections import Counter
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -129,25 +130,84 @@ async def uvicorn(folder: Path) -> None:
         await serving
 
 
-@case("uvicorn httpx", "4 workers on one port: each gets its share of 400 connections", modules=["uvicorn", "httpx"])
+async def exercise_workers(port: int, workers: int) -> None:
+    """Whoever is free takes the next connection: with all but one at work, the last one answers."""
+    held = []
+    for _ in range(workers):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /work HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = await asyncio.wait_for(reader.readuntil(b"working"), LIMIT)
+        held.append((answer.partition(b"x-pid: ")[2].split()[0], writer))
+    assert len({pid for pid, _ in held}) == workers
+    for _, writer in held:
+        writer.close()
+
+
+async def asgi_with_work(scope: Any, receive: Any, send: Any) -> None:
+    """The same application, whose process may have to compute until the client is gone."""
+    if scope.get("path") != "/work":
+        return await asgi(scope, receive, send)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-pid", b"%d" % os.getpid())]})
+    await send({"type": "http.response.body", "body": b"working", "more_body": True})
+    client = int(scope["client"][1])
+    compute_until_gone(client)
+    await send({"type": "http.response.body", "body": b""})
+    return None
+
+
+def compute_until_gone(port: int) -> None:
+    """Return when no connection from `port` is established any more; the loop of this process waits meanwhile."""
+    established = re.compile(rf"^ *\d+: \w+:{port:04X} \w+:\w+ 01 ", re.MULTILINE)
+    while established.search(Path("/proc/net/tcp").read_text()):
+        time.sleep(0.01)
+
+
+@case(
+    "uvicorn",
+    "4 workers on one port: while three of them compute, the fourth answers",
+    modules=["uvicorn"],
+    unix="processes of Windows do not share a listener",
+)
 async def uvicorn_workers(folder: Path) -> None:
     port = free_port()
-    loop = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-    loop = {"iocp_loop": "iocp_loop:new_event_loop"}.get(loop, loop)
-    command = [sys.executable, "-m", "uvicorn", "tests.apps.web:asgi", "--workers", "4", "--port", str(port)]
-    async with daemon([*command, "--loop", loop, "--log-level", "warning"], port, folder, cwd=None):
-        served: Counter[bytes] = Counter()
+    command = [sys.executable, "-m", "uvicorn", "tests.apps.web:asgi_with_work", "--workers", "4", "--port", str(port)]
+    loop = ["--loop", "tests.apps:new_event_loop", "--log-level", "warning"]
+    async with daemon([*command, *loop], port, folder, cwd=None):
+        await exercise_workers(port, 4)
 
-        async def ask() -> None:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            served[(await reader.read()).partition(b"x-pid: ")[2].split()[0]] += 1
-            writer.close()
 
-        for _ in range(20):
-            await asyncio.gather(*[ask() for _ in range(20)])
-        assert len(served) == 4, f"only {len(served)} of 4 workers served: {served}"
-        assert min(served.values()) >= 20, f"unfair shares: {served}"
+@case(
+    "gunicorn uvicorn-worker httpx",
+    "4 workers of a class of two lines: while three of them compute, the fourth answers; 8 MB, 100 requests at once",
+    modules=["gunicorn", "uvicorn_worker", "httpx"],
+    unix="gunicorn is for Unix",
+)
+async def gunicorn(folder: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "gunicorn", "tests.apps.web:asgi_with_work", "--workers", "4"]
+    more = ["--worker-class", "tests.apps.gunicorn_worker.Worker", "--bind", f"127.0.0.1:{port}"]
+    async with daemon([*command, *more], port, folder, cwd=None):
+        await exercise_workers(port, 4)
+        async with load("httpx").AsyncClient(timeout=LIMIT) as client:
+            await exercise_http(client, f"http://127.0.0.1:{port}/")
+
+
+@case("granian httpx", "2 workers, their loops by loops.register: 8 MB, 100 requests at once")
+async def granian(folder: Path) -> None:
+    (folder / "serve.py").write_text(
+        "import sys\nimport tests.apps\nfrom granian import Granian, loops\n"
+        "loops.register('asyncio')(tests.apps.new_event_loop)\n"
+        "if __name__ == '__main__':\n"
+        "    options = dict(interface='asgi', loop='asyncio', workers=2)\n"
+        "    Granian('tests.apps.web:asgi', port=int(sys.argv[1]), **options).serve()\n"
+    )
+    port = free_port()
+    command = [sys.executable, str(folder / "serve.py"), str(port)]
+    async with (
+        daemon(command, port, folder, cwd=None, env={**os.environ, "PYTHONPATH": os.getcwd()}),
+        load("httpx").AsyncClient(timeout=LIMIT) as client,
+    ):
+        await exercise_http(client, f"http://127.0.0.1:{port}/")
 
 
 @case(
@@ -233,7 +293,7 @@ async def websockets(folder: Path) -> None:
             assert await ws.recv() == BIG[: 4 << 20]
 
 
-@case("tornado", "HTTP server and client, a WebSocket, a subprocess")
+@case("tornado", "HTTP server and client, a WebSocket, a subprocess", unix="tornado's subprocesses are for Unix")
 async def tornado(folder: Path) -> None:
     web, websocket = load("tornado.web"), load("tornado.websocket")
 
@@ -263,6 +323,56 @@ async def tornado(folder: Path) -> None:
     client.close()
     server.stop()
     await server.close_all_connections()
+
+
+@case(
+    "hypercorn aioquic",
+    "HTTP/3: hypercorn asked by aioquic, 2 MB there and back, 20 requests at once",
+    modules=["hypercorn", "aioquic", "h2"],
+)
+async def http3(folder: Path) -> None:
+    events = load("aioquic.h3.events")
+    config = load("hypercorn.config").Config()
+    certificates(folder)
+    port = free_port()
+    config.bind = config.quic_bind = [f"127.0.0.1:{port}"]
+    config.certfile, config.keyfile = str(folder / "cert.pem"), str(folder / "key.pem")
+    config.loglevel = "WARNING"
+
+    class Client(load("aioquic.asyncio.protocol").QuicConnectionProtocol):  # type: ignore[misc]  # loaded untyped
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.http = load("aioquic.h3.connection").H3Connection(self._quic)
+            self.answers: dict[int, tuple[bytearray, asyncio.Future[bytes]]] = {}
+
+        def quic_event_received(self, event: Any) -> None:
+            for each in self.http.handle_event(event):
+                if isinstance(each, events.DataReceived):
+                    body, finished = self.answers[each.stream_id]
+                    body += each.data
+                    if each.stream_ended:
+                        finished.set_result(bytes(body))
+
+        async def post(self, body: bytes) -> bytes:
+            stream = self._quic.get_next_available_stream_id()
+            self.answers[stream] = bytearray(), asyncio.get_running_loop().create_future()
+            names = {"method": "POST", "scheme": "https", "authority": "localhost", "path": "/"}
+            self.http.send_headers(stream, [(b":" + name.encode(), names[name].encode()) for name in names])
+            self.http.send_data(stream, body, end_stream=True)
+            self.transmit()
+            return await self.answers[stream][1]
+
+    ours = load("aioquic.quic.configuration").QuicConfiguration(alpn_protocols=["h3"], server_name="localhost")
+    ours.load_verify_locations(str(folder / "ca.pem"))
+    stop = asyncio.Event()
+    serving = asyncio.create_task(load("hypercorn.asyncio").serve(asgi, config, shutdown_trigger=stop.wait))
+    await until_it_accepts(port)
+    async with load("aioquic.asyncio").connect("127.0.0.1", port, configuration=ours, create_protocol=Client) as client:
+        assert await client.post(BIG[: 2 << 20]) == BIG[: 2 << 20]
+        bodies = [b"%d" % n * 100 for n in range(20)]
+        assert await asyncio.gather(*map(client.post, bodies)) == bodies
+    stop.set()
+    await serving
 
 
 @case("aioquic", "QUIC: 1 MB there and back, 20 streams at once")

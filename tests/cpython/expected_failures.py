@@ -16,6 +16,11 @@ __all__ = ["EXPECTED_FAILURES"]
 #: ``Group.test_name`` -> reason.  The groups are those of suite.py.
 EXPECTED_FAILURES: dict[str, str] = {}
 
+if sys.version_info[:3] == (3, 14, 0):
+    EXPECTED_FAILURES["Fork.test_fork_not_share_current_task"] = (
+        "a forked child has its parent's task; mended in a later 3.14"
+    )
+
 if WINE:
     # CPython's own ProactorEventLoop fails in these there too.
     EXPECTED_FAILURES |= {

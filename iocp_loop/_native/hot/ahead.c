@@ -15,15 +15,6 @@
 
 #ifdef __linux__
 
-enum { CACHE_LINE = 64 };
-
-void fetch(const void *where, size_t size)
-{
-    for (size_t n = 0; n < size; n += CACHE_LINE)
-        __builtin_prefetch((const char *)where + n, 1);
-    __builtin_prefetch((const char *)where + size - 1, 1); /* it may lie across one line more */
-}
-
 /* The transport whose method this `complete` is, or NULL; borrowed. */
 static PyObject *transport_behind(PyObject *complete)
 {

@@ -223,14 +223,9 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
                              MSG_DONTWAIT | MSG_NOSIGNAL,
                              structure == NULL ? NULL : (const struct sockaddr *)PyBytes_AS_STRING(structure),
                              structure == NULL ? 0 : (socklen_t)PyBytes_GET_SIZE(structure));
-    int code = last_error();
+    PyObject *answer = sent >= 0 ? Py_NewRef(Py_True) : would_wait() ? Py_NewRef(Py_False) : raise_last_error();
     Py_XDECREF(structure);
-    set_last_error(code);
-    if (sent >= 0)
-        Py_RETURN_TRUE;
-    if (would_wait())
-        Py_RETURN_FALSE;
-    return raise_last_error();
+    return answer;
 }
 
 int add_datagrams(PyObject *module)

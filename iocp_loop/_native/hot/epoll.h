@@ -5,7 +5,7 @@
 #ifndef IOCP_LOOP_EPOLL_H
 #define IOCP_LOOP_EPOLL_H
 
-#include "hot.h"
+#include "driver.h"
 
 #ifdef __linux__
 
@@ -22,18 +22,14 @@ struct socket_watch {
 };
 
 typedef struct EpollTurns {
-    PyObject_HEAD
+    Driver driver;
     int fd; /* of the epoll instance */
-    PyObject *watches, *fresh, *in_flight, *submissions, *ready, *before_sleep;
+    PyObject *watches, *fresh;
     struct socket_watch *sockets; /* by descriptor */
     int sockets_room;
-    unsigned long long waits, completions, tokens;
     int next, count, looked_at; /* of the events: the next, how many, and how far ahead we have looked */
-    char sleeping;
     char unarmed;    /* the poller is new, as in a forked child: it knows none of the watches */
-    int contended;   /* remaining iterations with GIL contention, see block */
     size_t expected; /* bytes in a piece, see receive_bytes */
-    size_t delivered; /* bytes in this dispatch */
     /* Called after a stream has received so many bytes; NULL where nobody listens.  -1: error. */
     int (*received)(struct EpollTurns *self, PyObject *op, size_t count);
     struct epoll_event events[BATCH];
@@ -41,30 +37,58 @@ typedef struct EpollTurns {
 
 extern PyTypeObject *EpollTurns_type;
 
-/* Take the events that there are, without waiting; the number, or -1 with errno.  `more`: some may hold still when they
- * have been dispatched. */
+/* epoll.c.  Take the events that there are, without waiting; the number, or -1 with errno.  `more`: some may hold still when
+ * they have been dispatched. */
 int epoll_take(EpollTurns *self, int *more);
-/* The wait of driver poll. */
-int epoll_turn_wait(PyObject *driver, double seconds);
 /* What a wait does first: -1 with an exception; 1: it must not block, or 0. */
 int epoll_before_wait(EpollTurns *self);
-int epoll_must_not_sleep(EpollTurns *self);
-/* Deliver the events that were taken, up to DELIVER_MOST bytes in this dispatch. */
-int epoll_deliver(EpollTurns *self);
-int epoll_drain_ready(EpollTurns *self);
-/* receive_stream(sock, deliver, get_buffer): submit a ReceiveStream on a plain socket on which nothing else waits; None for all
- * else, which is for the way in Python.  The first part makes the operation, which is not in flight yet. */
-PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count, int *fd);
-PyObject *cancelled_error(void);
-PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
-/* For the table of native drivers. */
-int epoll_submit_receive(PyObject *driver, PyObject *op, descriptor fd, size_t size);
-int epoll_busy(PyObject *driver, descriptor fd, int writing);
+/* Verbs, which driver uring has too while it has no ring. */
+int epoll_wait_for_events(Driver *driver, int64_t limit);
+long epoll_gather(Driver *driver, int64_t limit);
+int epoll_deliver(Driver *driver);
+int epoll_is_behind(Driver *driver);
 /* For a subtype's own. */
+PyObject *epoll_new(PyTypeObject *type, const struct verbs *verbs);
 int epoll_turns_traverse(EpollTurns *self, visitproc visit, void *arg);
 int epoll_turns_clear(EpollTurns *self);
 void epoll_turns_free(EpollTurns *self);
-PyObject *wait_with(PyObject *self, PyObject *timeout, int (*wait)(PyObject *, double));
+int add_epoll(PyObject *module);
+
+/* epoll_watches.c.  The watch of a descriptor, NULL where there is none, or with an exception; and what it has. */
+PyObject *watch_of(EpollTurns *self, descriptor fd);
+PyObject *watch_stream_of(PyObject *watch); /* the one stream that receives there, or None */
+PyObject *lone_operation(PyObject *watch);  /* the operation that waits there alone, in one direction; NULL if none does */
+void look_at_watches(EpollTurns *self);     /* fetch what the next events will touch */
+/* Whatever is not done here: self._dispatch_other(fd, watch, events). */
+int epoll_dispatch_other(EpollTurns *self, PyObject *watch, struct epoll_event event);
+/* receive_stream(sock, deliver, get_buffer): submit a ReceiveStream on a plain socket on which nothing else waits; None for
+ * all else, which is for the way in Python.  The first part makes the operation, which is not in flight yet. */
+PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count, int *fd);
+PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
+PyObject *epoll_readiness_stream(EpollTurns *self, PyObject *args);
+PyObject *cancelled_error(void);
+PyObject *cancel_alone(EpollTurns *self, PyObject *op);
+PyObject *epoll_busy_method(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
+PyObject *use_watch(PyObject *ignored, PyObject *type);
+/* Verbs. */
+int epoll_submit_receive(Driver *driver, PyObject *op, descriptor fd, size_t size);
+int epoll_busy(Driver *driver, descriptor fd, int writing);
+
+/* epoll_waits.c.  Let `op`, a Receive, wait on `fd`, and put it in flight. */
+int waits_add(EpollTurns *self, PyObject *op, int fd);
+/* The Receive that waits on `fd`, or NULL.  `take`: it does not wait there any more. */
+PyObject *waiting_on(EpollTurns *self, int fd, int take);
+/* Whether the poller may know `fd` by such a wait. */
+int waits_know(EpollTurns *self, int fd);
+/* The socket behind `fd` is ready: receive for who waits there. */
+int waits_receive(EpollTurns *self, int fd);
+void waits_clear(EpollTurns *self);
+PyObject *take_socket_wait(EpollTurns *self, PyObject *number);
+PyObject *socket_waits(EpollTurns *self, PyObject *ignored);
+PyObject *forget_socket_waits(EpollTurns *self, PyObject *ignored);
+
+/* uring.c */
+int add_uring(PyObject *module);
 
 #endif
 #endif

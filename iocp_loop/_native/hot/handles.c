@@ -18,9 +18,9 @@
  * somebody still holds one of these.
  */
 
-#include "hot.h"
+#include "handles.h"
 
-PyTypeObject *Handle_type, *TimerHandle_type;
+PyTypeObject *Handle_type, *TimerHandle_type, *Turns_type;
 
 /* Where the slots of asyncio.Handle are; of asyncio.TimerHandle the last two. */
 static struct {
@@ -265,10 +265,38 @@ int handle_run(PyObject *handle)
     return result == NULL ? -1 : 0;
 }
 
+int loop_in_debug(PyObject *loop)
+{
+    if (PyObject_TypeCheck(loop, Turns_type))
+        return ((struct loop_head *)loop)->debug;
+    PyObject *answer = PyObject_CallMethod(loop, "get_debug", NULL);
+    int debug = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    if (debug < 0)
+        PyErr_Clear();
+    return debug == 1;
+}
+
+void timer_leave(PyObject *loop, PyObject *timer)
+{
+    struct timers *timers = &((struct loop_head *)loop)->timers;
+    int found;
+    Py_BEGIN_CRITICAL_SECTION(loop);
+    size_t place = *timer_place(timer);
+    found = place < timers->count && timers->heap[place].handle == timer;
+    if (found)
+        timers_take(timers, place);
+    Py_END_CRITICAL_SECTION();
+    if (found) {
+        timer_set_scheduled(timer, 0);
+        handle_release(timer); /* the heap's; whoever cancels has another */
+    }
+}
+
 static int leave_heap(PyObject *timer, PyObject *loop)
 {
     if (PyObject_TypeCheck(loop, Turns_type)) {
-        turns_forget_timer(loop, timer);
+        timer_leave(loop, timer);
         return 0;
     }
     PyObject *told = PyObject_CallMethodOneArg(loop, names.timer_handle_cancelled, timer);
@@ -278,15 +306,19 @@ static int leave_heap(PyObject *timer, PyObject *loop)
 
 static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
 {
-    if (SLOT(self, at.cancelled) == Py_True)
+    PyObject *loop, *text = NULL;
+    int cancelled, failed = 0;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    cancelled = handle_is_cancelled(self);
+    loop = cancelled ? NULL : Py_XNewRef(SLOT(self, at.loop));
+    Py_END_CRITICAL_SECTION();
+    if (cancelled)
         Py_RETURN_NONE;
-    PyObject *loop = Py_XNewRef(SLOT(self, at.loop)), *text = NULL;
-    int failed = 0;
     if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL)
         failed = leave_heap(self, loop);
     if (!failed) {
         put_reference(self, &SLOT(self, at.cancelled), Py_NewRef(Py_True));
-        if (loop != NULL && turns_in_debug(loop)) {
+        if (loop != NULL && loop_in_debug(loop)) {
             /* Before what it shows is gone: "Executing <Handle ...> took 2.5 seconds". */
             text = PyObject_Repr(self);
             failed = text == NULL;

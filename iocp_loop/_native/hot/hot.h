@@ -4,17 +4,24 @@
  * is used wherever this module was not built (see iocp_loop/native.py).
  *
  *   handles.c   Handle and TimerHandle: asyncio's own classes, made and run without a frame of Python
- *   turns.c     Turns: the ready queue and one turn of the loop                  (methods/turns.py)
- *   timers.c    the heap of its timers                                           (asyncio's heapq)
+ *   timers.c    the heap of a loop's timers                                      (asyncio's heapq)
+ *   ready.c     its ready queue                                                  (asyncio's deque)
+ *   schedule.c  call_soon and its kin                                            (asyncio's)
+ *   tasks.c     create_future and create_task                                    (asyncio's)
+ *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
  *   connections.c accepting                                                      (ports/poll/driver.py)
  *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
+ *   receiving.c one receive from a stream socket                             (ports/receiving.py)
+ *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll/driver.py)
+ *   epoll_watches.c, epoll_waits.c  what stands on its descriptors; receives of sock_recv that wait there
  *   calls.h     the system's calls on sockets, the same on each system
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
+ *   iocp_sockets.c  its receives, datagrams and sends                  (ports/iocp/receiving.py, datagrams.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it
@@ -122,8 +129,8 @@ extern struct names {
     PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
-        *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
-        *gettimeout, *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_ended,
+        *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer, *gettimeout,
+        *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_data, *receive_ended,
         *receiving_failed, *report, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
         *wait_again, *when, *write, *write_otherwise, *write_to_self;
 } names;
@@ -168,6 +175,9 @@ static inline int is_replaced(struct asyncio_method *self)
     return seen > 1 && READ(self->type->tp_version_tag) == seen >> 1 ? (int)(seen & 1) : look_at_method(self);
 }
 
+/* module.NAME, a new reference. */
+PyObject *attribute_of(const char *module, const char *name);
+
 /* The exception that is set, taken away, as one object with its traceback. */
 PyObject *take_exception(void);
 
@@ -178,7 +188,7 @@ int ends_the_loop(void);
  * except clause: the log of debug mode shows it.  -1 if that fails, or if the exception is one that ends the loop. */
 int fail(PyObject *self, PyObject *method, const char *message);
 
-/* What a driver reports of an exception that comes out of a `complete` (Driver.report). */
+/* What a driver reports of an exception that comes out of a `complete` (Driver.report in Python). */
 #define COMPLETE_FAILED "Exception in the completion of an operation"
 
 /* context.run(callable, *args), by the short way for a real Context. */
@@ -202,116 +212,11 @@ descriptor socket_descriptor(PyObject *sock);
 /* A socket object for `fd`, which it takes over, of the family and protocol of `like`. */
 PyObject *make_socket(PyObject *like, int type, descriptor fd);
 
-/* handles.c */
-extern PyTypeObject *Handle_type, *TimerHandle_type;
-PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context);
-PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
-                    PyObject *context);
-/* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
-int handle_visit(PyObject *handle, visitproc visit, void *arg);
-void handle_release(PyObject *handle);
-/* Let the garbage collector see `handle` from now on, of whatever type it is. */
-void handle_track(PyObject *handle);
-int handle_is_cancelled(PyObject *handle);
-int handle_run(PyObject *handle);
-extern Py_ssize_t timer_place_offset;
-/* Where it stands in the heap of its loop. */
-static inline size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + timer_place_offset); }
-void timer_set_scheduled(PyObject *timer, int scheduled);
-#define NOWHERE SIZE_MAX
-
-/* Whether `object` was made by handles.c, whose types have no subclasses. */
-static inline int is_own_handle(PyObject *object)
-{
-    return Py_IS_TYPE(object, Handle_type) || Py_IS_TYPE(object, TimerHandle_type);
-}
-
-/* timers.c: the heap of a loop, which owns the references in it.  Zeroed, it is empty. */
-struct timer {
-    double when;
-    uint64_t serial; /* of their making */
-    PyObject *handle;
-};
-struct timers {
-    struct timer *heap; /* the earliest first */
-    size_t count, room;
-    uint64_t serial;
-};
-int timers_add(struct timers *self, PyObject *handle, double when);
-/* Take out the one at `place`; its reference goes to the caller. */
-PyObject *timers_take(struct timers *self, size_t place);
-/* A new list of those of `loop`, the earliest first. */
-PyObject *timers_list(PyObject *loop, const struct timers *self);
-/* Whether at least two beside the first are due before `end`; may return false negatives. */
-int timers_crowded(const struct timers *self, double end);
-
-/* turns.c */
-extern PyTypeObject *Turns_type;
-void turns_forget_timer(PyObject *loop, PyObject *timer);
-int turns_in_debug(PyObject *loop);
-
-/* A driver whose turn is in C.  The turn of the loop and the calls on sockets find it by its type. */
-struct native_driver {
-    PyTypeObject **type;
-    PyCFunction wait_method; /* its method `wait`; an object that has another in its place is not for the short way */
-    /* Negative: for ever.  0, or 1 if something is known to have been gathered, or -1. */
-    int (*wait)(PyObject *driver, double seconds);
-    int (*dispatch)(PyObject *driver);
-    /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
-     * asked; -1: error.  NULL where sockets.c is not. */
-    int (*submit_receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size);
-    /* Whether an earlier operation of that direction waits on `fd`, which is to be served first; -1: error.  NULL as
-     * above. */
-    int (*busy)(PyObject *driver, descriptor fd, int writing);
-    int look_costs; /* a wait of 0 s is a system call even if there is nothing; then the loop asks less often */
-    /* In place of submit_receive, where the request is the attempt: receive for the new Receive `op`.  Bytes; None if it is
-     * in flight now; NULL without an exception if the driver can't take it this way. */
-    PyObject *(*receive)(PyObject *driver, PyObject *op, descriptor fd, size_t size, size_t *expected);
-};
-
-void add_native_driver(const struct native_driver *driver);
-const struct native_driver *native_driver_of(PyObject *driver); /* NULL if it is none of ours */
-
 /* A new operation of `kind`; what is particular to that the caller fills in. */
 PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete);
 
-/* The bookkeeping of a submission and of the last completion, as Driver._launch and _land do it. */
-int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions);
-int land(PyObject *op, PyObject *in_flight);
-
 /* op.complete(value, error), of which one is None. */
 int complete_operation(PyObject *op, PyObject *value, PyObject *error);
-
-/* Whether a call on `sock` does not wait: one that can be told not to, or of a non-blocking socket. */
-#ifdef _WIN32
-int never_waits(PyObject *sock);
-#else
-#define never_waits(sock) 1
-#endif
-
-/* sockets.c.  What there is to receive for `op`, a Receive that waits: bytes, or None if there is nothing just now. */
-PyObject *receive_for(PyObject *op);
-/* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
- * or NO_BUFFER with an exception.  `data` is set if there are some; `expected` begins with 0 and is kept between calls. */
-Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data);
-/* Bytes, or None if there is nothing to receive just now. */
-PyObject *receive_now(descriptor fd, size_t size, size_t *expected);
-/* As receive_into of ports/driver.py: recv for the stream `op`, which the caller holds, into what its owner provides; -1
- * with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full,
- * so that there may be more. */
-Py_ssize_t receive_into(PyObject *op, int *filled);
-enum { NO_BUFFER = -2 };
-/* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
-enum { RECEIVES_IN_A_TURN = 8 };
-extern PyTypeObject *SocketWait_type;
-/* op.complete(value, error), of which one is None, for an operation that has landed: a SocketWait's, or what came in its
- * place when its coroutine was gone. */
-int complete_receive(PyObject *op, PyObject *value, PyObject *error);
-/* What receive_for has brought for `op`, as its completion: data, or the exception that is set, which is taken over
- * unless it ends the loop. */
-int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data);
-PyObject *make_socket_calls(PyObject *module, PyObject *args);
-int add_sockets(PyObject *module);
 
 /* datagrams.c */
 struct sockaddr_storage;
@@ -334,13 +239,8 @@ PyObject *use_operations(PyObject *module, PyObject *operations);
 int intern_names(void);
 int check_sockets(void);
 
-int add_handles(PyObject *module);
-int add_turns(PyObject *module);
 PyObject *make_stream_type(PyObject *module, PyObject *base);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
-#ifdef _WIN32
-int add_iocp(PyObject *module);
-#endif
 #ifdef __linux__
 #include <time.h>
 
@@ -351,22 +251,18 @@ enum { DELIVER_MOST = 256 * 1024 };
 /* ahead.c.  `ops` (borrowed, AHEAD at most) will be completed next: fetch what that will touch. */
 enum { AHEAD = 16 };
 void look_ahead(PyObject *const *ops, int count);
-void fetch(const void *where, size_t size); /* so many bytes, about to be used; any address will do */
+/* Fetch so many bytes, about to be used, into the caches; any address will do. */
+enum { CACHE_LINE = 64 };
+static inline void fetch(const void *where, size_t size)
+{
+    for (size_t n = 0; n < size; n += CACHE_LINE)
+        __builtin_prefetch((const char *)where + n, 1);
+    __builtin_prefetch((const char *)where + size - 1, 1); /* it may lie across one line more */
+}
 /* streams.c: whether `self` is a stream transport; fetch one, or what would be one; then, from one, what it refers to. */
 int is_stream(PyObject *self);
 void fetch_stream(PyObject *self);
 void fetch_stream_parts(PyObject *self);
-
-/* Getting the GIL back took longer than this: another thread runs Python code all the time. */
-#ifdef Py_GIL_DISABLED
-#define CONTENDED_NS INT64_MAX /* it does not keep us from it */
-#else
-enum { CONTENDED_NS = 500000 };
-#endif
-
-/* For so many turns after that, look for completions with the GIL in hand, for so long, before giving it away: who
- * gives it away gets it back one switch interval later (sys.setswitchinterval), 5 ms. */
-enum { CONTENDED_TURNS = 200, LOOK_NS = 60000 };
 
 static inline int64_t clock_ns(void)
 {
@@ -378,8 +274,6 @@ static inline int64_t clock_ns(void)
 /* connections.c */
 PyObject *accept_connection(PyObject *module, PyObject *listener);
 
-int add_uring(PyObject *module);
-int add_epoll(PyObject *module);
 #endif
 
 #endif

@@ -4,13 +4,12 @@
  * works.
  *
  * The port is opened and closed in Python, through cffi; what is called here are a few functions of the binding, whose
- * addresses come from there.  A turn is one iocp_wait, without the GIL if it may
- * block.  The batch that it gathers stays in the port until it is dispatched, so that a dispatch which an exception
- * ended goes on where it was.
+ * addresses come from there.  A turn is one iocp_wait, without the GIL if it may block.  The batch that it gathers stays
+ * in the port until it is dispatched, so that a dispatch which an exception ended goes on where it was.
  *
- * Done here is what every message goes through: a receive that has brought data, and the last of a SendAll.  Whatever is not
- * that (errors, ends, cancels, requests that their thread left undone, handles of other ports) is for
- * the `finish` of the submission, in Python.
+ * Done in C is what every message goes through: a receive that has brought data, and the last of a SendAll.  Whatever is
+ * not that (errors, ends, cancels, requests that their thread left undone, handles of other ports) is for the `finish` of
+ * the submission, in Python.
  *
  * Who owns what.  A submission (class Submission, binding.py) belongs to the table `_outstanding` while the kernel
  * has its request: the table's reference keeps the OVERLAPPED and, by the slot in it, the memory.  So it is entered
@@ -26,121 +25,42 @@
 
 #ifdef _WIN32
 
-static PyTypeObject *IocpTurns_type;
-
-/* The longest timeout that is handed to iocp_wait, ns. */
-static const double LONGEST_NS = 4e18;
-
-struct iocp_functions iocp_functions;
-struct iocp_slots iocp_slots;
-
-/* _use_requests(Submission, Association, SlotPool, nobody, size of a slot, addresses of the functions) */
-static PyObject *use_requests(PyObject *ignored, PyObject *args)
-{
-    PyObject *submission, *association, *pool, *nobody;
-    unsigned long long functions[3];
-    if (!PyArg_ParseTuple(args, "OOOOn(KKK)", &submission, &association, &pool, &nobody, &iocp_slots.slot_size,
-                          &functions[0], &functions[1], &functions[2]))
-        return NULL;
-    iocp_functions.wait = (long (*)(iocp_port *, long long))(uintptr_t)functions[0];
-    iocp_functions.receive = (request_function)(uintptr_t)functions[1];
-    iocp_functions.receive_from = (request_function)(uintptr_t)functions[2];
-    iocp_slots.address = slot_offset(submission, "address");
-    iocp_slots.armed = slot_offset(submission, "armed");
-    iocp_slots.association = slot_offset(submission, "association");
-    iocp_slots.finish = slot_offset(submission, "finish");
-    iocp_slots.keep = slot_offset(submission, "keep");
-    iocp_slots.op = slot_offset(submission, "op");
-    iocp_slots.slot = slot_offset(submission, "slot");
-    iocp_slots.emulated = slot_offset(association, "emulated");
-    iocp_slots.handle = slot_offset(association, "handle");
-    iocp_slots.reading = slot_offset(association, "reading");
-    iocp_slots.skips = slot_offset(association, "skips");
-    iocp_slots.small = slot_offset(association, "small");
-    iocp_slots.writing = slot_offset(association, "writing");
-    iocp_slots.free = slot_offset(pool, "free");
-    if (PyErr_Occurred())
-        return NULL;
-    Py_XSETREF(iocp_slots.submission, Py_NewRef(submission));
-    Py_XSETREF(iocp_slots.nobody, Py_NewRef(nobody));
-    Py_RETURN_NONE;
-}
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * Waiting
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* Whether a wait must not block, for there is something to do; -1 with an exception. */
-static int busy(IocpTurns *self)
-{
-    int answer = has_items(self->ready) || has_items(self->at_once);
-    if (!answer && self->before_sleep != NULL && self->before_sleep != Py_None) {
-        PyObject *work = PyObject_CallNoArgs(self->before_sleep);
-        answer = work == NULL ? -1 : PyObject_IsTrue(work);
-        Py_XDECREF(work);
-    }
-    return answer;
-}
-
-/* iocp_wait without the GIL. */
-static long block(IocpTurns *self, long long limit)
-{
-    iocp_port *port = self->port;
-    long code;
-    Py_BEGIN_ALLOW_THREADS
-    code = iocp_functions.wait(port, limit);
-    Py_END_ALLOW_THREADS
-    return code;
-}
-
-/* Wait at most so many seconds; negative: for ever. */
-static int wait(PyObject *driver, double seconds)
+static long gather(Driver *driver, int64_t limit)
 {
     IocpTurns *self = (IocpTurns *)driver;
-    long long limit = -1;
-    long code;
-    self->waits++;
+    self->code = iocp_functions.wait(self->port, limit);
+    return 0;
+}
+
+static int has_work(Driver *driver) { return has_items(((IocpTurns *)driver)->at_once); }
+
+static int wait(Driver *driver, int64_t limit)
+{
+    IocpTurns *self = (IocpTurns *)driver;
+    long ignored;
     if (self->port == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the driver has no port");
         return -1;
     }
     if (self->next < self->port->count) /* an exception has ended the dispatch: it goes on first */
         return 0;
-    if (!(seconds < 0)) {
-        double ns = seconds * 1e9;
-        limit = ns < LONGEST_NS ? (long long)ns : (long long)LONGEST_NS;
-    }
-    self->next = self->port->count = 0;
-    WRITE(self->sleeping, 1);
-    FENCE();
-    int work = limit == 0 ? 1 : busy(self);
-    if (work < 0) {
-        WRITE(self->sleeping, 0);
+    self->next = self->port->count = self->code = 0;
+    if (wait_as_sleeper(driver, limit, &ignored) < 0)
         return -1;
-    }
-    code = work ? iocp_functions.wait(self->port, 0) : block(self, limit);
-    WRITE(self->sleeping, 0);
-    if (code) {
-        PyErr_SetExcFromWindowsErr(PyExc_OSError, (int)code);
+    if (self->code) {
+        PyErr_SetExcFromWindowsErr(PyExc_OSError, (int)self->code);
         return -1;
     }
     return 0;
 }
 
-static PyObject *iocp_turns_wait(PyObject *self, PyObject *timeout)
-{
-    double seconds = -1;
-    if (timeout != Py_None) {
-        seconds = PyFloat_AsDouble(timeout);
-        if (seconds == -1.0 && PyErr_Occurred())
-            return NULL;
-        if (seconds < 0)
-            seconds = 0;
-    }
-    if (wait(self, seconds) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Completions
+ * ------------------------------------------------------------------------------------------------------------------ */
 
 /* One completion, of a request or of what has waited for this dispatch without one. */
 static int finish(IocpTurns *self, PyObject *sub, unsigned long count, long code)
@@ -163,7 +83,7 @@ static int finish(IocpTurns *self, PyObject *sub, unsigned long count, long code
 }
 
 /* The entry of the port for the submission at `address`. */
-static int deliver(IocpTurns *self, uintptr_t address, unsigned long count, long code)
+static int deliver_one(IocpTurns *self, uintptr_t address, unsigned long count, long code)
 {
     PyObject *number = PyLong_FromVoidPtr((void *)address);
     PyObject *sub = number == NULL ? NULL : PyDict_GetItemWithError(self->outstanding, number);
@@ -190,43 +110,33 @@ static int deliver_at_once(IocpTurns *self)
             Py_DECREF(sub);
         }
         Py_XDECREF(entry);
-        if (failed && fail((PyObject *)self, names.report, COMPLETE_FAILED) < 0)
+        if (failed && driver_go_on(&self->driver) < 0)
             return -1;
     }
     return 0;
 }
 
-static int drain_ready(IocpTurns *self)
-{
-    if (!has_items(self->ready))
-        return 0;
-    PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, names.drain_ready);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
-}
-
-static int dispatch(PyObject *driver)
+static int deliver(Driver *driver)
 {
     IocpTurns *self = (IocpTurns *)driver;
-    if (drain_ready(self) < 0 || (has_items(self->at_once) && deliver_at_once(self) < 0))
+    if (has_items(self->at_once) && deliver_at_once(self) < 0)
         return -1;
     /* The port is looked at each time: what is called may close it. */
     while (self->port != NULL && self->next < self->port->count) {
         const uintptr_t *entry = &self->port->batch[3 * self->next++];
-        if (deliver(self, entry[0], (unsigned long)entry[1], (long)entry[2]) < 0
-            && fail(driver, names.report, COMPLETE_FAILED) < 0)
+        if (deliver_one(self, entry[0], (unsigned long)entry[1], (long)entry[2]) < 0
+            && driver_go_on(driver) < 0)
             return -1;
     }
     if (self->port != NULL)
         self->next = self->port->count = 0;
-    return drain_ready(self);
+    return 0;
 }
 
-static PyObject *iocp_turns_dispatch(PyObject *self, PyObject *ignored)
+static int is_behind(Driver *driver)
 {
-    if (dispatch(self) < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    IocpTurns *self = (IocpTurns *)driver;
+    return (self->port != NULL && self->next < self->port->count) || has_items(self->at_once);
 }
 
 /* _take_reaped(): take what was reaped and not dispatched away: the addresses of the submissions. */
@@ -275,27 +185,30 @@ static int set_port(IocpTurns *self, PyObject *value, void *ignored)
     return 0;
 }
 
-/* Whether dispatch has something to deliver. */
-static PyObject *get_gathered(IocpTurns *self, void *ignored)
+static PyObject *iocp_turns_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    int reaped = self->port != NULL && self->next < self->port->count;
-    return PyBool_FromLong(reaped || has_items(self->ready) || has_items(self->at_once));
+    static const struct verbs verbs = {
+        .wait = wait,
+        .gather = gather,
+        .has_work = has_work,
+        .deliver = deliver,
+        .is_behind = is_behind,
+        .busy = iocp_busy,
+        .submit_receive = iocp_takes_receive,
+        .receive = iocp_receive_for,
+    };
+    return driver_new(type, &verbs);
 }
 
 static int iocp_turns_traverse(IocpTurns *self, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->port_object);
     Py_VISIT(self->associations);
     Py_VISIT(self->outstanding);
     Py_VISIT(self->at_once);
     Py_VISIT(self->spare);
     Py_VISIT(self->slots);
-    Py_VISIT(self->in_flight);
-    Py_VISIT(self->submissions);
-    Py_VISIT(self->ready);
-    Py_VISIT(self->before_sleep);
-    return 0;
+    return driver_traverse(&self->driver, visit, arg);
 }
 
 static int iocp_turns_clear(IocpTurns *self)
@@ -307,27 +220,19 @@ static int iocp_turns_clear(IocpTurns *self)
     Py_CLEAR(self->at_once);
     Py_CLEAR(self->spare);
     Py_CLEAR(self->slots);
-    Py_CLEAR(self->in_flight);
-    Py_CLEAR(self->submissions);
-    Py_CLEAR(self->ready);
-    Py_CLEAR(self->before_sleep);
-    return 0;
+    return driver_clear(&self->driver);
 }
 
 static void iocp_turns_dealloc(IocpTurns *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     iocp_turns_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    driver_free(&self->driver);
 }
 
 static PyMethodDef iocp_turns_methods[] = {
-    {"wait", iocp_turns_wait, METH_O, NULL},
-    {"dispatch", iocp_turns_dispatch, METH_NOARGS, NULL},
     {"_take_reaped", (PyCFunction)take_reaped, METH_NOARGS, NULL},
-    {"_use_requests", use_requests, METH_VARARGS | METH_STATIC, "Look up the slots of what the driver keeps."},
+    {"_use_requests", iocp_use_requests, METH_VARARGS | METH_STATIC, "Look up the slots of what the driver keeps."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -337,26 +242,17 @@ static PyMemberDef iocp_turns_members[] = {
     {"_at_once", T_OBJECT_EX, offsetof(IocpTurns, at_once), 0, NULL},
     {"_spare", T_OBJECT_EX, offsetof(IocpTurns, spare), 0, NULL},
     {"_slots", T_OBJECT_EX, offsetof(IocpTurns, slots), 0, NULL},
-    {"in_flight", T_OBJECT_EX, offsetof(IocpTurns, in_flight), 0, NULL},
-    {"submissions", T_OBJECT_EX, offsetof(IocpTurns, submissions), 0, NULL},
-    {"ready", T_OBJECT_EX, offsetof(IocpTurns, ready), 0, NULL},
-    {"before_sleep", T_OBJECT, offsetof(IocpTurns, before_sleep), 0, NULL},
-    {"waits", T_ULONGLONG, offsetof(IocpTurns, waits), 0, NULL},
-    {"completions", T_ULONGLONG, offsetof(IocpTurns, completions), 0, NULL},
-    {"_tokens", T_ULONGLONG, offsetof(IocpTurns, tokens), 0, NULL},
-    {"_sleeping", T_BOOL, offsetof(IocpTurns, sleeping), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyGetSetDef iocp_turns_getset[] = {
     {"_port", (getter)get_port, (setter)set_port, NULL, NULL},
-    {"gathered", (getter)get_gathered, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot iocp_turns_slots[] = {
     {Py_tp_doc, (char *)"The wait and the dispatch of driver iocp."},
-    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_new, iocp_turns_new},
     {Py_tp_dealloc, iocp_turns_dealloc},
     {Py_tp_traverse, iocp_turns_traverse},
     {Py_tp_clear, iocp_turns_clear},
@@ -375,19 +271,9 @@ static PyType_Spec iocp_turns_spec = {
 
 int add_iocp(PyObject *module)
 {
-    IocpTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &iocp_turns_spec, NULL);
-    if (IocpTurns_type == NULL)
-        return -1;
-    static const struct native_driver driver = {
-        .type = &IocpTurns_type,
-        .wait_method = iocp_turns_wait,
-        .wait = wait,
-        .dispatch = dispatch,
-        .busy = iocp_busy,
-        .receive = iocp_receive_for,
-    };
-    add_native_driver(&driver);
-    return PyModule_AddObjectRef(module, "IocpTurns", (PyObject *)IocpTurns_type);
+    PyTypeObject *type = add_driver_type(module, &iocp_turns_spec, NULL);
+    Py_XDECREF(type); /* the module has it */
+    return type == NULL ? -1 : 0;
 }
 
 #endif

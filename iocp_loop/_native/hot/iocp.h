@@ -2,20 +2,22 @@
 #ifndef IOCP_LOOP_HOT_IOCP_H
 #define IOCP_LOOP_HOT_IOCP_H
 
-#include "calls.h"
+#include "driver.h"
 
 #ifdef _WIN32
+
+#include "calls.h"
 
 #include "../windows/iocp.h"
 
 typedef struct {
-    PyObject_HEAD
+    Driver driver;
     PyObject *port_object; /* what cffi knows it by */
     iocp_port *port;
-    PyObject *associations, *outstanding, *at_once, *spare, *slots, *in_flight, *submissions, *ready, *before_sleep;
-    unsigned long long waits, completions, tokens;
+    PyObject *associations, *outstanding, *at_once, *spare, *slots;
+    size_t expected; /* bytes in a piece of a stream, see receive_for_stream */
     long next; /* what of the port's batch is dispatched next */
-    char sleeping;
+    long code; /* what iocp_wait has returned */
 } IocpTurns;
 
 /* The functions of the binding that are called here. */
@@ -39,12 +41,17 @@ static inline void set_slot(PyObject *object, Py_ssize_t offset, PyObject *value
     Py_XSETREF(SLOT(object, offset), Py_NewRef(value));
 }
 
-/* iocp_sockets.c.  Finish the request of `sub` for the operation `op`, which has brought `count` bytes: 0, -1, or NOT_PLAIN
+/* iocp_sockets.c.  Its method that fills in both. */
+PyObject *iocp_use_requests(PyObject *ignored, PyObject *args);
+/* Finish the request of `sub` for the operation `op`, which has brought `count` bytes: 0, -1, or NOT_PLAIN
  * for the `finish` in Python. */
 int iocp_finish(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t count);
-/* For sockets.c, see struct native_driver. */
-int iocp_busy(PyObject *driver, descriptor fd, int writing);
-PyObject *iocp_receive_for(PyObject *driver, PyObject *op, descriptor fd, size_t size, size_t *expected);
+/* For sockets.c, see struct verbs. */
+int iocp_busy(Driver *driver, descriptor fd, int writing);
+int iocp_takes_receive(Driver *driver, PyObject *op, descriptor fd, size_t size);
+PyObject *iocp_receive_for(Driver *driver, PyObject *op, descriptor fd, size_t size, size_t *expected);
+
+int add_iocp(PyObject *module);
 
 #endif
 #endif

@@ -8,6 +8,44 @@
 
 #ifdef _WIN32
 
+#include "receiving.h"
+#include "sockets.h"
+
+struct iocp_functions iocp_functions;
+struct iocp_slots iocp_slots;
+
+/* _use_requests(Submission, Association, SlotPool, nobody, size of a slot, addresses of the functions) */
+PyObject *iocp_use_requests(PyObject *ignored, PyObject *args)
+{
+    PyObject *submission, *association, *pool, *nobody;
+    unsigned long long functions[3];
+    if (!PyArg_ParseTuple(args, "OOOOn(KKK)", &submission, &association, &pool, &nobody, &iocp_slots.slot_size,
+                          &functions[0], &functions[1], &functions[2]))
+        return NULL;
+    iocp_functions.wait = (long (*)(iocp_port *, long long))(uintptr_t)functions[0];
+    iocp_functions.receive = (request_function)(uintptr_t)functions[1];
+    iocp_functions.receive_from = (request_function)(uintptr_t)functions[2];
+    iocp_slots.address = slot_offset(submission, "address");
+    iocp_slots.armed = slot_offset(submission, "armed");
+    iocp_slots.association = slot_offset(submission, "association");
+    iocp_slots.finish = slot_offset(submission, "finish");
+    iocp_slots.keep = slot_offset(submission, "keep");
+    iocp_slots.op = slot_offset(submission, "op");
+    iocp_slots.slot = slot_offset(submission, "slot");
+    iocp_slots.emulated = slot_offset(association, "emulated");
+    iocp_slots.handle = slot_offset(association, "handle");
+    iocp_slots.reading = slot_offset(association, "reading");
+    iocp_slots.skips = slot_offset(association, "skips");
+    iocp_slots.small = slot_offset(association, "small");
+    iocp_slots.writing = slot_offset(association, "writing");
+    iocp_slots.free = slot_offset(pool, "free");
+    if (PyErr_Occurred())
+        return NULL;
+    Py_XSETREF(iocp_slots.submission, Py_NewRef(submission));
+    Py_XSETREF(iocp_slots.nobody, Py_NewRef(nobody));
+    Py_RETURN_NONE;
+}
+
 /* What a slot of the pool is, a tuple: where its address stands in it. */
 enum { SLOT_ADDRESS = 3 };
 
@@ -159,7 +197,7 @@ static int go_on_failing(IocpTurns *self, PyObject *op, PyObject *sub, int more)
 static int complete(IocpTurns *self, PyObject *op, PyObject *value)
 {
     int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
-    self->completions++;
+    self->driver.completions++;
     Py_XDECREF(value);
     return failed;
 }
@@ -172,14 +210,10 @@ static int deliver_some(IocpTurns *self, PyObject *op, PyObject *sub, PyObject *
     return go_on(self, op, sub, more);
 }
 
-/* self._end_with(sub, value, None), or with the error `code`, or with the exception that is set; `value` may be NULL then. */
-static int end_stream(IocpTurns *self, PyObject *sub, PyObject *value, int code)
+/* self._end_with(sub, value, None); with NULL, with the exception that is set. */
+static int end_stream(IocpTurns *self, PyObject *sub, PyObject *value)
 {
-    PyObject *error = Py_NewRef(Py_None);
-    if (code)
-        PyErr_SetExcFromWindowsErr(PyExc_OSError, code);
-    if (PyErr_Occurred())
-        Py_SETREF(error, take_exception());
+    PyObject *error = value == NULL ? take_exception() : Py_NewRef(Py_None);
     PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_with, sub, value == NULL ? Py_None : value,
                                                 error, NULL);
     Py_XDECREF(error);
@@ -200,39 +234,26 @@ static int receive_from_slot(IocpTurns *self, PyObject *op, PyObject *sub, Py_ss
 /* As _receive_some of the driver, for a stream that is in flight and not paused: its socket has something. */
 static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
 {
-    PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle)), *value = NULL;
-    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
-    int lent = get_buffer != NULL && get_buffer != Py_None, filled, failed;
-    Py_ssize_t count = NO_BUFFER;
-    if (lent) {
-        count = receive_into(op, &filled);
-        if (count > 0)
-            value = PyLong_FromSsize_t(count);
-    } else {
-        char *memory = scratch();
-        if (memory != NULL)
-            count = recv(socket_descriptor(sock), memory, SCRATCH_SIZE, 0);
-        if (count > 0) {
-            expect(sub, count);
-            value = PyBytes_FromStringAndSize(memory, count);
-        }
+    int lent = SLOT(op, operation_slots.get_buffer) != Py_None, failed;
+    size_t before = self->expected;
+    struct piece piece;
+    switch (receive_for_stream(op, &self->expected, &piece)) {
+    case DATA:
+        if (!lent)
+            expect(sub, piece.size);
+        return deliver_some(self, op, sub, piece.value,
+                            !lent && ((size_t)piece.size == before || piece.size == SCRATCH_SIZE));
+    case END:
+        failed = end_stream(self, sub, piece.value);
+        Py_DECREF(piece.value);
+        return failed;
+    case NOTHING:
+        return go_on(self, op, sub, 0);
+    default:
+        return ends_the_loop() || SLOT(op, operation_slots.state) != operation_slots.in_flight
+                   ? go_on_failing(self, op, sub, 0)
+                   : end_stream(self, sub, NULL);
     }
-    int code = count == SOCKET_ERROR ? last_error() : 0;
-    if (PyErr_Occurred())
-        failed = ends_the_loop() || SLOT(op, operation_slots.state) != operation_slots.in_flight
-                     ? go_on_failing(self, op, sub, 0)
-                     : end_stream(self, sub, NULL, 0);
-    else if (count > 0)
-        failed = deliver_some(self, op, sub, Py_NewRef(value), !lent && count == SCRATCH_SIZE);
-    else if (count == NO_BUFFER || code == WSAEWOULDBLOCK || code == WSAEINTR)
-        failed = go_on(self, op, sub, 0);
-    else {
-        value = code ? Py_NewRef(Py_None) : lent ? PyLong_FromLong(0) : PyBytes_FromStringAndSize(NULL, 0);
-        failed = end_stream(self, sub, value, code);
-    }
-    Py_XDECREF(value);
-    Py_DECREF(sock);
-    return failed;
 }
 
 /* As _sent_some of the driver, when all is sent: the last completion of a SendAll. */
@@ -247,7 +268,7 @@ static int end_send(IocpTurns *self, PyObject *op, PyObject *sub)
         failed = PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL);
     Py_DECREF(buffers);
     if (!failed) {
-        failed = give_back(self, sub) < 0 || land(op, self->in_flight) < 0 || complete(self, op, Py_NewRef(size)) < 0
+        failed = give_back(self, sub) < 0 || land(&self->driver, op) < 0 || complete(self, op, Py_NewRef(size)) < 0
                      ? -1
                      : 0;
     }
@@ -306,7 +327,7 @@ static PyObject *association_of(IocpTurns *self, descriptor fd)
     return association;
 }
 
-int iocp_busy(PyObject *driver, descriptor fd, int writing)
+int iocp_busy(Driver *driver, descriptor fd, int writing)
 {
     PyObject *association = association_of((IocpTurns *)driver, fd);
     if (association == NULL)
@@ -316,16 +337,24 @@ int iocp_busy(PyObject *driver, descriptor fd, int writing)
     return busy;
 }
 
-/* Whether requests can be made here for `sock`, a stream's, and nobody waits to receive; -1: error. */
-static int takes_requests(PyObject *association, PyObject *sock, descriptor fd)
+/* Whether requests can be made here for `fd`, a stream's, and nobody waits to receive; -1: error. */
+static int takes_requests(PyObject *association, descriptor fd)
 {
-    PyObject *object = PyObject_CallNoArgs(SLOT(association, iocp_slots.handle));
-    if (object == NULL)
+    PyObject *sock = PyObject_CallNoArgs(SLOT(association, iocp_slots.handle));
+    if (sock == NULL)
         return -1;
-    Py_DECREF(object);
-    return object == sock && SLOT(association, iocp_slots.emulated) == Py_False
-           && SLOT(association, iocp_slots.skips) == Py_True && !has_items(SLOT(association, iocp_slots.reading))
-           && socket_descriptor(sock) == fd;
+    int takes = is_socket(sock) && socket_descriptor(sock) == fd && SLOT(association, iocp_slots.emulated) == Py_False
+                && SLOT(association, iocp_slots.skips) == Py_True && !has_items(SLOT(association, iocp_slots.reading));
+    Py_DECREF(sock);
+    return takes;
+}
+
+int iocp_takes_receive(Driver *driver, PyObject *op, descriptor fd, size_t size)
+{
+    PyObject *association = association_of((IocpTurns *)driver, fd);
+    int takes = association == NULL || ((IocpTurns *)driver)->port == NULL ? 0 : takes_requests(association, fd) > 0;
+    Py_XDECREF(association);
+    return takes;
 }
 
 /* A submission for the new operation `op`, with a slot if there is one and the next piece is expected to fit.  Making these
@@ -372,7 +401,7 @@ static PyObject *enter(IocpTurns *self, PyObject *op, PyObject *sub)
 {
     set_slot(sub, iocp_slots.armed, Py_True);
     set_slot(op, operation_slots.driver_data, sub);
-    if (launch(op, ++self->tokens, self->in_flight, self->submissions) < 0
+    if (launch(&self->driver, op) < 0
         || PyList_Append(SLOT(SLOT(sub, iocp_slots.association), iocp_slots.reading), op) < 0)
         return NULL;
     Py_RETURN_NONE;
@@ -405,11 +434,11 @@ static PyObject *request(IocpTurns *self, PyObject *op, PyObject *sub, descripto
     return data;
 }
 
-PyObject *iocp_receive_for(PyObject *driver, PyObject *op, descriptor fd, size_t size, size_t *expected)
+PyObject *iocp_receive_for(Driver *driver, PyObject *op, descriptor fd, size_t size, size_t *expected)
 {
     IocpTurns *self = (IocpTurns *)driver;
-    PyObject *sock = SLOT(op, operation_slots.handle), *association = association_of(self, fd), *answer = NULL, *sub;
-    int takes = association == NULL || self->port == NULL ? 0 : takes_requests(association, sock, fd);
+    PyObject *association = association_of(self, fd), *answer = NULL, *sub;
+    int takes = association == NULL || self->port == NULL ? 0 : takes_requests(association, fd);
     if (takes > 0 && SLOT(association, iocp_slots.small) != Py_True) {
         answer = receive_now(fd, size, expected);
         if (answer != NULL && answer != Py_None)
@@ -420,7 +449,7 @@ PyObject *iocp_receive_for(PyObject *driver, PyObject *op, descriptor fd, size_t
     if (takes > 0) {
         Py_CLEAR(answer);
         sub = take_submission(self, op, association);
-        takes = sub == NULL || self->port == NULL ? 0 : takes_requests(association, sock, fd);
+        takes = sub == NULL || self->port == NULL ? 0 : takes_requests(association, fd);
         if (takes > 0)
             answer = request(self, op, sub, fd, size);
         else if (sub != NULL)
@@ -458,12 +487,12 @@ static int receive_once(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t
             expect(sub, PyBytes_GET_SIZE(data));
     }
     if (data == NULL)
-        return ends_the_loop() ? -1 : end_stream(self, sub, NULL, 0);
+        return ends_the_loop() ? -1 : end_stream(self, sub, NULL);
     PyObject *association = Py_NewRef(SLOT(sub, iocp_slots.association));
-    int failed = give_back(self, sub) < 0 || land(op, self->in_flight) < 0 || leave_line(self, op, association) < 0;
-    self->completions++;
+    int failed = give_back(self, sub) < 0 || leave_line(self, op, association) < 0;
+    self->driver.completions++;
     if (!failed)
-        failed = complete_receive(op, data, Py_None);
+        failed = deliver_received(&self->driver, op, data);
     Py_DECREF(association);
     Py_DECREF(data);
     return failed ? -1 : 0;
@@ -474,7 +503,10 @@ static int receive_once(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* What `keep` is of a request for datagrams, a tuple: the memory, and the most bytes that a datagram may have. */
-enum { KEPT_MEMORY = 0, KEPT_MOST = 2, MORE_DATAGRAMS = 15 };
+enum { KEPT_MEMORY = 0, KEPT_MOST = 2 };
+
+/* DATAGRAMS_IN_A_TURN of ports/receiving.py. */
+enum { DATAGRAMS_IN_A_TURN = 16 };
 
 /* As _arm_datagrams of the driver, which does what is not plain. */
 static int arm_datagrams(IocpTurns *self, PyObject *op, PyObject *sub)
@@ -524,16 +556,16 @@ static int receive_datagram(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssi
     PyObject *value = Py_BuildValue("(y#N)", memory, count, address);
     if (value == NULL)
         return -1;
-    if (complete(self, op, value) < 0 && fail((PyObject *)self, names.report, COMPLETE_FAILED) < 0)
+    if (complete(self, op, value) < 0 && driver_go_on(&self->driver) < 0)
         failed = -1;
     /* One that was there when it was asked for is one of many: a call for each of the others, in place of two. */
     if (!failed && at_once) {
-        int more = receive_datagrams_for((PyObject *)self, op, MORE_DATAGRAMS);
+        int more = receive_datagrams_for((PyObject *)self, op, DATAGRAMS_IN_A_TURN);
         if (more > 0)
-            self->completions += (unsigned long long)more;
+            self->driver.completions += (unsigned long long)more;
         failed = more == -1;
         if (failed && !ends_the_loop() && SLOT(sub, iocp_slots.op) == op)
-            return end_stream(self, sub, NULL, 0);
+            return end_stream(self, sub, NULL);
     }
     if (!failed)
         return arm_datagrams(self, op, sub);

@@ -1,6 +1,9 @@
 /* The module iocp_loop._hot: puts the files together.  hot.h tells what is where. */
 
-#include "hot.h"
+#include "epoll.h"
+#include "iocp.h"
+#include "sockets.h"
+#include "turns.h"
 
 static PyMethodDef module_methods[] = {
     {"set_helpers", set_helpers, METH_VARARGS, "set_helpers(report_error, run_in_debug)"},
@@ -39,6 +42,7 @@ PyMODINIT_FUNC PyInit__hot(void)
     if (module == NULL)
         return NULL;
     if (intern_names() < 0 || check_sockets() < 0 || find_asyncio_methods() < 0 || add_handles(module) < 0 || add_turns(module) < 0
+        || add_driver(module) < 0
         || add_sockets(module) < 0 || add_datagrams(module) < 0
 #ifdef __linux__
         || add_epoll(module) < 0 || add_uring(module) < 0

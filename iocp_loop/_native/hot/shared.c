@@ -30,6 +30,14 @@ Py_ssize_t slot_offset(PyObject *type, const char *name)
     return offset;
 }
 
+PyObject *attribute_of(const char *module, const char *name)
+{
+    PyObject *from = PyImport_ImportModule(module);
+    PyObject *found = from == NULL ? NULL : PyObject_GetAttrString(from, name);
+    Py_XDECREF(from);
+    return found;
+}
+
 PyObject *take_exception(void)
 {
 #if PY_VERSION_HEX >= 0x030C0000
@@ -84,41 +92,6 @@ PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObjec
     if (SLOT(op, operation_slots.fd) == NULL || SLOT(op, operation_slots.token) == NULL)
         Py_CLEAR(op);
     return op;
-}
-
-int launch(PyObject *op, unsigned long long token, PyObject *in_flight, PyObject *submissions)
-{
-    PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(submissions, kind); /* borrowed */
-    long long earlier = before == NULL ? 0 : PyLong_AsLongLong(before);
-    if (PyErr_Occurred())
-        return -1;
-    PyObject *number = PyLong_FromUnsignedLongLong(token);
-    PyObject *count = PyLong_FromLongLong(earlier + 1);
-    int failed = number == NULL || count == NULL || PyDict_SetItem(submissions, kind, count) < 0
-                         || PyDict_SetItem(in_flight, number, op) < 0
-                     ? -1
-                     : 0;
-    Py_XDECREF(count);
-    if (failed) { /* nothing is in flight then */
-        Py_XDECREF(number);
-        return -1;
-    }
-    Py_XSETREF(SLOT(op, operation_slots.token), number);
-    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.in_flight));
-    return 0;
-}
-
-int land(PyObject *op, PyObject *in_flight)
-{
-    PyObject *token = Py_XNewRef(SLOT(op, operation_slots.token));
-    if (token == NULL) {
-        PyErr_SetString(PyExc_AttributeError, "token");
-        return -1;
-    }
-    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.done));
-    int failed = PyDict_DelItem(in_flight, token);
-    Py_DECREF(token);
-    return failed;
 }
 
 int complete_operation(PyObject *op, PyObject *value, PyObject *error)
@@ -306,27 +279,6 @@ char *scratch(void)
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
- * The drivers that there are
- * ------------------------------------------------------------------------------------------------------------------ */
-
-static const struct native_driver *drivers[4];
-static size_t driver_count;
-
-void add_native_driver(const struct native_driver *driver)
-{
-    if (driver_count < sizeof drivers / sizeof *drivers)
-        drivers[driver_count++] = driver;
-}
-
-const struct native_driver *native_driver_of(PyObject *driver)
-{
-    for (size_t n = driver_count; n > 0; n--) /* the last first: it may be a subtype of an earlier one */
-        if (PyObject_TypeCheck(driver, *drivers[n - 1]->type))
-            return drivers[n - 1];
-    return NULL;
-}
-
-/* ---------------------------------------------------------------------------------------------------------------------
  * What of asyncio's was replaced
  * ------------------------------------------------------------------------------------------------------------------ */
 
@@ -485,6 +437,7 @@ int intern_names(void)
         {&names.read, "read"},
         {&names.reap, "_reap"},
         {&names.receive_by_ring, "_receive_by_ring"},
+        {&names.receive_data, "_receive_data"},
         {&names.receive_ended, "_receive_ended"},
         {&names.receive_once, "_receive_once"},
         {&names.receiving_failed, "_receiving_failed"},

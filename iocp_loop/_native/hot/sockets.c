@@ -10,13 +10,17 @@
  * What a wait has got when nobody awaits it any more is not lost: the proactor keeps it (Proactor.abandon, keep_value).
  */
 
+#include "sockets.h"
+
 #include "calls.h"
+#include "handles.h"
+#include "receiving.h"
 
 typedef struct {
     PyObject_HEAD
-    PyObject *loop, *proactor, *driver;
+    PyObject *loop, *proactor;
+    Driver *driver;
     PyObject *unclaimed, *lines, *transports; /* dicts; a socket in one of them is not for the quick way */
-    const struct native_driver *native;
     size_t expected; /* bytes in a piece, see receive_bytes */
 } SocketCalls;
 
@@ -31,92 +35,9 @@ typedef struct {
 PyTypeObject *SocketWait_type;
 static PyTypeObject *Calls_type;
 
-/* Small pieces are received into a buffer that stays in the cache, and copied out of it.  Where large ones are to be
- * expected, copying costs more than to receive into memory for the bytes object itself, cut to size afterwards.  Not more
- * at once than malloc takes from its heap: beyond (mallopt(3), M_MMAP_THRESHOLD) each would be mapped anew. */
-enum { DIRECT_FROM = 4 * 1024, DIRECT_MOST = 128 * 1024 - 64 };
-
 /* ---------------------------------------------------------------------------------------------------------------------
- * The system's calls
+ * Receiving
  * ------------------------------------------------------------------------------------------------------------------ */
-
-Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
-{
-    Py_ssize_t count;
-    *data = NULL;
-    if (*expected < DIRECT_FROM) {
-        char *memory = scratch();
-        if (memory == NULL)
-            return NO_BUFFER;
-        count = recv(fd, memory, CALL_SIZE(most < SCRATCH_SIZE ? most : SCRATCH_SIZE), MSG_DONTWAIT);
-        if (count <= 0)
-            return count;
-        *data = PyBytes_FromStringAndSize(memory, count);
-        if (count >= DIRECT_FROM)
-            *expected = count < DIRECT_MOST ? (size_t)count : DIRECT_MOST;
-    } else {
-        size_t room = most < *expected ? most : *expected;
-        PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
-        if (bytes == NULL)
-            return NO_BUFFER;
-        count = recv(fd, PyBytes_AS_STRING(bytes), CALL_SIZE(room), MSG_DONTWAIT);
-        if (count <= 0) {
-            int code = last_error();
-            Py_DECREF(bytes);
-            set_last_error(code);
-            return count;
-        }
-        if ((size_t)count != room)
-            _PyBytes_Resize(&bytes, count); /* NULL if that fails */
-        /* Compared with what was expected and not with what was asked for: who asks for little gets small pieces. */
-        if ((size_t)count == *expected)
-            *expected = 2 * *expected < DIRECT_MOST ? 2 * *expected : DIRECT_MOST;
-        else if ((size_t)count < *expected / 4)
-            *expected /= 2;
-        *data = bytes;
-    }
-    return *data == NULL ? NO_BUFFER : count;
-}
-
-PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
-{
-    PyObject *data;
-    Py_ssize_t count;
-    do
-        count = receive_bytes(fd, size, expected, &data);
-    while (count == -1 && was_interrupted());
-    if (count > 0)
-        return data;
-    if (count == 0)
-        return PyBytes_FromStringAndSize(NULL, 0);
-    if (count == NO_BUFFER)
-        return NULL;
-    return would_wait() ? Py_NewRef(Py_None) : raise_last_error();
-}
-
-/* Asking for the buffer may do anything: end the stream, close its socket. */
-Py_ssize_t receive_into(PyObject *op, int *filled)
-{
-    PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
-    PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
-    Py_buffer view;
-    Py_ssize_t count = NO_BUFFER;
-    int code = 0;
-    *filled = 0;
-    if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
-        if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
-            count = recv(socket_descriptor(sock), view.buf, CALL_SIZE((size_t)view.len), MSG_DONTWAIT);
-            code = last_error();
-            *filled = count > 0 && count == view.len;
-        }
-        PyBuffer_Release(&view);
-    }
-    Py_XDECREF(buffer);
-    Py_DECREF(get_buffer);
-    Py_DECREF(sock);
-    set_last_error(code);
-    return count;
-}
 
 /* What `op` counts with: its loop's; NULL once nobody awaits it any more. */
 static size_t *expected_by(PyObject *op)
@@ -146,7 +67,7 @@ PyObject *receive_for(PyObject *op)
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {
-    if (!is_socket(sock) || turns_in_debug(loop) || !never_waits(sock))
+    if (!is_socket(sock) || loop_in_debug(loop) || !never_waits(sock))
         return NO_DESCRIPTOR;
     return socket_descriptor(sock);
 }
@@ -179,17 +100,25 @@ static PyObject *make_receive(SocketWait *self, descriptor fd)
     return op;
 }
 
-/* Submit the operation.  1: done; 0: not here and now; -1: error. */
+/* Submit the operation.  1: it is in flight; 2: it was done at once, see `value`; 0: not here and now; -1: error. */
 static int submit(SocketWait *self, SocketCalls *calls)
 {
-    if (self->op != NULL) /* it is in flight already: see receive_by_request */
-        return 1;
     descriptor fd = socket_descriptor(self->sock);
     PyObject *op = make_receive(self, fd);
     if (op == NULL)
         return -1;
-    int done = calls->native->submit_receive(calls->driver, op, fd, self->size);
-    if (done > 0)
+    int done;
+    if (calls->driver->verbs->receive == NULL)
+        done = calls->driver->verbs->submit_receive(calls->driver, op, fd, self->size);
+    else { /* the request is the attempt */
+        PyObject *data = calls->driver->verbs->receive(calls->driver, op, fd, self->size, &calls->expected);
+        done = data == NULL ? (PyErr_Occurred() ? -1 : 0) : data == Py_None ? 1 : 2;
+        if (done == 2)
+            Py_XSETREF(self->value, data);
+        else
+            Py_XDECREF(data);
+    }
+    if (done == 1)
         Py_XSETREF(self->op, op);
     else
         Py_DECREF(op);
@@ -238,8 +167,7 @@ static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
         done = PyObject_CallMethodNoArgs(future, names.done);
         cancelled = done == NULL ? -1 : PyObject_IsTrue(done); /* and its task has not run yet */
         Py_CLEAR(done);
-    } else if (!self->begun) /* an exception came between the request and its await */
-        cancelled = 1;
+    }
     if (cancelled < 0)
         failed = -1;
     else if (cancelled)
@@ -278,7 +206,7 @@ int complete_receive(PyObject *op, PyObject *value, PyObject *error)
     return failed;
 }
 
-int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
+int deliver_received(Driver *driver, PyObject *op, PyObject *data)
 {
     PyObject *error = NULL;
     if (data == NULL) {
@@ -286,7 +214,7 @@ int deliver_received(PyObject *op, PyObject *in_flight, PyObject *data)
             return -1;
         error = take_exception();
     }
-    int failed = land(op, in_flight);
+    int failed = land(driver, op);
     if (!failed)
         failed = complete_receive(op, data == NULL ? Py_None : data, error == NULL ? Py_None : error);
     Py_XDECREF(error);
@@ -313,6 +241,38 @@ static PySendResult answer(SocketWait *self, PyObject **result)
     return PYGEN_ERROR;
 }
 
+/* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
+static int abandon(SocketWait *self)
+{
+    PyObject *op = self->op, *value = self->value;
+    int failed = leave_line(self);
+    self->op = self->value = NULL;
+    if (failed)
+        ;
+    else if (value != NULL)
+        failed = keep_value(self, op, value);
+    else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
+             && self->calls->proactor != NULL) {
+        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(value);
+    Py_XDECREF(op);
+    Py_CLEAR(self->future);
+    return failed;
+}
+
+/* The same with an exception on its way up. */
+static void abandon_failing(SocketWait *self)
+{
+    PyObject *exception = take_exception();
+    if (abandon(self) < 0)
+        PyErr_Clear();
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+}
+
 static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **result)
 {
     *result = NULL;
@@ -325,22 +285,26 @@ static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **re
     if (calls == NULL || calls->loop == NULL)
         PyErr_SetString(PyExc_RuntimeError, "the loop is gone");
     else
-        future = PyObject_CallMethodNoArgs(calls->loop, names.create_future);
-    if (future != NULL) {
-        Py_XSETREF(self->future, Py_NewRef(future));
         done = submit(self, calls);
-        if (done == 0)
-            PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
+    if (done == 0)
+        PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
+    else if (done == 1) {
+        future = PyObject_CallMethodNoArgs(calls->loop, names.create_future);
+        Py_XSETREF(self->future, Py_XNewRef(future));
         /* What a Future does when it is awaited: its task asks for this. */
-        if (done > 0 && PyObject_SetAttr(future, names.future_blocking, Py_True) < 0)
+        if (future == NULL || PyObject_SetAttr(future, names.future_blocking, Py_True) < 0) {
+            abandon_failing(self);
             done = -1;
+        }
     }
     Py_XDECREF(calls);
-    if (done > 0)
+    if (done == 2)
+        return answer(self, result);
+    if (done == 1)
         *result = future;
     else
         Py_XDECREF(future);
-    return done > 0 ? PYGEN_NEXT : PYGEN_ERROR;
+    return done == 1 ? PYGEN_NEXT : PYGEN_ERROR;
 }
 
 static PyObject *wait_next(SocketWait *self)
@@ -363,28 +327,6 @@ static PyObject *wait_next(SocketWait *self)
 }
 
 static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wait_next(self); }
-
-/* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
-static int abandon(SocketWait *self)
-{
-    PyObject *op = self->op, *value = self->value;
-    int failed = leave_line(self);
-    self->op = self->value = NULL;
-    if (failed)
-        ;
-    else if (value != NULL)
-        failed = keep_value(self, op, value);
-    else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
-             && self->calls->proactor != NULL) {
-        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
-        failed = done == NULL ? -1 : 0;
-        Py_XDECREF(done);
-    }
-    Py_XDECREF(value);
-    Py_XDECREF(op);
-    Py_CLEAR(self->future);
-    return failed;
-}
 
 static PyObject *wait_throw(SocketWait *self, PyObject *args)
 {
@@ -487,28 +429,6 @@ static int is_owned(SocketCalls *self, descriptor fd)
     return owned;
 }
 
-/* Where the request itself is the attempt, and may be done at once. */
-static PyObject *receive_by_request(SocketCalls *self, PyObject *sock, descriptor fd, size_t size)
-{
-    int owned = is_owned(self, fd);
-    if (owned)
-        return owned < 0 ? NULL : Py_NewRef(Py_None);
-    SocketWait *wait = new_wait(self, sock, size);
-    PyObject *op = wait == NULL ? NULL : make_receive(wait, fd), *data = NULL;
-    if (op != NULL) {
-        data = self->native->receive(self->driver, op, fd, size, &self->expected);
-        if (data == NULL && !PyErr_Occurred())
-            data = Py_NewRef(Py_None); /* for the way in Python */
-        else if (data == Py_None) {
-            wait->op = Py_NewRef(op);
-            Py_SETREF(data, Py_NewRef((PyObject *)wait));
-        }
-        Py_DECREF(op);
-    }
-    Py_XDECREF(wait);
-    return data;
-}
-
 /* receive(sock, n): bytes; or a SocketWait to await; or None, for the way in Python. */
 static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -534,24 +454,21 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         PyErr_Clear(); /* too large; Python's way says what it thinks of that */
         Py_RETURN_NONE;
     }
-    if (self->native->receive != NULL)
-        return receive_by_request(self, sock, fd, (size_t)size);
-    int busy = self->native->busy(self->driver, fd, 0);
-    if (busy < 0)
-        return NULL;
+    const struct verbs *verbs = self->driver->verbs;
+    int busy = verbs->busy(self->driver, fd, 0);
     if (busy) /* first come, first served */
-        Py_RETURN_NONE;
-    PyObject *data = receive_now(fd, (size_t)size, &self->expected);
-    if (data != Py_None)
-        return data;
-    int owned = is_owned(self, fd);
-    if (owned < 0) {
+        return busy < 0 ? NULL : Py_NewRef(Py_None);
+    if (verbs->receive == NULL) {
+        PyObject *data = receive_now(fd, (size_t)size, &self->expected);
+        if (data != Py_None)
+            return data;
         Py_DECREF(data);
-        return NULL;
     }
-    if (owned || !self->native->submit_receive(self->driver, NULL, fd, 0))
-        return data; /* None */
-    Py_DECREF(data);
+    int owned = is_owned(self, fd);
+    if (owned < 0)
+        return NULL;
+    if (owned || !verbs->submit_receive(self->driver, NULL, fd, 0))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     return (PyObject *)new_wait(self, sock, (size_t)size);
 }
 
@@ -565,7 +482,7 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
     descriptor fd = self->loop == NULL ? NO_DESCRIPTOR : plain_descriptor(self->loop, args[0]);
     if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
         Py_RETURN_NONE;
-    int busy = self->native->busy(self->driver, fd, 1);
+    int busy = self->driver->verbs->busy(self->driver, fd, 1);
     if (busy < 0)
         return NULL;
     if (busy)
@@ -645,7 +562,7 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOOO!O!O!", &loop, &proactor, &driver, &PyDict_Type, &unclaimed, &PyDict_Type, &lines,
                           &PyDict_Type, &transports))
         return NULL;
-    const struct native_driver *native = native_driver_of(driver);
+    Driver *native = native_driver(driver);
     if (native == NULL || operation_slots.receive == NULL)
         Py_RETURN_NONE;
     SocketCalls *self = PyObject_GC_New(SocketCalls, Calls_type);
@@ -653,11 +570,10 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
         return NULL;
     self->loop = Py_NewRef(loop);
     self->proactor = Py_NewRef(proactor);
-    self->driver = Py_NewRef(driver);
+    self->driver = (Driver *)Py_NewRef(driver);
     self->unclaimed = Py_NewRef(unclaimed);
     self->lines = Py_NewRef(lines);
     self->transports = Py_NewRef(transports);
-    self->native = native;
     self->expected = 0;
     PyObject_GC_Track(self);
     return (PyObject *)self;

@@ -1,11 +1,11 @@
 /*
  * The timers of a loop: a heap by time, and by the order of their making where times are equal.
  *
- * A timer knows its place in the heap (timer_place), so that a cancelled one leaves at once: a busy server sets many
+ * A timer knows its place in the heap (handles.h, timer_place), so that a cancelled one leaves at once: a busy server sets many
  * timeouts, and few ever fire.
  */
 
-#include "hot.h"
+#include "handles.h"
 
 /* So many stand beneath each in the heap.  It takes half the steps that it takes with two, and each step writes to a timer,
  * which may be out of the caches. */
@@ -16,10 +16,16 @@ static int earlier(const struct timer *one, const struct timer *other)
     return one->when < other->when || (one->when == other->when && one->serial < other->serial);
 }
 
+/* Where `handle` keeps its place. */
+static size_t *place_of(const struct timers *self, PyObject *handle)
+{
+    return (size_t *)((char *)handle + self->place_offset);
+}
+
 static void put(struct timers *self, size_t place, struct timer timer)
 {
     self->heap[place] = timer;
-    *timer_place(timer.handle) = place;
+    *place_of(self, timer.handle) = place;
 }
 
 static void move_up(struct timers *self, size_t place, struct timer timer)
@@ -55,7 +61,7 @@ PyObject *timers_take(struct timers *self, size_t place)
 {
     PyObject *handle = self->heap[place].handle;
     struct timer last = self->heap[--self->count];
-    *timer_place(handle) = NOWHERE;
+    *place_of(self, handle) = NOWHERE;
     if (place < self->count) {
         if (place > 0 && earlier(&last, &self->heap[(place - 1) / CHILDREN]))
             move_up(self, place, last);

@@ -13,7 +13,6 @@
 #ifdef __linux__
 
 #include <errno.h>
-#include <math.h>
 
 #include "../linux/uring.h"
 
@@ -22,7 +21,7 @@ typedef int (*prepare_function)(uring *ring, int fd, uint64_t token);
 typedef int64_t (*cookie_function)(int fd);
 
 typedef struct {
-    EpollTurns base;
+    EpollTurns epoll;
     PyObject *ring_object; /* what cffi knows it by; None while there is no ring */
     uring *ring;
     wait_function call;
@@ -33,56 +32,35 @@ typedef struct {
     int next, count;      /* of the batch: what is dispatched next, and how many there are */
     PyObject *ops[AHEAD]; /* of the completions from `next` on: from `taken_up` to `looked_up`, see look_up */
     int taken_up, looked_up;
+    int reaped; /* what uring_wait has returned */
     char shared, without_ring; /* the driver has none any more: it is driver poll */
 } UringTurns;
-
-static PyTypeObject *UringTurns_type;
-
-/* The longest timeout that is handed to the kernel, ns: about 100 years. */
-static const double LONGEST_NS = 3e18;
-
-/* The shortest that is not 0: to wake once for the timers of so long a time is cheaper than to wake for each.  It is a
- * fifth of the millisecond in which epoll, and so most other loops, count. */
-enum { SHORTEST_NS = 200000 };
-
-static int call(UringTurns *self, PyObject *method)
-{
-    PyObject *done = PyObject_CallMethodNoArgs((PyObject *)self, method);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
-}
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Waiting
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* uring_wait without the GIL; `limit` in ns, negative for ever. */
-static int block(UringTurns *self, int64_t limit)
+static long gather(Driver *driver, int64_t limit)
 {
-    int count;
+    UringTurns *self = (UringTurns *)driver;
     uring *ring = self->ring;
-    if (self->base.contended > 0) {
-        self->base.contended--;
-        int64_t until = clock_ns() + (limit >= 0 && limit < LOOK_NS ? limit : LOOK_NS);
-        do {
-            count = self->call(ring, 0, ring->serial);
-            if (count != 0 || ring->events_hold)
-                return count;
-        } while (clock_ns() < until);
-    }
-    int64_t returned;
-    Py_BEGIN_ALLOW_THREADS
-    count = self->call(ring, limit, ring->serial);
-    returned = clock_ns();
-    Py_END_ALLOW_THREADS
-    if (clock_ns() - returned > CONTENDED_NS)
-        self->base.contended = CONTENDED_TURNS;
-    return count;
+    if (self->without_ring)
+        return epoll_gather(driver, limit);
+    if (ring == NULL) /* closed by what the wait has called, which looks at it once more */
+        return 0;
+    self->reaped = self->call(ring, limit, ring->serial);
+    return self->reaped == 0 ? ring->events_hold : self->reaped;
+}
+
+static int has_work(Driver *driver)
+{
+    UringTurns *self = (UringTurns *)driver;
+    return has_items(self->unsubmitted) || has_items(self->uncancelled);
 }
 
 static int open_ring(UringTurns *self)
 {
-    if (call(self, names.open_ring) < 0)
+    if (driver_call(&self->epoll.driver, names.open_ring, NULL) < 0)
         return -1;
     if (self->ring == NULL && !self->without_ring) {
         PyErr_SetString(PyExc_RuntimeError, "no ring was opened");
@@ -96,7 +74,7 @@ static int take_events(UringTurns *self)
 {
     int count = 0;
     if (self->ring->events_hold) {
-        count = epoll_take(&self->base, &self->ring->events_hold);
+        count = epoll_take(&self->epoll, &self->ring->events_hold);
         if (count < 0 && errno != EINTR) {
             PyErr_SetFromErrno(PyExc_OSError);
             return -1;
@@ -108,58 +86,47 @@ static int take_events(UringTurns *self)
 /* The ring's part of a wait: at most `limit` ns, negative for ever.  How many completions, or -1. */
 static int wait_in_ring(UringTurns *self, int64_t limit)
 {
-    int count;
-    if (limit != 0) {
-        WRITE(self->base.sleeping, 1);
-        FENCE();
-        int work = has_items(self->unsubmitted) || has_items(self->uncancelled);
-        if (!work)
-            work = epoll_must_not_sleep(&self->base);
-        if (work < 0 || self->ring == NULL) {
-            WRITE(self->base.sleeping, 0);
-            if (work >= 0)
-                PyErr_SetString(PyExc_RuntimeError, "the port was closed while it began to wait");
-            return -1;
-        }
-        count = work ? self->call(self->ring, 0, self->ring->serial) : block(self, limit);
-        WRITE(self->base.sleeping, 0);
-    } else
-        count = self->call(self->ring, 0, self->ring->serial);
-    if (count == -EEXIST) {
+    long ignored;
+    self->reaped = 0;
+    if (wait_as_sleeper(&self->epoll.driver, limit, &ignored) < 0)
+        return -1;
+    if (self->ring == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "the port was closed while it began to wait");
+        return -1;
+    }
+    if (self->reaped == -EEXIST) {
         /* The ring belongs to another thread: to one that ran this loop before. */
         if (open_ring(self) < 0)
             return -1;
-        count = self->ring == NULL ? 0 : self->call(self->ring, 0, self->ring->serial);
+        self->reaped = 0;
+        if (self->ring != NULL)
+            gather(&self->epoll.driver, 0);
     }
-    if (count < 0) {
-        PyObject *done = PyObject_CallMethod((PyObject *)self, "_ring_failed", "i", -count);
+    if (self->reaped < 0) {
+        PyObject *done = PyObject_CallMethod((PyObject *)self, "_ring_failed", "i", -self->reaped);
         Py_XDECREF(done);
         return done == NULL ? -1 : 0;
     }
-    return count;
+    return self->reaped;
 }
 
-/* Wait at most so many seconds; negative: for ever. */
-static int wait(PyObject *driver, double seconds)
+static int wait(Driver *driver, int64_t limit)
 {
     UringTurns *self = (UringTurns *)driver;
-    int64_t limit = -1;
     if (self->without_ring)
-        return epoll_turn_wait(driver, seconds);
-    int begun = epoll_before_wait(&self->base);
+        return epoll_wait_for_events(driver, limit);
+    int begun = epoll_before_wait(&self->epoll);
     if (begun || self->next < self->count)
         return begun < 0 ? -1 : 1;
-    if (!(seconds < 0)) {
-        double ns = ceil(seconds * 1e9);
-        limit = ns == 0 ? 0 : ns < SHORTEST_NS ? SHORTEST_NS : ns <= LONGEST_NS ? (int64_t)ns : (int64_t)LONGEST_NS;
-    }
     if (self->ring == NULL && open_ring(self) < 0)
         return -1;
     if (self->ring == NULL)
-        return epoll_turn_wait(driver, seconds);
+        return epoll_wait_for_events(driver, limit);
+    if (limit > 0 && limit < URING_SHORTEST_NS)
+        limit = URING_SHORTEST_NS;
     /* What has been ready stays ready until somebody looks: the ring tells of changes only. */
-    self->base.next = self->base.count = 0;
-    if (self->base.fresh != NULL && PySet_Clear(self->base.fresh) < 0)
+    self->epoll.next = self->epoll.count = 0;
+    if (self->epoll.fresh != NULL && PySet_Clear(self->epoll.fresh) < 0)
         return -1;
     int events = take_events(self);
     if (events < 0)
@@ -168,17 +135,15 @@ static int wait(PyObject *driver, double seconds)
     if (count < 0)
         return -1;
     if (self->ring == NULL)
-        return epoll_turn_wait(driver, seconds);
+        return epoll_wait_for_events(driver, limit);
     self->next = 0;
     self->count = count;
     self->taken = self->ring->serial;
-    self->base.completions += (unsigned long long)count;
+    self->epoll.driver.completions += (unsigned long long)count;
     if (!events)
         events = take_events(self);
-    return events < 0 ? -1 : events || count > 0 || has_items(self->base.ready);
+    return events < 0 ? -1 : events || count > 0 || has_items(self->epoll.driver.ready);
 }
-
-static PyObject *uring_turns_wait(PyObject *self, PyObject *timeout) { return wait_with(self, timeout, wait); }
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Dispatching
@@ -211,7 +176,7 @@ static int is_end(PyObject *op, int64_t result, uint32_t flags)
 
 static int end_stream(UringTurns *self, PyObject *op, int64_t result)
 {
-    if (land(op, self->base.in_flight) < 0)
+    if (land(&self->epoll.driver, op) < 0)
         return -1;
     PyObject *nothing = result == 0 ? PyBytes_FromStringAndSize(NULL, 0) : Py_NewRef(Py_None);
     PyObject *error = result == 0 ? Py_NewRef(Py_None)
@@ -223,10 +188,10 @@ static int end_stream(UringTurns *self, PyObject *op, int64_t result)
 }
 
 /* One completion: the data of a stream that goes on to its receiver, all else to _reap. */
-static int deliver(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
+static int deliver_one(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, int64_t start)
 {
     if (flags & URING_DATA)
-        self->base.delivered += (size_t)(result - start);
+        self->epoll.driver.delivered += (size_t)(result - start);
     if (is_end(op, result, flags))
         return end_stream(self, op, result);
     if (flags != (URING_MORE | URING_DATA))
@@ -245,7 +210,7 @@ static int look_up(UringTurns *self, const uring *ring)
     self->looked_up = self->taken_up = 0;
     while (self->looked_up < count) {
         PyObject *number = PyLong_FromUnsignedLongLong(ring->token[self->next + self->looked_up]);
-        PyObject *op = number == NULL ? NULL : find(self->base.in_flight, number);
+        PyObject *op = number == NULL ? NULL : find(self->epoll.driver.in_flight, number);
         if (op == NULL && !PyErr_Occurred())
             PyErr_SetObject(PyExc_KeyError, number);
         Py_XDECREF(number);
@@ -271,7 +236,7 @@ static void forget_looked_up(UringTurns *self)
 
 static int deliver_batch(UringTurns *self)
 {
-    while (self->next < self->count && self->base.delivered < DELIVER_MOST) {
+    while (self->next < self->count && self->epoll.driver.delivered < DELIVER_MOST) {
         /* Looked up each time: what is called may close the port. */
         uring *ring = self->ring;
         if (ring == NULL)
@@ -279,34 +244,32 @@ static int deliver_batch(UringTurns *self)
         if (self->taken_up == self->looked_up && look_up(self, ring) < 0)
             return -1;
         PyObject *op = self->ops[self->taken_up++];
-        int n = self->next++, failed = deliver(self, op, ring->result[n], ring->flags[n], ring->start[n]);
+        int n = self->next++, failed = deliver_one(self, op, ring->result[n], ring->flags[n], ring->start[n]);
         Py_DECREF(op);
-        if (failed && fail((PyObject *)self, names.report, COMPLETE_FAILED) < 0)
+        if (failed && driver_go_on(&self->epoll.driver) < 0)
             return -1;
     }
     return 0;
 }
 
-static int dispatch(PyObject *driver)
+static int deliver(Driver *driver)
 {
     UringTurns *self = (UringTurns *)driver;
-    if (epoll_drain_ready(&self->base) < 0)
+    if (deliver_batch(self) < 0 || epoll_deliver(driver) < 0)
         return -1;
-    self->base.delivered = 0;
-    if (deliver_batch(self) < 0 || epoll_deliver(&self->base) < 0)
-        return -1;
-    if ((has_items(self->unsubmitted) || has_items(self->uncancelled)) && call(self, names.queue_leftovers) < 0)
-        return -1;
-    if (epoll_drain_ready(&self->base) < 0)
-        return -1;
-    return self->shared && self->ring != NULL ? call(self, names.hand_over) : 0;
+    return has_work(driver) ? driver_call(driver, names.queue_leftovers, NULL) : 0;
 }
 
-static PyObject *uring_turns_dispatch(PyObject *self, PyObject *ignored)
+static int hand_over(Driver *driver)
 {
-    if (dispatch(self) < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    UringTurns *self = (UringTurns *)driver;
+    return self->shared && self->ring != NULL ? driver_call(driver, names.hand_over, NULL) : 0;
+}
+
+static int is_behind(Driver *driver)
+{
+    UringTurns *self = (UringTurns *)driver;
+    return self->next < self->count || epoll_is_behind(driver);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -355,20 +318,20 @@ static PyObject *uring_receive_stream(UringTurns *self, PyObject *const *args, P
 {
     int fd;
     if (self->without_ring)
-        return epoll_receive_stream(&self->base, args, count);
+        return epoll_receive_stream(&self->epoll, args, count);
     if (self->ring == NULL || self->shared)
         Py_RETURN_NONE;
-    PyObject *op = epoll_new_stream(&self->base, args, count, &fd);
+    PyObject *op = epoll_new_stream(&self->epoll, args, count, &fd);
     if (op == NULL || op == Py_None)
         return op;
     PyObject *stream = new_stream(self, fd);
-    if (stream == NULL || launch(op, ++self->base.tokens, self->base.in_flight, self->base.submissions) < 0) {
+    if (stream == NULL || launch(&self->epoll.driver, op) < 0) {
         Py_XDECREF(stream);
         Py_DECREF(op);
         return NULL;
     }
     Py_XSETREF(SLOT(op, operation_slots.driver_data), stream);
-    if (self->prepare(self->ring, fd, self->base.tokens) < 0 && PyList_Append(self->unsubmitted, op) < 0)
+    if (self->prepare(self->ring, fd, self->epoll.driver.tokens) < 0 && PyList_Append(self->unsubmitted, op) < 0)
         Py_CLEAR(op);
     return op;
 }
@@ -384,9 +347,7 @@ static int received(EpollTurns *self, PyObject *op, size_t count)
         Py_XSETREF(SLOT(stream, at.streak), PyLong_FromLong(streak));
         return SLOT(stream, at.streak) == NULL ? -1 : 0;
     }
-    PyObject *done = PyObject_CallMethodOneArg((PyObject *)self, names.receive_by_ring, op);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return driver_call(&self->driver, names.receive_by_ring, op);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -450,9 +411,19 @@ static PyObject *get_undispatched(UringTurns *self, void *ignored)
 
 static PyObject *uring_turns_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *self = EpollTurns_type->tp_new(type, args, kwargs);
+    static const struct verbs verbs = {
+        .wait = wait,
+        .gather = gather,
+        .has_work = has_work,
+        .deliver = deliver,
+        .hand_over = hand_over,
+        .is_behind = is_behind,
+        .submit_receive = epoll_submit_receive,
+        .busy = epoll_busy,
+    };
+    PyObject *self = epoll_new(type, &verbs);
     if (self != NULL)
-        ((UringTurns *)self)->base.received = received;
+        ((UringTurns *)self)->epoll.received = received;
     return self;
 }
 
@@ -463,7 +434,7 @@ static int uring_turns_traverse(UringTurns *self, visitproc visit, void *arg)
     Py_VISIT(self->uncancelled);
     for (int n = self->taken_up; n < self->looked_up; n++)
         Py_VISIT(self->ops[n]);
-    return epoll_turns_traverse(&self->base, visit, arg);
+    return epoll_turns_traverse(&self->epoll, visit, arg);
 }
 
 static int uring_turns_clear(UringTurns *self)
@@ -472,19 +443,17 @@ static int uring_turns_clear(UringTurns *self)
     Py_CLEAR(self->unsubmitted);
     Py_CLEAR(self->uncancelled);
     forget_looked_up(self);
-    return epoll_turns_clear(&self->base);
+    return epoll_turns_clear(&self->epoll);
 }
 
 static void uring_turns_dealloc(UringTurns *self)
 {
     PyObject_GC_UnTrack(self);
     uring_turns_clear(self);
-    epoll_turns_free(&self->base);
+    epoll_turns_free(&self->epoll);
 }
 
 static PyMethodDef uring_turns_methods[] = {
-    {"wait", uring_turns_wait, METH_O, NULL},
-    {"dispatch", uring_turns_dispatch, METH_NOARGS, NULL},
     {"receive_stream", (PyCFunction)(void (*)(void))uring_receive_stream, METH_FASTCALL, NULL},
     {"_use_stream", use_stream, METH_O | METH_STATIC, "Look up the slots of what the driver keeps for a stream."},
     {NULL, NULL, 0, NULL},
@@ -527,16 +496,9 @@ static PyType_Spec uring_turns_spec = {
 
 int add_uring(PyObject *module)
 {
-    PyObject *bases = PyTuple_Pack(1, EpollTurns_type);
-    if (bases != NULL)
-        UringTurns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &uring_turns_spec, bases);
-    Py_XDECREF(bases);
-    if (UringTurns_type == NULL)
-        return -1;
-    static const struct native_driver driver = {&UringTurns_type, uring_turns_wait, wait, dispatch,
-                                                epoll_submit_receive, epoll_busy};
-    add_native_driver(&driver);
-    return PyModule_AddObjectRef(module, "UringTurns", (PyObject *)UringTurns_type);
+    PyTypeObject *type = add_driver_type(module, &uring_turns_spec, EpollTurns_type);
+    Py_XDECREF(type); /* the module has it */
+    return type == NULL ? -1 : 0;
 }
 
 #endif

@@ -23,6 +23,10 @@
 #define URING_SMALL 2048
 #define URING_IN_A_ROW 4
 
+/* The shortest wait that is not 0, ns: to wake once for the timers of so long a time is cheaper than to wake for each.  It
+ * is a fifth of the millisecond in which epoll, and so most other loops, count. */
+#define URING_SHORTEST_NS 200000
+
 /* The tokens that operations can't have.  Their completions are consumed here. */
 #define URING_TOKEN_NONE 0
 #define URING_TOKEN_WAKE UINT64_MAX

@@ -12,7 +12,7 @@ from typing import Any
 
 from ... import operations as ops
 from ...operations import CANCELLING, IN_FLIGHT
-from ..driver import receive_datagrams
+from ..receiving import receive_datagrams
 from .binding import ABORTED, WSA_INVALID, WSA_MESSAGE_SIZE, Submission, lib, pointer_to
 from .requests import Association, IocpRequests
 
@@ -20,9 +20,6 @@ __all__ = ["DatagramRequests"]
 
 #: A datagram is never larger, bytes.
 LARGEST_DATAGRAM = 65536
-
-#: How many datagrams a stream takes at most beside the one that has come, before others have their turn.
-MORE_DATAGRAMS = 15
 
 
 class DatagramRequests(IocpRequests):
@@ -86,7 +83,7 @@ class DatagramRequests(IocpRequests):
         try:
             self._complete(op, (bytes(sub.keep[0][:count]), sub.get_address()), None)
             if at_once:
-                self.completions += receive_datagrams(self, op, MORE_DATAGRAMS, _receive_now)
+                self.completions += receive_datagrams(self, op, _receive_now)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:

@@ -7,15 +7,12 @@ from typing import Any
 
 from ... import operations as ops
 from ...operations import CANCELLING, IN_FLIGHT
-from ..driver import receive_into
+from ..receiving import SCRATCH_SIZE, receive_for_stream
 from .binding import ABORTED, Slot, SlotPool, Submission, ffi, lib
 from .datagrams import DatagramRequests
 from .requests import Association
 
 __all__ = ["SLOT_SIZE", "ReceiveRequests"]
-
-#: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
-SCRATCH_SIZE = 256 * 1024
 
 #: The pool of slots for small receives: the size of one, bytes, and how many a port hands out at most.
 SLOT_SIZE = 16384
@@ -141,18 +138,8 @@ class ReceiveRequests(DatagramRequests):
         if op.paused:
             return  # what there is stays in the socket; resume() asks again
         again = False
-        value: Any = None
         try:
-            if op.get_buffer is None:
-                scratch = self._scratch
-                count = op.handle.recv_into(scratch)
-                value = scratch[:count]
-                again = count == SCRATCH_SIZE
-                sub.association.small = count < SLOT_SIZE
-            else:
-                value = receive_into(op)
-        except BlockingIOError:
-            pass
+            value = receive_for_stream(op, self._scratch)
         except (SystemExit, KeyboardInterrupt):
             self._arm(op)  # another run of the loop may follow
             raise
@@ -161,6 +148,9 @@ class ReceiveRequests(DatagramRequests):
                 raise
             self._end_with(sub, None, error)
             return
+        if isinstance(value, bytes):
+            again = len(value) == SCRATCH_SIZE
+            sub.association.small = len(value) < SLOT_SIZE
         try:
             if value:
                 self.completions += 1

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 from ... import operations as ops
 from ...native import hot
+from ..driver import LONGEST_NS
 from .binding import SlotPool, Submission, check, ffi, lib, nobody
 from .receiving import SLOT_SIZE
 from .requests import Association
 
 __all__ = ["IocpTurns", "PythonIocpTurns"]
-
-#: The longest timeout that is handed to iocp_wait, ns.
-LONGEST_NS = 4e18
 
 if TYPE_CHECKING:
     from .requests import IocpRequests as _Base

@@ -43,21 +43,17 @@ from ... import operations as ops
 from ...native import hot
 from ...operations import READABLE, WRITABLE, Operation
 from ...system import system
-from ..driver import Driver, cancelled_error, receive_datagrams, receive_into
+from ..driver import Driver, cancelled_error
+from ..receiving import AGAIN, SCRATCH_SIZE, receive_datagrams, receive_for_stream
 from .turns import PollTurns
 
 __all__ = ["PollDriver"]
-
-#: The size of the scratch buffer, bytes; about as much as a core's second-level cache holds.
-SCRATCH_SIZE = 256 * 1024
 
 #: How many connections a listener takes at most before the others have their turn.
 ACCEPTS_IN_A_TURN = 16
 
 #: What an attempt returns when the descriptor was not ready after all.
 NOT_YET = object()
-
-_AGAIN = (BlockingIOError, InterruptedError)
 
 # A hang-up or an error (POLLHUP, POLLERR) makes every attempt worthwhile: the call itself tells what happened.
 _READ_MASK = ~WRITABLE
@@ -186,7 +182,7 @@ class PollDriver(PollTurns, Driver):
         """Make the call of an ordinary operation; True when it is over, well or badly."""
         try:
             value = self._attempts[type(op)](op)
-        except _AGAIN:
+        except AGAIN:
             return False
         except (SystemExit, KeyboardInterrupt):
             raise
@@ -346,40 +342,19 @@ class PollDriver(PollTurns, Driver):
 
     def _receive_data(self, op: ops.ReceiveStream) -> int:
         """One receive of a stream, delivered at once: the hottest function of this driver.  The number of bytes."""
-        if op.get_buffer is not None:
-            return self._receive_into_buffer(op)
-        scratch = self._scratch
         try:
-            count = op.handle.recv_into(scratch)
-        except _AGAIN:
-            return 0
+            value = receive_for_stream(op, self._scratch)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
             self._end_stream(op, None, error)
             return 0
-        if count:
-            op.complete(scratch[:count], None)
-        else:
-            self._end_stream(op, b"", None)
-        return count
-
-    def _receive_into_buffer(self, op: ops.ReceiveStream) -> int:
-        """One receive of a stream whose owner provides the buffer."""
-        try:
-            count = receive_into(op)
-        except _AGAIN:
-            return 0
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self._end_stream(op, None, error)
-            return 0
-        if count:
-            op.complete(count, None)
-        elif count is not None:
-            self._end_stream(op, 0, None)
-        return count or 0
+        if value:
+            op.complete(value, None)
+            return value if isinstance(value, int) else len(value)
+        if value is not None:
+            self._end_stream(op, value, None)
+        return 0
 
     def _receive_while_others_read(self, op: ops.ReceiveStream) -> None:
         if not op.paused:
@@ -389,7 +364,7 @@ class PollDriver(PollTurns, Driver):
     def _receive_datagrams(self, op: ops.ReceiveFromStream) -> None:
         # A few per turn: one busy endpoint must not starve the others.
         try:
-            self.completions += receive_datagrams(self, op, 16, _receive_from)
+            self.completions += receive_datagrams(self, op, _receive_from)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -407,7 +382,7 @@ class PollDriver(PollTurns, Driver):
                 value = _accept(op)
             except ConnectionAbortedError:
                 return
-            except _AGAIN:
+            except AGAIN:
                 op.driver_data = 1
                 return
             except (SystemExit, KeyboardInterrupt):
@@ -499,7 +474,7 @@ def _start_connect(op: ops.Connect) -> bool:
         return False
     try:
         op.handle.connect(op.address)
-    except _AGAIN as exc:
+    except AGAIN as exc:
         if exc.errno == errno.EAGAIN:
             raise  # a UNIX listener's backlog is full, or there are no ports left: nothing is under way
         return False

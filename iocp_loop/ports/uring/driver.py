@@ -16,7 +16,7 @@ The ring does what it does better than a readiness poller, and no more:
   ``dispatch`` copies them out.
 * Files are read and written without blocking the loop.
 
-All else is the readiness poller's, and this driver inherits it: see ports/poll/driver.py.  The ring polls the epoll instance,
+All else is the readiness poller's, and this driver inherits it: see poll/driver.py.  The ring polls the epoll instance,
 so that one wait covers both.  A request in the ring would do for those operations too, but it holds the file open that
 it refers to.  The peer of a socket that its user closes would see no end, the port of a closed listener would stay
 taken, and the first of several processes that accept on one listener would get every connection.  An epoll instance
@@ -87,11 +87,6 @@ if sys.platform != "linux":
 __all__ = ["UringDriver", "probe"]
 
 _logger = logging.getLogger("asyncio")
-
-# Flags of a completion, as uring.h defines them.
-_MORE = 1
-_DATA = 2
-_BIG = 4
 
 #: Bytes that one request can move, the kernel's MAX_RW_COUNT on the smallest page size.
 _MOST = 0x7FFF_F000
@@ -421,10 +416,10 @@ class UringDriver(UringTurns, PollDriver):
 
     def _reap_receive_stream(self, op: ops.ReceiveStream, result: int, flags: int, start: int) -> None:
         stream: _Stream = op.driver_data
-        if not flags & _MORE:
+        if not flags & lib.URING_MORE:
             stream.armed = False
-        if flags & _DATA:
-            if flags & _BIG:
+        if flags & lib.URING_DATA:
+            if flags & lib.URING_BIG:
                 stream.streak += 1
                 if stream.streak >= lib.URING_IN_A_ROW and not stream.large:
                     stream.large = True
@@ -598,7 +593,7 @@ class UringDriver(UringTurns, PollDriver):
     def _discard(self, token: int, result: int, flags: int) -> None:
         """A completion that nobody will be told of."""
         op = self.in_flight.get(token)
-        if op is not None and not flags & _MORE:
+        if op is not None and not flags & lib.URING_MORE:
             self._land(op)
 
     def after_fork_in_child(self) -> None:

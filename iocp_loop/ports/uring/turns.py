@@ -15,20 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from ... import operations as ops
 from ...native import hot
+from ..driver import LONGEST_NS
 from ..poll.turns import PythonPollTurns
 from .binding import ffi, lib
 
 __all__ = ["PythonUringTurns", "UringTurns"]
-
-#: The longest timeout that is handed to the kernel, ns: about 100 years.
-LONGEST_NS = 3_000_000_000_000_000_000
-
-#: The shortest that is not 0, ns: to wake once for the timers of so long a time is cheaper than to wake for each.  It
-#: is a fifth of the millisecond in which epoll, and so most other loops, count.
-SHORTEST_NS = 200_000
-
-# A completion of a stream that goes on, with data: URING_MORE and URING_DATA of uring.h.
-_STREAM_DATA = 1 | 2
 
 
 class PythonUringTurns(PythonPollTurns):
@@ -104,7 +95,7 @@ class PythonUringTurns(PythonPollTurns):
 
     def _sleep(self, timeout: float | None) -> int:
         """uring_wait for at most `timeout` seconds, as somebody whom others can wake."""
-        limit = -1 if timeout is None else min(max(math.ceil(timeout * 1e9), SHORTEST_NS), LONGEST_NS)
+        limit = -1 if timeout is None else min(max(math.ceil(timeout * 1e9), lib.URING_SHORTEST_NS), LONGEST_NS)
         self._sleeping = True
         try:
             busy = self.ready or self._unsubmitted or self._uncancelled
@@ -121,11 +112,12 @@ class PythonUringTurns(PythonPollTurns):
         if self._undispatched:
             in_flight = self.in_flight
             memory = self._memory
+            stream_data = lib.URING_MORE | lib.URING_DATA
             # An iterator: if a completion is to end the loop, the rest is still there for the next dispatch.
             for token, result, flags, start in self._batch:
                 op: Any = in_flight[token]
                 try:
-                    if flags == _STREAM_DATA:
+                    if flags == stream_data:
                         op.complete(memory[start:result], None)
                     else:
                         self._reap(op, result, flags, start)

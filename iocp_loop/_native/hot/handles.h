@@ -1,0 +1,66 @@
+/*
+ * The handles of callbacks (handles.c), the heap of those that are timers (timers.c), and what both must see of their loop.
+ */
+#ifndef IOCP_LOOP_HANDLES_H
+#define IOCP_LOOP_HANDLES_H
+
+#include "hot.h"
+
+/* timers.c: the heap of a loop, which owns the references in it.  Zeroed but for `place_offset`, it is empty. */
+struct timer {
+    double when;
+    uint64_t serial; /* of their making */
+    PyObject *handle;
+};
+struct timers {
+    struct timer *heap; /* the earliest first */
+    size_t count, room;
+    uint64_t serial;
+    Py_ssize_t place_offset; /* where a handle keeps its place in the heap, see timer_place */
+};
+#define NOWHERE SIZE_MAX
+int timers_add(struct timers *self, PyObject *handle, double when);
+/* Take out the one at `place`; its reference goes to the caller. */
+PyObject *timers_take(struct timers *self, size_t place);
+/* A new list of those of `loop`, the earliest first. */
+PyObject *timers_list(PyObject *loop, const struct timers *self);
+/* Whether at least two beside the first are due before `end`; may return false negatives. */
+int timers_crowded(const struct timers *self, double end);
+
+/* How a loop of ours begins (turns.h). */
+struct loop_head {
+    PyObject_HEAD
+    struct timers timers;
+    char debug;
+};
+extern PyTypeObject *Turns_type;
+/* Whether `loop`, of whatever type, is in debug mode. */
+int loop_in_debug(PyObject *loop);
+
+extern PyTypeObject *Handle_type, *TimerHandle_type;
+PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context);
+PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
+                    PyObject *context);
+/* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
+int handle_visit(PyObject *handle, visitproc visit, void *arg);
+void handle_release(PyObject *handle);
+/* Let the garbage collector see `handle` from now on, of whatever type it is. */
+void handle_track(PyObject *handle);
+int handle_is_cancelled(PyObject *handle);
+int handle_run(PyObject *handle);
+extern Py_ssize_t timer_place_offset;
+/* Where it stands in the heap of its loop. */
+static inline size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + timer_place_offset); }
+void timer_set_scheduled(PyObject *timer, int scheduled);
+/* `timer` is being cancelled, or has come into the ready queue: let it leave the heap of `loop`, if it is there. */
+void timer_leave(PyObject *loop, PyObject *timer);
+
+/* Whether `object` was made by handles.c, whose types have no subclasses. */
+static inline int is_own_handle(PyObject *object)
+{
+    return Py_IS_TYPE(object, Handle_type) || Py_IS_TYPE(object, TimerHandle_type);
+}
+
+int add_handles(PyObject *module);
+
+#endif

@@ -1,0 +1,1 @@
+"""The echo server, a program: ``python -m iocp_loop.echo``."""
