@@ -276,7 +276,7 @@ def test_one_receive_that_data_reach_before_its_cancel_has_them(port: Rig, pair:
 @pytest.mark.parametrize("end", ["cancel", "close", "reset"])
 def test_the_slot_of_one_receive_comes_back(port: Rig, pair: Pair, end: str) -> None:
     op = port.submit(ops.Receive(pair[0], 100))
-    free = len(port.driver._slots.free)  # type: ignore[attr-defined]  # of IocpDriver
+    free = len(port.driver._slots.free)
     if end == "cancel":
         port.driver.cancel(op)
     elif end == "close":
@@ -284,7 +284,7 @@ def test_the_slot_of_one_receive_comes_back(port: Rig, pair: Pair, end: str) -> 
     else:
         reset(pair[1])
     port.until(lambda: not port.driver.in_flight)
-    assert len(port.driver._slots.free) == free + 1  # type: ignore[attr-defined]  # as above
+    assert len(port.driver._slots.free) == free + 1
     if end == "close":
         assert port.values(op) == [b""]
 
