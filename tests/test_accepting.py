@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -87,3 +88,55 @@ async def test_a_listener_of_ones_own_class_accepts_by_its_method(loop: Loop) ->
         conn, address = await loop._proactor.accept(listener)
         conn.close()
         assert address == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the constructor makes it, which asks and is audited")
+async def test_an_accepted_socket_is_audited_as_any_other(loop: Loop, tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+    listening = True
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if listening and event == "socket.__new__":
+            seen.append(arguments)
+
+    with ends(socket.AF_INET, ("127.0.0.1", 0), None, tmp_path) as (listener, _):
+        sys.addaudithook(audit)  # there is no way to take it away
+        try:
+            conn, _ = await loop._proactor.accept(listener)
+        finally:
+            listening = False
+        with conn:
+            assert [(sock is conn, *rest) for sock, *rest in seen] == [
+                (True, socket.AF_INET, socket.SOCK_STREAM, listener.proto)
+            ]
+            assert conn.gettimeout() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="accepts are outstanding there, and nothing is tried")
+async def test_connections_that_come_one_by_one_take_one_accept_each(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from iocp_loop.ports.poll import driver
+
+    accepts: list[bool] = []
+    really = driver._accept
+
+    def accept(op: Any) -> Any:
+        accepts.append(False)
+        value = really(op)
+        accepts[-1] = True
+        return value
+
+    monkeypatch.setattr(driver, "_accept", accept)
+
+    async def serve(reader: Any, writer: Any) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    for _ in range(10):
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        assert await reader.read() == b""
+        writer.close()
+        await asyncio.sleep(0.01)
+    server.close()
+    assert accepts == [True] * 10

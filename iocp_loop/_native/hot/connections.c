@@ -33,8 +33,7 @@ PyObject *accept_connection(PyObject *module, PyObject *listener)
     int fd = accept4(socket_descriptor(listener), (struct sockaddr *)&address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (fd < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
-    /* With SOCK_NONBLOCK in its type the object knows that it is non-blocking. */
-    PyObject *sock = make_socket(listener, SOCK_STREAM | SOCK_NONBLOCK, fd);
+    PyObject *sock = make_stream_socket(listener, fd);
     if (sock == NULL) {
         close(fd);
         return NULL;

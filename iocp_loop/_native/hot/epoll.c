@@ -86,9 +86,14 @@ static PyObject *forget_poller(EpollTurns *self, PyObject *ignored)
  * Dispatching
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* self._end_stream(op, value, error), of which one is None. */
+/* The last completion of a stream: a value or an error, of which one is None. */
 static int end_stream(EpollTurns *self, PyObject *op, PyObject *value, PyObject *error)
 {
+    int landed = land_alone(self, op);
+    if (landed) {
+        self->driver.completions++;
+        return landed < 0 ? -1 : complete_operation(op, value, error);
+    }
     PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_stream, op, value, error, NULL);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;

@@ -67,6 +67,9 @@ PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t c
 PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
 PyObject *epoll_readiness_stream(EpollTurns *self, PyObject *args);
 PyObject *cancelled_error(void);
+/* Take `op` off the in-flight table and its descriptor out of the poller.  1: done; 0: it is not in flight, or something else
+ * waits on that descriptor, which is for the way in Python; -1: error. */
+int land_alone(EpollTurns *self, PyObject *op);
 PyObject *cancel_alone(EpollTurns *self, PyObject *op);
 PyObject *epoll_busy_method(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
 PyObject *use_watch(PyObject *ignored, PyObject *type);

@@ -228,36 +228,39 @@ static int is_alone(PyObject *watch, PyObject *op)
     return found > 0;
 }
 
-/* _cancel_alone(op): end an operation that is in flight, where nothing else waits on its descriptor; whether that is done. */
-PyObject *cancel_alone(EpollTurns *self, PyObject *op)
+int land_alone(EpollTurns *self, PyObject *op)
 {
-    PyObject *number = SLOT(op, operation_slots.fd); /* borrowed, as `watch` is at first */
-    PyObject *watch = number == NULL ? NULL : PyDict_GetItemWithError(self->watches, number);
-    if (watch == NULL || self->fd < 0 || SLOT(op, operation_slots.state) != operation_slots.in_flight
-        || !is_alone(watch, op))
-        return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    PyObject *error = cancelled_error(), *completion, *done = NULL;
-    completion = error == NULL ? NULL : PyTuple_Pack(3, op, Py_None, error);
-    Py_XDECREF(error);
-    if (completion == NULL)
-        return NULL;
-    Py_INCREF(watch);
-    if (land(&self->driver, op) == 0)
-        done = PyObject_CallMethodOneArg(self->driver.ready, names.append, completion);
-    Py_DECREF(completion);
+    PyObject *number = SLOT(op, operation_slots.fd); /* borrowed */
+    PyObject *watch = number == NULL || self->fd < 0 ? NULL : watch_of(self, (descriptor)PyLong_AsLong(number));
+    if (watch == NULL || SLOT(op, operation_slots.state) != operation_slots.in_flight || !is_alone(watch, op)) {
+        Py_XDECREF(watch);
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    int failed = land(&self->driver, op);
     /* Whoever is being served by this watch looks at it once more. */
     Py_XSETREF(SLOT(watch, at.readers), PyTuple_New(0));
     Py_XSETREF(SLOT(watch, at.writers), PyTuple_New(0));
     Py_XSETREF(SLOT(watch, at.events), PyLong_FromLong(0));
     Py_XSETREF(SLOT(watch, at.stream), Py_NewRef(Py_None));
-    epoll_ctl(self->fd, EPOLL_CTL_DEL, (int)PyLong_AsLong(number), NULL); /* it fails where the file was closed */
-    if (done != NULL && PyDict_DelItem(self->watches, number) < 0)
-        Py_CLEAR(done);
     Py_DECREF(watch);
-    if (done == NULL)
+    epoll_ctl(self->fd, EPOLL_CTL_DEL, (int)PyLong_AsLong(number), NULL); /* it fails where the file was closed */
+    return failed < 0 || PyDict_DelItem(self->watches, number) < 0 ? -1 : 1;
+}
+
+/* _cancel_alone(op): end an operation that is in flight, where nothing else waits on its descriptor; whether that is done. */
+PyObject *cancel_alone(EpollTurns *self, PyObject *op)
+{
+    PyObject *error = cancelled_error(), *done = NULL;
+    PyObject *completion = error == NULL ? NULL : PyTuple_Pack(3, op, Py_None, error);
+    Py_XDECREF(error);
+    int landed = completion == NULL ? -1 : land_alone(self, op);
+    if (landed > 0)
+        done = PyObject_CallMethodOneArg(self->driver.ready, names.append, completion);
+    Py_XDECREF(completion);
+    if (landed < 0 || (landed && done == NULL))
         return NULL;
-    Py_DECREF(done);
-    Py_RETURN_TRUE;
+    Py_XDECREF(done);
+    return PyBool_FromLong(landed);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------

@@ -209,8 +209,11 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
-/* A socket object for `fd`, which it takes over, of the family and protocol of `like`. */
-PyObject *make_socket(PyObject *like, int type, descriptor fd);
+#ifdef __linux__
+/* A socket object for `fd`, which it takes over: a non-blocking stream socket of the family and protocol of `like`.  What the
+ * constructor does, without asking the system for what is known. */
+PyObject *make_stream_socket(PyObject *like, int fd);
+#endif
 
 /* A new operation of `kind`; what is particular to that the caller fills in. */
 PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete);

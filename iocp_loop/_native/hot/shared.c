@@ -147,8 +147,13 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
 struct socket_object {
     PyObject_HEAD
     descriptor fd;
-    int family, type;
+    int family, type, proto;
+    PyObject *(*errorhandler)(void);
+    int64_t timeout; /* ns; negative for ever */
 };
+
+/* The slots of socket.socket; -1 where objects are made by its constructor. */
+static Py_ssize_t socket_references = -1, socket_closed = -1;
 
 int is_socket(PyObject *object)
 {
@@ -170,14 +175,30 @@ int never_waits(PyObject *sock)
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
-PyObject *make_socket(PyObject *like, int type, descriptor fd)
+#ifdef __linux__
+PyObject *make_stream_socket(PyObject *like, int fd)
 {
-    PyObject *proto = PyObject_GetAttrString(like, "proto"), *sock = NULL;
-    if (proto != NULL)
-        sock = PyObject_CallFunction((PyObject *)socket_class, "iiNL", ((struct socket_object *)like)->family, type, proto,
-                                     (long long)fd);
+    const struct socket_object *model = (struct socket_object *)like;
+    if (socket_closed < 0) /* with SOCK_NONBLOCK in its type the object knows that it is non-blocking */
+        return PyObject_CallFunction((PyObject *)socket_class, "iiii", model->family, SOCK_STREAM | SOCK_NONBLOCK,
+                                     model->proto, fd);
+    PyObject *none = PyTuple_New(0), *sock = none == NULL ? NULL : socket_class->tp_new(socket_class, none, NULL);
+    Py_XDECREF(none);
+    if (sock == NULL || PySys_Audit("socket.__new__", "Oiii", sock, model->family, SOCK_STREAM, model->proto) < 0) {
+        Py_XDECREF(sock);
+        return NULL;
+    }
+    SLOT(sock, socket_references) = PyLong_FromLong(0);
+    SLOT(sock, socket_closed) = Py_NewRef(Py_False);
+    struct socket_object *made = (struct socket_object *)sock;
+    made->family = model->family;
+    made->type = SOCK_STREAM;
+    made->proto = model->proto;
+    made->timeout = 0;
+    made->fd = fd;
     return sock;
 }
+#endif
 
 /* object.name as a C integer; -1 with an exception. */
 static long long number_of(PyObject *object, const char *name)
@@ -186,6 +207,20 @@ static long long number_of(PyObject *object, const char *name)
     long long number = value == NULL ? -1 : PyLong_AsLongLong(value);
     Py_XDECREF(value);
     return number;
+}
+
+/* Where the slots of socket.socket are, if all else that make_stream_socket writes is where it is thought to be. */
+static void find_socket_slots(PyObject *sock)
+{
+    const struct socket_object *read = (struct socket_object *)sock;
+    PyObject *done = PyObject_CallMethod(sock, "settimeout", "d", 1.5);
+    int right = done != NULL && read->timeout == 1500000000 && read->proto == number_of(sock, "proto");
+    Py_XDECREF(done);
+    if (right) {
+        socket_references = slot_offset((PyObject *)Py_TYPE(sock), "_io_refs");
+        socket_closed = PyErr_Occurred() ? -1 : slot_offset((PyObject *)Py_TYPE(sock), "_closed");
+    }
+    PyErr_Clear();
 }
 
 /* Whether what we read of an open socket is what it says of itself, and that it is closed when it is. */
@@ -197,6 +232,7 @@ static int reads_right(PyObject *sock)
                 && read->type == number_of(sock, "type");
     Py_XDECREF(fd);
     PyErr_Clear();
+    find_socket_slots(sock);
     closed = PyObject_CallMethod(sock, "close", NULL);
     Py_XDECREF(closed);
     return right && closed != NULL && read->fd == NO_DESCRIPTOR;

@@ -371,10 +371,12 @@ class PollDriver(PollTurns, Driver):
             self._end_stream(op, None, error)
 
     def _accept_some(self, op: ops.AcceptStream) -> None:
-        # One, and twice as many each time that more are left: what one process leaves, others that share the listener
-        # may take.  None of them is to take them all because it woke first.
-        burst = op.driver_data or 1
-        op.driver_data = min(2 * burst, ACCEPTS_IN_A_TURN)
+        # One, and twice as many in each turn that finds more left: what one process leaves, others that share the
+        # listener may take.  None of them is to take them all because it woke first.
+        burst, turn = op.driver_data or (1, self.waits)
+        if self.waits != turn:
+            burst = 1
+        op.driver_data = (min(2 * burst, ACCEPTS_IN_A_TURN), self.waits + 1)
         for _ in range(burst):
             if op.state is ops.DONE:
                 return
@@ -383,7 +385,7 @@ class PollDriver(PollTurns, Driver):
             except ConnectionAbortedError:
                 return
             except AGAIN:
-                op.driver_data = 1
+                op.driver_data = None
                 return
             except (SystemExit, KeyboardInterrupt):
                 raise
