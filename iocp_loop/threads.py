@@ -6,9 +6,9 @@ belongs to it is its thread's; threads talk to each other by ``loop.call_soon_th
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextvars
-import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar, cast
@@ -19,8 +19,8 @@ __all__ = ["run_threads"]
 
 _T = TypeVar("_T")
 
-#: Seconds between two looks at Ctrl-C where it does not interrupt a wait.
-_NAP = 0.25 if sys.platform == "win32" else None
+#: Seconds between two looks at Ctrl-C.  On Windows it does not interrupt a wait; elsewhere not one that begins.
+_NAP = 0.25
 
 
 def run_threads(
@@ -58,8 +58,12 @@ class _Crew(Generic[_T]):
         self._failures: list[BaseException] = []  # in the order of their coming
         self._lock = threading.Lock()  # held around each use of what follows
         self._stopped = False
-        self._left = count  # threads that have not ended
-        self._all_ended = threading.Event()
+        self._begun: list[threading.Thread] = []
+        self._free = set(range(count))  # places that nobody has taken: see _take
+        self._left = count  # places whose thread has not ended
+        # Held until all have ended.  A plain lock and no Event: Ctrl-C may strike within that, which then stays locked.
+        self._not_ended = threading.Lock()
+        self._not_ended.acquire()
         self._running: dict[asyncio.AbstractEventLoop, Callable[[], object]] = {}  # what cancels the main of each
         self._loops: list[IocpEventLoop] = []
         try:
@@ -71,32 +75,33 @@ class _Crew(Generic[_T]):
 
     def run(self) -> list[_T]:
         interrupted = False
-        members = [
-            threading.Thread(
-                target=self._run_one, args=(index, contextvars.copy_context()), name=f"loop-{index}", daemon=True
-            )
-            for index in range(len(self._loops))
-        ]
-        begun = 0
         try:
-            for member in members:
-                member.start()
-                begun += 1
-        except BaseException as error:  # no more threads can be had
+            members = [
+                threading.Thread(
+                    target=self._run_one, args=(index, contextvars.copy_context()), name=f"loop-{index}", daemon=True
+                )
+                for index in range(len(self._loops))
+            ]
+            _thread.start_new_thread(self._begin, (members,))
+        except BaseException as error:  # no thread can be had; or Ctrl-C, and it may have begun or not
             self._fail(error)
-            self._ended(len(members) - begun)
-        while not self._all_ended.is_set():
+            self._take_the_rest()
+        while True:
             try:
                 # Not by join: on Python 3.11 and 3.12 a thread counts as ended once its join was interrupted.
-                self._all_ended.wait(_NAP)
+                while self._left:
+                    self._not_ended.acquire(timeout=_NAP)
+                break
             except KeyboardInterrupt:
                 if interrupted:
                     raise
                 interrupted = True
                 self._stop()
-        for member in members[:begun]:
-            member.join()
-        self._close_loops()
+        try:
+            for member in self._begun:
+                member.join()
+        finally:
+            self._close_loops()
         failure = self._failure()
         if interrupted:
             raise KeyboardInterrupt from failure
@@ -123,20 +128,45 @@ class _Crew(Generic[_T]):
             return BaseExceptionGroup("several threads have failed", failures)
         return failures[0] if failures else None
 
+    def _begin(self, members: list[threading.Thread]) -> None:
+        """In a thread of its own: a Ctrl-C that strikes within ``Thread.start`` may become a RuntimeError there."""
+        try:
+            for member in members:
+                member.start()
+                self._begun.append(member)
+        except BaseException as error:  # no more threads can be had
+            self._fail(error)
+            self._take_the_rest()
+
+    def _take(self, index: int) -> bool:
+        """Take a place, to run its main and to count its end; False if somebody has."""
+        with self._lock:
+            free = index in self._free
+            self._free.discard(index)
+        return free
+
+    def _take_the_rest(self) -> None:
+        """Leave nothing to threads that have not begun to run, or that there are none of."""
+        for index in range(len(self._loops)):
+            if self._take(index):
+                self._ended()
+
     def _run_one(self, index: int, context: contextvars.Context) -> None:
+        if not self._take(index):
+            return
         try:
             with asyncio.Runner(debug=self._debug, loop_factory=lambda: self._loops[index]) as runner:
                 self._results[index] = runner.run(self._take_part(index), context=context)
         except BaseException as error:
             self._fail(error)
         finally:
-            self._ended(1)
+            self._ended()
 
-    def _ended(self, count: int) -> None:
+    def _ended(self) -> None:
         with self._lock:
-            self._left -= count
+            self._left -= 1
             if self._left == 0:
-                self._all_ended.set()
+                self._not_ended.release()
 
     async def _take_part(self, index: int) -> _T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()

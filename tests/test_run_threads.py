@@ -11,11 +11,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
 import iocp_loop
-from iocp_loop import run_threads
+from iocp_loop import run_threads, threads
 from iocp_loop.ports import DriverUnavailable
 
 from .support import LIMIT, ROOT
@@ -139,6 +141,45 @@ def test_without_threads_to_be_had_nothing_is_left(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         run_threads(main, threads=3)
+
+
+def test_ctrl_c_may_strike_anywhere() -> None:
+    """At each step of the thread that waits, in this package and in the threading module, until it closes the loops."""
+    strikes_at = steps = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal steps
+        if frame.f_code.co_filename not in (threads.__file__, threading.__file__):
+            return None
+        name = frame.f_code.co_name
+        if name == "_close_loops":
+            steps = 0
+        elif steps or (name == "run" and frame.f_lineno > frame.f_code.co_firstlineno + 2):  # from its `try` on
+            steps += 1
+            if steps == strikes_at:
+                raise KeyboardInterrupt
+        return trace
+
+    async def main(index: int) -> None:
+        await asyncio.sleep(0.01)
+
+    before, struck = sys.gettrace(), True
+    while struck:
+        strikes_at += 1
+        steps = 0
+        sys.settrace(trace)
+        try:
+            run_threads(main, threads=2, driver="poll")
+        except KeyboardInterrupt:
+            struck = True
+        else:
+            struck = False
+        finally:
+            sys.settrace(before)
+        for member in threading.enumerate():
+            if member.name.startswith("loop-") and member.ident is not None:
+                member.join(LIMIT)
+    assert strikes_at > 50
 
 
 @posix_signals
