@@ -53,7 +53,7 @@ LAYERS = [
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
     "hot/epoll.h hot/iocp.h hot/sockets.h hot/turns.h",
-    "hot/driver.h hot/handles.h hot/receiving.h",
+    "hot/calls.h hot/driver.h hot/handles.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
     "linux/uring.h windows/iocp.h",
@@ -63,7 +63,7 @@ HEADERS = [
 NATIVE_TIER = [
     "module",
     "turns uring iocp",
-    "epoll schedule tasks",
+    "epoll iocp_sockets schedule tasks",
     "epoll_watches ready",
     "ahead epoll_waits",
     "connections sockets streams tls",

@@ -114,3 +114,19 @@ async def test_a_paused_endpoint_resumes_when_its_sends_fail(
     assert protocol.calls == ["pause_writing", "resume_writing"]
     transport.close()
     await until(lambda: protocol.calls[-1] == "connection_lost")
+
+
+async def test_many_datagrams_that_wait_come_together(loop: iocp_loop.IocpEventLoop) -> None:
+    protocol = Datagrams()
+    transport, _ = await loop.create_datagram_endpoint(lambda: protocol, local_addr=("127.0.0.1", 0))
+    address = transport.get_extra_info("sockname")
+    await turns()
+    before = loop.stats()
+    with udp_socket() as sender:
+        for number in range(32):  # no turn of the loop meanwhile
+            sender.sendto(b"%d" % number, address)
+    await until(lambda: len(protocol.data) == 32)
+    assert protocol.data == [b"%d" % number for number in range(32)]
+    assert loop.stats().batches - before.batches < 16
+    transport.close()
+    await turns()

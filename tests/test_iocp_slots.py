@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -15,15 +16,18 @@ import pytest
 if sys.platform != "win32":
     pytest.skip("I/O completion ports exist on Windows only", allow_module_level=True)
 
+import iocp_loop
 from iocp_loop import operations as ops
 from iocp_loop.ports.iocp import receiving as iocp_receiving
 from iocp_loop.ports.iocp.binding import SlotPool, ffi
 from iocp_loop.ports.iocp.driver import IocpDriver
 from iocp_loop.ports.iocp.receiving import SLOT_SIZE
 
+from .rig import Rig
 from .support import LIMIT, reset
 from .windows_rig import UNDONE, leave_undone
 
+Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
 
 
@@ -224,3 +228,121 @@ def test_what_a_thread_left_undone_in_a_slot_is_done_again(code: int, small: Rec
     pair[1].sendall(b"hello")
     small.turn()
     assert small.take() == [b"hello"]
+
+
+# -- one receive -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def port(pair: Pair) -> Iterator[Rig]:
+    """A driver that has received a small piece on the first of the pair."""
+    rig = Rig(IocpDriver())
+    pair[1].sendall(b"first")
+    op = rig.submit(ops.Receive(pair[0], 100))
+    rig.until(lambda: rig.values(op) == [b"first"])
+    yield rig
+    rig.driver.close()
+
+
+@pytest.mark.parametrize("kind", [ops.Receive, ops.ReceiveInto])
+def test_one_receive_after_a_small_piece_has_a_slot(port: Rig, pair: Pair, kind: Any) -> None:
+    buffer = bytearray(100)
+    for message in (b"hello", b"world"):
+        op = port.submit(kind(pair[0], 100 if kind is ops.Receive else buffer))
+        assert op.driver_data.slot is not None
+        pair[1].sendall(message)
+        port.until(lambda op=op: bool(port.values(op)))
+        [value] = port.values(op)
+        assert (value if kind is ops.Receive else bytes(buffer[:value])) == message
+
+
+def test_one_receive_takes_no_more_than_was_asked_for(port: Rig, pair: Pair) -> None:
+    op = port.submit(ops.Receive(pair[0], 3))
+    pair[1].sendall(b"hello")
+    port.until(lambda: port.values(op) == [b"hel"])
+    op = port.submit(ops.Receive(pair[0], 100))
+    port.until(lambda: port.values(op) == [b"lo"])
+
+
+def test_one_receive_that_data_reach_before_its_cancel_has_them(port: Rig, pair: Pair) -> None:
+    op = port.submit(ops.Receive(pair[0], 100))
+    pair[1].sendall(b"hello")
+    time.sleep(0.05)
+    port.driver.cancel(op)
+    port.until(lambda: port.values(op) == [b"hello"])
+    assert not port.driver.in_flight
+
+
+@pytest.mark.parametrize("end", ["cancel", "close", "reset"])
+def test_the_slot_of_one_receive_comes_back(port: Rig, pair: Pair, end: str) -> None:
+    op = port.submit(ops.Receive(pair[0], 100))
+    free = len(port.driver._slots.free)
+    if end == "cancel":
+        port.driver.cancel(op)
+    elif end == "close":
+        pair[1].close()
+    else:
+        reset(pair[1])
+    port.until(lambda: not port.driver.in_flight)
+    assert len(port.driver._slots.free) == free + 1
+    if end == "close":
+        assert port.values(op) == [b""]
+
+
+@pytest.mark.parametrize("code", UNDONE.values(), ids=UNDONE)
+def test_one_receive_that_a_thread_left_undone_in_a_slot_is_made_again(code: int, port: Rig, pair: Pair) -> None:
+    op = port.submit(ops.Receive(pair[0], 100))
+    assert isinstance(port.driver, IocpDriver)
+    leave_undone(port.driver, code)
+    assert not port.values(op)
+    pair[1].sendall(b"hello")
+    port.until(lambda: port.values(op) == [b"hello"])
+
+
+def test_who_provides_the_memory_is_lent_no_slot(port: Rig, pair: Pair) -> None:
+    buffer = bytearray(100)
+    op = port.submit(ops.ReceiveStream(pair[0], lambda: buffer))
+    assert op.driver_data.slot is None
+    pair[1].sendall(b"hello")
+    port.until(lambda: port.values(op) == [5])
+    assert buffer[:5] == b"hello"
+
+
+# -- the calls of the loop, which the native tier makes itself ------------------------------------------
+
+
+async def test_a_wait_that_nobody_awaits_takes_nothing(loop: Loop, pair: Pair) -> None:
+    await loop.sock_sendall(pair[1], b"first")
+    assert await loop.sock_recv(pair[0], 100) == b"first"
+    if loop._quick is None:
+        pytest.skip("the Python tier is in force")
+    del (wait := [loop._quick.receive(pair[0], 100)])[:]
+    await loop.sock_sendall(pair[1], b"hello")
+    assert await loop.sock_recv(pair[0], 100) == b"hello"
+    assert not wait
+
+
+async def test_one_after_the_other_on_the_loop(loop: Loop, pair: Pair) -> None:
+    for number in range(20):
+        receive = loop.create_task(loop.sock_recv(pair[0], 100))
+        if number % 2:
+            await asyncio.sleep(0)
+        await loop.sock_sendall(pair[1], b"%d" % number)
+        assert await receive == b"%d" % number
+    receive = loop.create_task(loop.sock_recv(pair[0], 100))
+    await asyncio.sleep(0)
+    receive.cancel()
+    await loop.sock_sendall(pair[1], b"hello")
+    assert await loop.sock_recv(pair[0], 100) == b"hello"
+    pair[1].close()
+    assert await loop.sock_recv(pair[0], 100) == b""
+
+
+async def test_a_socket_that_may_wait_is_not_for_the_quick_way(loop: Loop, pair: Pair) -> None:
+    if loop._quick is None:
+        pytest.skip("the Python tier is in force")
+    pair[0].setblocking(True)
+    assert loop._quick.receive(pair[0], 100) is None
+    assert loop._quick.send(pair[0], b"hello") is None
+    pair[0].setblocking(False)
+    assert loop._quick.send(pair[0], b"hello") == 5

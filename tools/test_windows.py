@@ -72,8 +72,9 @@ def compile_binding(python: WindowsPython, folder: Path, *, emulate: bool = Fals
     if python.run([str(package / "_cffi_build.py"), str(build / "_iocp.c")], timeout=120) != 0:
         raise SetupError("cffi could not write the C of iocp_loop._iocp")
     native = package / "_native" / "windows"
+    hot = package / "_native" / "hot"
     # Other compilers know no extensions of GNU's.
-    python.check_c11(sorted(native.glob("*.c")))
+    python.check_c11([*sorted(native.glob("*.c")), *sorted(hot.glob("*.c"))])
     python.compile(
         [build / "_iocp.c", *sorted(native.glob("*.c")), *(EMULATION.glob("*.c") if emulate else ())],
         package / "_iocp.pyd",
@@ -81,7 +82,6 @@ def compile_binding(python: WindowsPython, folder: Path, *, emulate: bool = Fals
         libraries=["ws2_32", "mswsock", "ntdll", "kernel32"],
         flags=[f'-DIOCP_LOOP_EMULATION="{EMULATION / "emulation.h"}"'] if emulate else (),
     )
-    hot = package / "_native" / "hot"
     python.compile(sorted(hot.glob("*.c")), package / "_hot.pyd", includes=[hot], libraries=["ws2_32"])
 
 

@@ -5,14 +5,7 @@
  * when it goes.  The peers of an endpoint are few beside their datagrams, so both are looked up in a table instead.
  */
 
-#include "hot.h"
-
-#ifndef _WIN32
-
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
+#include "calls.h"
 
 /* The tables: what the system writes -> the tuple, and back.  Emptied when they have grown to this, perhaps by another
  * thread, so that what is found in them is taken with a reference. */
@@ -46,11 +39,11 @@ PyObject *make_tuple(const struct sockaddr_storage *address)
     return NULL;
 }
 
-static PyObject *tuple_of(const struct sockaddr_storage *address, socklen_t length)
+PyObject *tuple_of(const struct sockaddr_storage *address, Py_ssize_t length)
 {
     if (length == 0) /* it came over a connection */
         Py_RETURN_NONE;
-    PyObject *key = PyBytes_FromStringAndSize((const char *)address, (Py_ssize_t)length);
+    PyObject *key = PyBytes_FromStringAndSize((const char *)address, length);
     PyObject *tuple = key == NULL ? NULL : find(tuples, key);
     if (tuple == NULL && key != NULL && !PyErr_Occurred()) {
         tuple = make_tuple(address);
@@ -69,14 +62,14 @@ static PyObject *make_structure(int family, PyObject *tuple)
 {
     struct sockaddr_storage address;
     Py_ssize_t count = PyTuple_GET_SIZE(tuple);
-    long numbers[3] = {0, 0, 0};
+    long long numbers[3] = {0, 0, 0};
     if (count < 2 || count > (family == AF_INET ? 2 : 4) || !PyUnicode_CheckExact(PyTuple_GET_ITEM(tuple, 0)))
         return NULL;
     for (Py_ssize_t n = 1; n < count; n++) {
         if (!PyLong_CheckExact(PyTuple_GET_ITEM(tuple, n)))
             return NULL;
-        numbers[n - 1] = PyLong_AsLong(PyTuple_GET_ITEM(tuple, n));
-        if (numbers[n - 1] < 0 || numbers[n - 1] > (n == 1 ? 0xFFFFL : n == 2 ? 0xFFFFFL : 0xFFFFFFFFL)) {
+        numbers[n - 1] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, n));
+        if (numbers[n - 1] < 0 || numbers[n - 1] > (n == 1 ? 0xFFFFLL : n == 2 ? 0xFFFFFLL : 0xFFFFFFFFLL)) {
             PyErr_Clear();
             return NULL;
         }
@@ -88,7 +81,7 @@ static PyObject *make_structure(int family, PyObject *tuple)
         return NULL;
     }
     memset(&address, 0, sizeof address);
-    address.ss_family = (sa_family_t)family;
+    ((struct sockaddr *)&address)->sa_family = (unsigned short)family;
     if (family == AF_INET) {
         struct sockaddr_in *four = (struct sockaddr_in *)&address;
         four->sin_port = htons((uint16_t)numbers[0]);
@@ -140,49 +133,66 @@ static Py_ssize_t size_wanted(PyObject *op)
     return wanted < LARGEST ? wanted : LARGEST;
 }
 
+/* One datagram for `op`, as its value.  None if there is none just now. */
+static PyObject *receive_datagram(PyObject *sock, size_t wanted)
+{
+    struct sockaddr_storage from;
+    socklen_t length = sizeof from;
+    char *memory = scratch();
+    if (memory == NULL)
+        return NULL;
+    Py_ssize_t size = recvfrom(socket_descriptor(sock), memory, CALL_SIZE(wanted), MSG_DONTWAIT, (struct sockaddr *)&from,
+                               &length);
+    if (size < 0)
+        return would_wait() ? Py_NewRef(Py_None) : raise_last_error();
+    PyObject *data = PyBytes_FromStringAndSize(memory, size);
+    PyObject *address = data == NULL ? NULL : tuple_of(&from, (Py_ssize_t)length);
+    PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
+    Py_XDECREF(data);
+    Py_XDECREF(address);
+    return value;
+}
+
+int receive_datagrams_for(PyObject *driver, PyObject *op, int most)
+{
+    int count = 0;
+    for (; count < most && SLOT(op, operation_slots.from_paused) != Py_True
+           && SLOT(op, operation_slots.state) == operation_slots.in_flight;
+         count++) {
+        PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
+        Py_ssize_t wanted = size_wanted(op);
+        if (sock == NULL || !is_socket(sock) || !never_waits(sock) || wanted < 0)
+            return NOT_PLAIN;
+        PyObject *value = receive_datagram(sock, (size_t)wanted);
+        int failed = value == NULL
+                     || (value != Py_None && complete_operation(op, value, Py_None) < 0
+                         && fail(driver, names.report, COMPLETE_FAILED) < 0);
+        int none = value == Py_None;
+        Py_XDECREF(value);
+        if (failed)
+            return -1;
+        if (none)
+            break;
+    }
+    return count;
+}
+
 /* receive_datagrams(driver, op, most): receive for a ReceiveFromStream what there is, up to `most` datagrams, and deliver each.
  * The number of them; None if its socket or size is not a plain one, for the way in Python.  OSError if receiving fails. */
 PyObject *receive_datagrams(PyObject *module, PyObject *args)
 {
     PyObject *driver, *op;
-    int most, count = 0;
+    int most;
     if (!PyArg_ParseTuple(args, "OOi", &driver, &op, &most))
         return NULL;
     if ((PyObject *)Py_TYPE(op) != operation_slots.receive_from_stream) {
         PyErr_SetString(PyExc_TypeError, "receive_datagrams() takes a ReceiveFromStream");
         return NULL;
     }
-    for (; count < most && SLOT(op, operation_slots.from_paused) != Py_True
-           && SLOT(op, operation_slots.state) == operation_slots.in_flight;
-         count++) {
-        PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
-        struct sockaddr_storage from;
-        socklen_t length = sizeof from;
-        Py_ssize_t wanted = size_wanted(op);
-        if (sock == NULL || !is_socket(sock) || wanted < 0)
-            Py_RETURN_NONE;
-        char *memory = scratch();
-        if (memory == NULL)
-            return NULL;
-        ssize_t size = recvfrom(socket_descriptor(sock), memory, (size_t)wanted, MSG_DONTWAIT,
-                                (struct sockaddr *)&from, &length);
-        if (size < 0) {
-            if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
-                break;
-            return PyErr_SetFromErrno(PyExc_OSError);
-        }
-        PyObject *data = PyBytes_FromStringAndSize(memory, size);
-        PyObject *address = data == NULL ? NULL : tuple_of(&from, length);
-        PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
-        Py_XDECREF(data);
-        Py_XDECREF(address);
-        int failed = value == NULL
-                     || (complete_operation(op, value, Py_None) < 0 && fail(driver, names.report, COMPLETE_FAILED) < 0);
-        Py_XDECREF(value);
-        if (failed)
-            return NULL;
-    }
-    return PyLong_FromLong(count);
+    int count = receive_datagrams_for(driver, op, most);
+    if (count == NOT_PLAIN)
+        Py_RETURN_NONE;
+    return count < 0 ? NULL : PyLong_FromLong(count);
 }
 
 /* send_datagram(sock, family, data, address): True if it was sent, False if there is no room just now, None if this is not
@@ -194,7 +204,7 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
         return NULL;
     }
     PyObject *data = args[2], *address = args[3], *structure = NULL;
-    if (!is_socket(args[0]) || !PyBytes_CheckExact(data))
+    if (!is_socket(args[0]) || !never_waits(args[0]) || !PyBytes_CheckExact(data))
         Py_RETURN_NONE;
     if (address != Py_None) {
         long family = PyLong_AsLong(args[1]);
@@ -209,18 +219,13 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
             Py_RETURN_NONE;
         }
     }
-    ssize_t sent = sendto(socket_descriptor(args[0]), PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data),
-                          MSG_DONTWAIT | MSG_NOSIGNAL,
-                          structure == NULL ? NULL : (const struct sockaddr *)PyBytes_AS_STRING(structure),
-                          structure == NULL ? 0 : (socklen_t)PyBytes_GET_SIZE(structure));
-    int code = errno;
+    Py_ssize_t sent = sendto(socket_descriptor(args[0]), PyBytes_AS_STRING(data), CALL_SIZE((size_t)PyBytes_GET_SIZE(data)),
+                             MSG_DONTWAIT | MSG_NOSIGNAL,
+                             structure == NULL ? NULL : (const struct sockaddr *)PyBytes_AS_STRING(structure),
+                             structure == NULL ? 0 : (socklen_t)PyBytes_GET_SIZE(structure));
+    PyObject *answer = sent >= 0 ? Py_NewRef(Py_True) : would_wait() ? Py_NewRef(Py_False) : raise_last_error();
     Py_XDECREF(structure);
-    errno = code;
-    if (sent >= 0)
-        Py_RETURN_TRUE;
-    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
-        Py_RETURN_FALSE;
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return answer;
 }
 
 int add_datagrams(PyObject *module)
@@ -229,5 +234,3 @@ int add_datagrams(PyObject *module)
     structures = PyDict_New();
     return tuples == NULL || structures == NULL ? -1 : 0;
 }
-
-#endif

@@ -25,11 +25,13 @@ struct verbs {
     /* Whether something that was gathered has not been delivered. */
     int (*is_behind)(Driver *self);
     /* Submit a Receive operation.  1: it is in flight; 0: the driver can't take it this way, which with `op` NULL is only
-     * asked; -1: error.  NULL where sockets.c is not. */
+     * asked; -1: error. */
     int (*submit_receive)(Driver *self, PyObject *op, descriptor fd, size_t size);
-    /* Whether an earlier operation of that direction waits on `fd`, which is to be served first; -1: error.  NULL as
-     * above. */
+    /* Whether an earlier operation of that direction waits on `fd`, which is to be served first; -1: error. */
     int (*busy)(Driver *self, descriptor fd, int writing);
+    /* Where the request is the attempt, submit_receive is only asked, and this receives for the new Receive `op`.  Bytes;
+     * None if it is in flight now; NULL without an exception if the driver can't take it this way. */
+    PyObject *(*receive)(Driver *self, PyObject *op, descriptor fd, size_t size, size_t *expected);
     int look_costs; /* a wait of 0 s is a system call even if there is nothing; then the loop asks less often */
 };
 

@@ -19,7 +19,9 @@
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
  *   epoll.c     the wait and the dispatch of driver poll, on Linux               (ports/poll/driver.py)
  *   epoll_watches.c, epoll_waits.c  what stands on its descriptors; receives of sock_recv that wait there
+ *   calls.h     the system's calls on sockets, the same on each system
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
+ *   iocp_sockets.c  its receives, datagrams and sends                  (ports/iocp/receiving.py, datagrams.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it
@@ -124,10 +126,10 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
-    PyObject *append, *arm, *end_with, *popleft, *take; /* of iocp.c */
+    PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
-        *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer,
+        *delay, *do_write, *done, *drain_ready, *end, *end_stream, *fatal_error, *future_blocking, *get_buffer, *gettimeout,
         *go_on, *hand_over, *keep_value, *open_ring, *pending, *queue_leftovers, *read, *reap, *receive_by_ring, *receive_data, *receive_ended,
         *receiving_failed, *report, *run, *set_result, *ssl_protocol, *start_shutdown, *time, *timer_handle_cancelled,
         *wait_again, *when, *write, *write_otherwise, *write_to_self;
@@ -219,14 +221,18 @@ PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObjec
 /* op.complete(value, error), of which one is None. */
 int complete_operation(PyObject *op, PyObject *value, PyObject *error);
 
-#ifndef _WIN32
 /* datagrams.c */
 struct sockaddr_storage;
 PyObject *make_tuple(const struct sockaddr_storage *address);
+/* The same by way of a table; of an address without length, that of a connection: None. */
+PyObject *tuple_of(const struct sockaddr_storage *address, Py_ssize_t length);
+/* Receive for the ReceiveFromStream `op` what there is, up to `most` datagrams, and deliver each.  Their number; -1 with an
+ * exception; NOT_PLAIN for the way in Python. */
+int receive_datagrams_for(PyObject *driver, PyObject *op, int most);
+enum { NOT_PLAIN = -2 };
 PyObject *receive_datagrams(PyObject *module, PyObject *args);
 PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
 int add_datagrams(PyObject *module);
-#endif
 
 /* Whether a list or a deque has anything in it; both keep their size where var-sized objects do. */
 static inline int has_items(PyObject *object) { return object != NULL && Py_SIZE(object) > 0; }

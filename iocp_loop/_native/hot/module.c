@@ -8,13 +8,11 @@
 static PyMethodDef module_methods[] = {
     {"set_helpers", set_helpers, METH_VARARGS, "set_helpers(report_error, run_in_debug)"},
     {"use_operations", use_operations, METH_O, "Look up the slots of the classes of iocp_loop.operations."},
-#ifndef _WIN32
     {"socket_calls", make_socket_calls, METH_VARARGS,
      "socket_calls(loop, proactor, driver, unclaimed, lines, transports)"},
     {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(driver, op, most)"},
     {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
      "send_datagram(sock, family, data, address)"},
-#endif
 #ifdef __linux__
     {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
 #endif
@@ -45,9 +43,7 @@ PyMODINIT_FUNC PyInit__hot(void)
         return NULL;
     if (intern_names() < 0 || check_sockets() < 0 || find_asyncio_methods() < 0 || add_handles(module) < 0 || add_turns(module) < 0
         || add_driver(module) < 0
-#ifndef _WIN32
         || add_sockets(module) < 0 || add_datagrams(module) < 0
-#endif
 #ifdef __linux__
         || add_epoll(module) < 0 || add_uring(module) < 0
 #endif

@@ -4,10 +4,7 @@
 
 #include "receiving.h"
 
-#ifndef _WIN32
-
-#include <errno.h>
-#include <sys/socket.h>
+#include "calls.h"
 
 /* Small pieces are received into a buffer that stays in the cache, and copied out of it.  Where large ones are to be
  * expected, copying costs more than to receive into memory for the bytes object itself, cut to size afterwards.  Not more
@@ -19,15 +16,15 @@ enum { NO_BUFFER = -2 };
 
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some. */
-static ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
+static Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
 {
-    ssize_t count;
+    Py_ssize_t count;
     *data = NULL;
     if (*expected < DIRECT_FROM) {
         char *memory = scratch();
         if (memory == NULL)
             return NO_BUFFER;
-        count = recv(fd, memory, most < SCRATCH_SIZE ? most : SCRATCH_SIZE, MSG_DONTWAIT);
+        count = recv(fd, memory, CALL_SIZE(most < SCRATCH_SIZE ? most : SCRATCH_SIZE), MSG_DONTWAIT);
         if (count <= 0)
             return count;
         *data = PyBytes_FromStringAndSize(memory, count);
@@ -38,11 +35,11 @@ static ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObj
         PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
         if (bytes == NULL)
             return NO_BUFFER;
-        count = recv(fd, PyBytes_AS_STRING(bytes), room, MSG_DONTWAIT);
+        count = recv(fd, PyBytes_AS_STRING(bytes), CALL_SIZE(room), MSG_DONTWAIT);
         if (count <= 0) {
-            int code = errno;
+            int code = last_error();
             Py_DECREF(bytes);
-            errno = code;
+            set_last_error(code);
             return count;
         }
         if ((size_t)count != room)
@@ -60,35 +57,33 @@ static ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObj
 PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
 {
     PyObject *data;
-    ssize_t count;
+    Py_ssize_t count;
     do
         count = receive_bytes(fd, size, expected, &data);
-    while (count == -1 && errno == EINTR);
+    while (count == -1 && was_interrupted());
     if (count > 0)
         return data;
     if (count == 0)
         return PyBytes_FromStringAndSize(NULL, 0);
     if (count == NO_BUFFER)
         return NULL;
-    if (errno == EAGAIN || errno == EWOULDBLOCK)
-        return Py_NewRef(Py_None);
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return would_wait() ? Py_NewRef(Py_None) : raise_last_error();
 }
 
 /* recv for the stream `op` into what its owner provides, who may do anything when asked: end the stream, close its socket.
  * -1 with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full. */
-static ssize_t receive_into(PyObject *op, int *filled)
+static Py_ssize_t receive_into(PyObject *op, int *filled)
 {
     PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
     PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
     Py_buffer view;
-    ssize_t count = NO_BUFFER;
+    Py_ssize_t count = NO_BUFFER;
     int code = 0;
     *filled = 0;
     if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
         if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
-            count = recv(socket_descriptor(sock), view.buf, (size_t)view.len, MSG_DONTWAIT);
-            code = errno;
+            count = recv(socket_descriptor(sock), view.buf, CALL_SIZE((size_t)view.len), MSG_DONTWAIT);
+            code = last_error();
             *filled = count > 0 && count == view.len;
         }
         PyBuffer_Release(&view);
@@ -96,7 +91,7 @@ static ssize_t receive_into(PyObject *op, int *filled)
     Py_XDECREF(buffer);
     Py_DECREF(get_buffer);
     Py_DECREF(sock);
-    errno = code;
+    set_last_error(code);
     return count;
 }
 
@@ -111,9 +106,9 @@ enum outcome receive_for_stream(PyObject *op, size_t *expected, struct piece *pi
     else
         piece->size = receive_bytes(socket_descriptor(SLOT(op, operation_slots.handle)), SIZE_MAX, expected, &piece->value);
     if (piece->size == -1) {
-        if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
+        if (would_wait())
             return NOTHING;
-        PyErr_SetFromErrno(PyExc_OSError);
+        raise_last_error();
         return FAILED;
     }
     if (piece->size == NO_BUFFER)
@@ -126,5 +121,3 @@ enum outcome receive_for_stream(PyObject *op, size_t *expected, struct piece *pi
         return FAILED;
     return piece->size > 0 ? DATA : END;
 }
-
-#endif

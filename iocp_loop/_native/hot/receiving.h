@@ -4,8 +4,6 @@
 
 #include "hot.h"
 
-#ifndef _WIN32
-
 enum outcome {
     DATA,    /* `value` is bytes, or their number if they are in the memory that the owner of the stream has provided */
     END,     /* the peer has sent all: `value` is empty, or 0 */
@@ -14,7 +12,7 @@ enum outcome {
 };
 struct piece {
     PyObject *value; /* the caller's */
-    ssize_t size;    /* bytes */
+    Py_ssize_t size; /* bytes */
     int filled;      /* the memory that was provided is full, so that there may be more */
 };
 /* Receive once, without blocking, for the stream `op`, which the caller holds and whose handle is a plain socket.  `expected`,
@@ -27,5 +25,4 @@ enum { RECEIVES_IN_A_TURN = 8 };
 /* Receive at most `size` bytes: bytes, or None if there is nothing just now. */
 PyObject *receive_now(descriptor fd, size_t size, size_t *expected);
 
-#endif
 #endif

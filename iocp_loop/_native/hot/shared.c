@@ -162,6 +162,17 @@ int is_socket(PyObject *object)
 
 int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
+#ifdef _WIN32
+int never_waits(PyObject *sock)
+{
+    PyObject *timeout = PyObject_CallMethodNoArgs(sock, names.gettimeout);
+    int never = timeout != NULL && PyFloat_Check(timeout) && PyFloat_AS_DOUBLE(timeout) == 0;
+    Py_XDECREF(timeout);
+    PyErr_Clear();
+    return never;
+}
+#endif
+
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
 #ifdef __linux__
@@ -428,6 +439,7 @@ int intern_names(void)
         {&names.append, "append"},
         {&names.arm, "_arm"},
         {&names.arm_all, "_arm_all"},
+        {&names.arm_datagrams, "_arm_datagrams"},
         {&names.buffer_updated, "buffer_updated"},
         {&names.call_eof_received, "_call_eof_received"},
         {&names.callback, "callback"},
@@ -449,9 +461,11 @@ int intern_names(void)
         {&names.fatal_error, "_fatal_error"},
         {&names.future_blocking, "_asyncio_future_blocking"},
         {&names.get_buffer, "get_buffer"},
+        {&names.gettimeout, "gettimeout"},
         {&names.go_on, "_go_on"},
         {&names.hand_over, "_hand_over"},
         {&names.keep_value, "keep_value"},
+        {&names.leave_line, "_leave_line"},
         {&names.open_ring, "_open_ring"},
         {&names.pending, "pending"},
         {&names.popleft, "popleft"},
@@ -461,6 +475,7 @@ int intern_names(void)
         {&names.receive_by_ring, "_receive_by_ring"},
         {&names.receive_data, "_receive_data"},
         {&names.receive_ended, "_receive_ended"},
+        {&names.receive_once, "_receive_once"},
         {&names.receiving_failed, "_receiving_failed"},
         {&names.report, "report"},
         {&names.run, "run"},

@@ -10,13 +10,11 @@
  * What a wait has got when nobody awaits it any more is not lost: the proactor keeps it (Proactor.abandon, keep_value).
  */
 
-#include "handles.h"
-#include "receiving.h"
 #include "sockets.h"
 
-#ifndef _WIN32
-#include <errno.h>
-#include <sys/socket.h>
+#include "calls.h"
+#include "handles.h"
+#include "receiving.h"
 
 typedef struct {
     PyObject_HEAD
@@ -69,7 +67,7 @@ PyObject *receive_for(PyObject *op)
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
 static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 {
-    if (!is_socket(sock) || loop_in_debug(loop))
+    if (!is_socket(sock) || loop_in_debug(loop) || !never_waits(sock))
         return NO_DESCRIPTOR;
     return socket_descriptor(sock);
 }
@@ -78,20 +76,49 @@ static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
  * The wait
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* Make the operation and submit it.  1: done; 0: not here and now; -1: error. */
+/* A new wait for `sock`. */
+static SocketWait *new_wait(SocketCalls *calls, PyObject *sock, size_t size)
+{
+    SocketWait *self = PyObject_GC_New(SocketWait, SocketWait_type);
+    if (self == NULL)
+        return NULL;
+    self->calls = (SocketCalls *)Py_NewRef(calls);
+    self->sock = Py_NewRef(sock);
+    self->op = self->future = self->value = self->error = NULL;
+    self->size = size;
+    self->begun = 0;
+    PyObject_GC_Track(self);
+    return self;
+}
+
+/* Its operation, not submitted yet. */
+static PyObject *make_receive(SocketWait *self, descriptor fd)
+{
+    PyObject *op = new_operation(operation_slots.receive, self->sock, fd, (PyObject *)self);
+    if (op != NULL && (SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size)) == NULL)
+        Py_CLEAR(op);
+    return op;
+}
+
+/* Submit the operation.  1: it is in flight; 2: it was done at once, see `value`; 0: not here and now; -1: error. */
 static int submit(SocketWait *self, SocketCalls *calls)
 {
     descriptor fd = socket_descriptor(self->sock);
-    PyObject *op = new_operation(operation_slots.receive, self->sock, fd, (PyObject *)self);
+    PyObject *op = make_receive(self, fd);
     if (op == NULL)
         return -1;
-    SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size);
-    if (SLOT(op, operation_slots.size) == NULL) {
-        Py_DECREF(op);
-        return -1;
+    int done;
+    if (calls->driver->verbs->receive == NULL)
+        done = calls->driver->verbs->submit_receive(calls->driver, op, fd, self->size);
+    else { /* the request is the attempt */
+        PyObject *data = calls->driver->verbs->receive(calls->driver, op, fd, self->size, &calls->expected);
+        done = data == NULL ? (PyErr_Occurred() ? -1 : 0) : data == Py_None ? 1 : 2;
+        if (done == 2)
+            Py_XSETREF(self->value, data);
+        else
+            Py_XDECREF(data);
     }
-    int done = calls->driver->verbs->submit_receive(calls->driver, op, fd, self->size);
-    if (done > 0)
+    if (done == 1)
         Py_XSETREF(self->op, op);
     else
         Py_DECREF(op);
@@ -214,6 +241,38 @@ static PySendResult answer(SocketWait *self, PyObject **result)
     return PYGEN_ERROR;
 }
 
+/* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
+static int abandon(SocketWait *self)
+{
+    PyObject *op = self->op, *value = self->value;
+    int failed = leave_line(self);
+    self->op = self->value = NULL;
+    if (failed)
+        ;
+    else if (value != NULL)
+        failed = keep_value(self, op, value);
+    else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
+             && self->calls->proactor != NULL) {
+        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(value);
+    Py_XDECREF(op);
+    Py_CLEAR(self->future);
+    return failed;
+}
+
+/* The same with an exception on its way up. */
+static void abandon_failing(SocketWait *self)
+{
+    PyObject *exception = take_exception();
+    if (abandon(self) < 0)
+        PyErr_Clear();
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+}
+
 static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **result)
 {
     *result = NULL;
@@ -226,22 +285,26 @@ static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **re
     if (calls == NULL || calls->loop == NULL)
         PyErr_SetString(PyExc_RuntimeError, "the loop is gone");
     else
-        future = PyObject_CallMethodNoArgs(calls->loop, names.create_future);
-    if (future != NULL) {
-        Py_XSETREF(self->future, Py_NewRef(future));
         done = submit(self, calls);
-        if (done == 0)
-            PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
+    if (done == 0)
+        PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
+    else if (done == 1) {
+        future = PyObject_CallMethodNoArgs(calls->loop, names.create_future);
+        Py_XSETREF(self->future, Py_XNewRef(future));
         /* What a Future does when it is awaited: its task asks for this. */
-        if (done > 0 && PyObject_SetAttr(future, names.future_blocking, Py_True) < 0)
+        if (future == NULL || PyObject_SetAttr(future, names.future_blocking, Py_True) < 0) {
+            abandon_failing(self);
             done = -1;
+        }
     }
     Py_XDECREF(calls);
-    if (done > 0)
+    if (done == 2)
+        return answer(self, result);
+    if (done == 1)
         *result = future;
     else
         Py_XDECREF(future);
-    return done > 0 ? PYGEN_NEXT : PYGEN_ERROR;
+    return done == 1 ? PYGEN_NEXT : PYGEN_ERROR;
 }
 
 static PyObject *wait_next(SocketWait *self)
@@ -264,28 +327,6 @@ static PyObject *wait_next(SocketWait *self)
 }
 
 static PyObject *wait_send_method(SocketWait *self, PyObject *value) { return wait_next(self); }
-
-/* Nobody awaits any more: what the operation has got, or will get, is for the next who asks. */
-static int abandon(SocketWait *self)
-{
-    PyObject *op = self->op, *value = self->value;
-    int failed = leave_line(self);
-    self->op = self->value = NULL;
-    if (failed)
-        ;
-    else if (value != NULL)
-        failed = keep_value(self, op, value);
-    else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
-             && self->calls->proactor != NULL) {
-        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
-        failed = done == NULL ? -1 : 0;
-        Py_XDECREF(done);
-    }
-    Py_XDECREF(value);
-    Py_XDECREF(op);
-    Py_CLEAR(self->future);
-    return failed;
-}
 
 static PyObject *wait_throw(SocketWait *self, PyObject *args)
 {
@@ -379,6 +420,15 @@ static PyType_Spec wait_spec = {
  * The calls
  * ------------------------------------------------------------------------------------------------------------------ */
 
+/* Whether a transport of the loop has `fd`; -1: error. */
+static int is_owned(SocketCalls *self, descriptor fd)
+{
+    PyObject *number = PyLong_FromLongLong((long long)fd);
+    int owned = number == NULL ? -1 : PyDict_Contains(self->transports, number);
+    Py_XDECREF(number);
+    return owned;
+}
+
 /* receive(sock, n): bytes; or a SocketWait to await; or None, for the way in Python. */
 static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -404,34 +454,22 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
         PyErr_Clear(); /* too large; Python's way says what it thinks of that */
         Py_RETURN_NONE;
     }
-    int busy = self->driver->verbs->busy(self->driver, fd, 0);
-    if (busy < 0)
-        return NULL;
+    const struct verbs *verbs = self->driver->verbs;
+    int busy = verbs->busy(self->driver, fd, 0);
     if (busy) /* first come, first served */
-        Py_RETURN_NONE;
-    PyObject *data = receive_now(fd, (size_t)size, &self->expected);
-    if (data != Py_None)
-        return data;
-    PyObject *number = PyLong_FromLong(fd);
-    int owned = number == NULL ? -1 : PyDict_Contains(self->transports, number);
-    Py_XDECREF(number);
-    if (owned < 0) {
+        return busy < 0 ? NULL : Py_NewRef(Py_None);
+    if (verbs->receive == NULL) {
+        PyObject *data = receive_now(fd, (size_t)size, &self->expected);
+        if (data != Py_None)
+            return data;
         Py_DECREF(data);
-        return NULL;
     }
-    if (owned || !self->driver->verbs->submit_receive(self->driver, NULL, fd, 0))
-        return data; /* None */
-    Py_DECREF(data);
-    SocketWait *wait = PyObject_GC_New(SocketWait, SocketWait_type);
-    if (wait == NULL)
+    int owned = is_owned(self, fd);
+    if (owned < 0)
         return NULL;
-    wait->calls = (SocketCalls *)Py_NewRef(self);
-    wait->sock = Py_NewRef(sock);
-    wait->op = wait->future = wait->value = wait->error = NULL;
-    wait->size = (size_t)size;
-    wait->begun = 0;
-    PyObject_GC_Track(wait);
-    return (PyObject *)wait;
+    if (owned || !verbs->submit_receive(self->driver, NULL, fd, 0))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    return (PyObject *)new_wait(self, sock, (size_t)size);
 }
 
 /* send(sock, data): how many bytes the system has taken, perhaps 0; or None, for the way in Python. */
@@ -449,12 +487,11 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
         return NULL;
     if (busy)
         return PyLong_FromLong(0); /* it waits in line */
-    ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), (size_t)PyBytes_GET_SIZE(args[1]), MSG_DONTWAIT | MSG_NOSIGNAL);
+    Py_ssize_t sent = send(fd, PyBytes_AS_STRING(args[1]), CALL_SIZE((size_t)PyBytes_GET_SIZE(args[1])),
+                           MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent >= 0)
         return PyLong_FromSsize_t(sent);
-    if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)
-        return PyLong_FromLong(0);
-    return PyErr_SetFromErrno(PyExc_OSError);
+    return would_wait() ? PyLong_FromLong(0) : raise_last_error();
 }
 
 static int calls_traverse(SocketCalls *self, visitproc visit, void *arg)
@@ -552,5 +589,3 @@ int add_sockets(PyObject *module)
     Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
     return SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
 }
-
-#endif

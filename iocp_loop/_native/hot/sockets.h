@@ -4,8 +4,6 @@
 
 #include "driver.h"
 
-#ifndef _WIN32
-
 /* What there is to receive for `op`, a Receive that waits: bytes, or None if there is nothing just now. */
 PyObject *receive_for(PyObject *op);
 /* What receive_for has brought for `op`, as its completion: data, or the exception that is set, which is taken over
@@ -14,5 +12,4 @@ int deliver_received(Driver *driver, PyObject *op, PyObject *data);
 PyObject *make_socket_calls(PyObject *module, PyObject *args);
 int add_sockets(PyObject *module);
 
-#endif
 #endif

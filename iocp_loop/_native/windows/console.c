@@ -22,7 +22,7 @@ int PyErr_SetInterruptEx(int signum); /* c-api/exceptions: from any thread, with
 static SRWLOCK console_lock = SRWLOCK_INIT;
 static HANDLE *console_ports; /* `console_room` of them, NULL where there is none */
 static int console_room;
-static volatile LONG64 console_event_at = -AFTER_EVENT_MS;
+static volatile LONG64 console_event_at = -AFTER_EVENT_MS; /* as long as there was none */
 
 static volatile LONG closing_signal = 0, is_service = 0;
 
@@ -95,7 +95,7 @@ void start_console(void)
 /* For a while after an event no wait is long. */
 long long limit_after_console_event(long long timeout_ns)
 {
-    if (timeout_ns && (LONG64)GetTickCount64() - console_event_at < AFTER_EVENT_MS
+    if (timeout_ns && console_event_at >= 0 && (LONG64)GetTickCount64() - console_event_at < AFTER_EVENT_MS
         && (timeout_ns < 0 || timeout_ns > SHORT_WAIT_MS * 1000000LL))
         return SHORT_WAIT_MS * 1000000LL;
     return timeout_ns;

@@ -112,10 +112,10 @@ class Submission:
     `association` is that of the handle, None where the request goes to another.  `armed` is True while a completion is
     to be expected.  `keep` is what the kernel may read or write meanwhile: a buffer or views of our own, whatever
     becomes of the operation's attributes; a request has a `pointer_to` it.  `slot` is the piece of the pool that it
-    receives into, if any; `small`: the last receive of its stream would have fitted into one.
+    receives into, if any.
     """
 
-    __slots__ = ("address", "armed", "association", "finish", "keep", "native", "op", "slot", "small")
+    __slots__ = ("address", "armed", "association", "finish", "keep", "native", "op", "slot")
 
     def __init__(self) -> None:
         self.renew()
@@ -125,7 +125,6 @@ class Submission:
         self.finish: Callable[[Submission, int, int], None] = nobody
         self.keep: Any = None
         self.slot: Slot | None = None
-        self.small = False
 
     def renew(self) -> None:
         """Have other memory from now on."""

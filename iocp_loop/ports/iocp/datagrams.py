@@ -12,6 +12,7 @@ from typing import Any
 
 from ... import operations as ops
 from ...operations import CANCELLING, IN_FLIGHT
+from ..receiving import receive_datagrams
 from .binding import ABORTED, WSA_INVALID, WSA_MESSAGE_SIZE, Submission, lib, pointer_to
 from .requests import Association, IocpRequests
 
@@ -64,7 +65,10 @@ class DatagramRequests(IocpRequests):
         self._end(sub, value)
 
     def _received_datagram(self, sub: Submission, count: int, code: int) -> None:
-        """A datagram of a stream; then some more, as long as there are any: a call each, in place of two."""
+        """A datagram of a stream.
+
+        One that was there when it was asked for is one of many: then a call for each of the others, in place of two.
+        """
         op = sub.op
         if code and self._left_undone(op, code):
             self._arm_datagrams(op)
@@ -74,22 +78,16 @@ class DatagramRequests(IocpRequests):
         if code:
             self._end(sub, None, code)
             return
-        datagram: Any = bytes(sub.keep[0][:count]), sub.get_address()
-        patience = 16  # one busy endpoint must not starve the others
+        at_once = sub.native.bytes > 0
+        self.completions += 1
         try:
-            while True:
-                self.completions += 1
-                self._complete(op, datagram, None)
-                patience -= 1
-                if not patience or op.paused or op.state is not IN_FLIGHT:
-                    break
-                datagram = op.handle.recvfrom(op.size)
-        except BlockingIOError:
-            pass
+            self._complete(op, (bytes(sub.keep[0][:count]), sub.get_address()), None)
+            if at_once:
+                self.completions += receive_datagrams(self, op, _receive_now)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            if op.state is IN_FLIGHT:
+            if sub.op is op:
                 self._end_with(sub, None, error)
         finally:
             if op.state is CANCELLING:  # the datagram was faster than the cancel
@@ -113,3 +111,7 @@ class DatagramRequests(IocpRequests):
         else:
             send = lib.iocp_send if op.address is None else lib.iocp_send_to
             self._request(sub, send, pointer_to(sub.keep), sub.keep.nbytes)
+
+
+def _receive_now(op: Any) -> Any:
+    return op.handle.recvfrom(op.size)

@@ -32,19 +32,59 @@ class ReceiveRequests(DatagramRequests):
     def _start_receive(self, op: ops.Receive | ops.ReceiveInto, association: Association) -> None:
         if association.stream:
             into = memoryview(op.buffer) if isinstance(op, ops.ReceiveInto) else None
-            self._arm_receive(self._take(op, association, self._receive_once, into))
+            self._arm_once(self._take(op, association, self._receive_once, into))
         else:
             self._start_receive_from(op, association)
 
     def _arm_receive(self, sub: Submission) -> None:
         self._request(sub, lib.iocp_receive, ffi.NULL, 0)
 
-    def _receive_once(self, sub: Submission, count: int, code: int) -> None:
-        """Something can be received now, or the wait for it has failed."""
+    def _arm_once(self, sub: Submission) -> None:
         op = sub.op
-        if code and not self._left_undone(op, code):
+        slot = self._lend(sub)
+        if slot is None:
+            self._arm_receive(sub)
+        elif sub.op is not op:
+            self._slots.give_back(slot)
+        else:
+            sub.slot = slot
+            size = op.size if sub.keep is None else sub.keep.nbytes
+            self._request(sub, lib.iocp_receive, slot[0], min(size, SLOT_SIZE))
+
+    def _lend(self, sub: Submission) -> Slot | None:
+        """A slot for the next receive, if that is expected to fit; None: there is none, or it is not.
+
+        Making slots runs the garbage collector: a finalizer may end the operation.
+        """
+        association = sub.association
+        return self._slots.take() if association.small and not association.emulated else None
+
+    def _take_from(self, sub: Submission, slot: Slot, count: int) -> bytes:
+        """What a request has put into its slot, which is given back."""
+        data: bytes = slot[1][slot[2] : slot[2] + count]
+        sub.slot = None
+        self._slots.give_back(slot)
+        sub.association.small = count < SLOT_SIZE
+        return data
+
+    def _receive_once(self, sub: Submission, count: int, code: int) -> None:
+        """Something was received, or can be now; or the wait for it has failed."""
+        op, slot = sub.op, sub.slot
+        if slot is not None and (count or not code):
+            data = self._take_from(sub, slot, count)
+            if sub.keep is not None:
+                sub.keep[:count] = data
+            self._end(sub, data if sub.keep is None else count)
+        elif code and not self._left_undone(op, code):
             self._end(sub, None, code)
-            return
+        elif slot is not None:
+            sub.slot = None
+            self._slots.give_back(slot)
+            self._arm_once(sub)
+        else:
+            self._receive_now(sub, op)
+
+    def _receive_now(self, sub: Submission, op: Any) -> None:
         sock: Any = op.handle
         try:
             value = sock.recv(op.size) if sub.keep is None else sock.recv_into(sub.keep)
@@ -59,6 +99,7 @@ class ReceiveRequests(DatagramRequests):
         except BaseException as error:
             self._end_with(sub, None, error)
         else:
+            sub.association.small = (value if isinstance(value, int) else len(value)) < SLOT_SIZE
             self._end(sub, value)
 
     # -- streams -----------------------------------------------------------------------------------
@@ -72,11 +113,11 @@ class ReceiveRequests(DatagramRequests):
         sub = op.driver_data
         if op.state is not IN_FLIGHT or op.paused or sub.armed:
             return  # in this order: once it is over, the submission may serve another
-        slot = self._slots.take() if sub.small and not sub.association.emulated else None
+        slot = self._lend(sub) if op.get_buffer is None else None
         if slot is None:
             self._arm_receive(sub)
         elif op.state is not IN_FLIGHT or op.paused or sub.armed:
-            self._slots.give_back(slot)  # making slots ran the garbage collector, and a finalizer has ended the stream
+            self._slots.give_back(slot)
         else:
             sub.slot = slot
             self._request(sub, lib.iocp_receive, slot[0], SLOT_SIZE)
@@ -109,7 +150,7 @@ class ReceiveRequests(DatagramRequests):
             return
         if isinstance(value, bytes):
             again = len(value) == SCRATCH_SIZE
-            sub.small = len(value) < SLOT_SIZE
+            sub.association.small = len(value) < SLOT_SIZE
         try:
             if value:
                 self.completions += 1
@@ -124,11 +165,8 @@ class ReceiveRequests(DatagramRequests):
 
     def _receive_from_slot(self, sub: Submission, op: Any, slot: Slot, count: int, code: int) -> None:
         """The same for a receive that had memory: the data are here already, whatever has become of the stream."""
-        data = slot[1][slot[2] : slot[2] + count]
-        sub.slot = None
-        self._slots.give_back(slot)
+        data = self._take_from(sub, slot, count)
         full = count == SLOT_SIZE
-        sub.small = not full
         try:
             if count:
                 self.completions += 1

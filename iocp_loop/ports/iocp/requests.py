@@ -47,7 +47,7 @@ UNDONE = frozenset({ABORTED, RETRY})
 class Association:
     """What is known of a handle that was associated with the port."""
 
-    __slots__ = ("emulated", "family", "handle", "key", "position", "reading", "skips", "stream", "writing")
+    __slots__ = ("emulated", "family", "handle", "key", "position", "reading", "skips", "small", "stream", "writing")
 
     def __init__(self, handle: HandleLike, key: int) -> None:
         #: Gives the object whose handle this is; None when it is gone or was a mere number.
@@ -60,6 +60,7 @@ class Association:
         self.emulated = False  # it belongs to another port
         self.family = 0  # of a socket, as the system knows it
         self.stream = False
+        self.small = False  # the last that was received would have fitted into a slot
         self.position = 0  # of a file, in bytes, for requests that name none
         #: The operations in flight, in the order in which they came.  Those behind the first have not begun (their
         #: `driver_data` is this), but for accepts, which the kernel takes several of.
@@ -197,7 +198,6 @@ class IocpRequests(Driver):
         if sub.slot is not None:
             self._slots.give_back(sub.slot)
         sub.op = sub.association = sub.keep = sub.slot = None
-        sub.small = False
         sub.finish = nobody
         self._spare.append(sub)
 

@@ -104,14 +104,15 @@ if TYPE_CHECKING or hot is None or lib is None:
     IocpTurns = PythonIocpTurns
 else:
     hot.use_operations(ops)
-    hot.IocpTurns._use_requests(Submission, Association, SlotPool, nobody, SLOT_SIZE)
-    _FUNCTIONS = [
-        int(ffi.cast("uintptr_t", ffi.addressof(lib.library, name))) for name in ("iocp_wait", "iocp_receive")
-    ]
+    _FUNCTIONS = ("iocp_wait", "iocp_receive", "iocp_receive_from")
+    hot.IocpTurns._use_requests(
+        *(Submission, Association, SlotPool, nobody, SLOT_SIZE),
+        tuple(int(ffi.cast("uintptr_t", ffi.addressof(lib.library, name))) for name in _FUNCTIONS),
+    )
 
     class IocpTurns(hot.IocpTurns):
-        """The native turn, which has to be told where the port is, and the functions of the binding that it calls."""
+        """The native turn, which has to be told where the port is."""
 
         @staticmethod
-        def _addresses(port):
-            return int(ffi.cast("uintptr_t", port)), *_FUNCTIONS
+        def _address(port):
+            return int(ffi.cast("uintptr_t", port))

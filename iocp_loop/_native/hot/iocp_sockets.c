@@ -1,0 +1,619 @@
+/*
+ * What driver iocp's native turn does with sockets: the receives of streams and those of sock_recv, datagrams, and the end of
+ * a SendAll.  Their counterparts in Python are ports/iocp/receiving.py, datagrams.py and sockets.py; iocp.c tells who owns
+ * what.
+ */
+
+#include "iocp.h"
+
+#ifdef _WIN32
+
+#include "receiving.h"
+#include "sockets.h"
+
+struct iocp_functions iocp_functions;
+struct iocp_slots iocp_slots;
+
+/* _use_requests(Submission, Association, SlotPool, nobody, size of a slot, addresses of the functions) */
+PyObject *iocp_use_requests(PyObject *ignored, PyObject *args)
+{
+    PyObject *submission, *association, *pool, *nobody;
+    unsigned long long functions[3];
+    if (!PyArg_ParseTuple(args, "OOOOn(KKK)", &submission, &association, &pool, &nobody, &iocp_slots.slot_size,
+                          &functions[0], &functions[1], &functions[2]))
+        return NULL;
+    iocp_functions.wait = (long (*)(iocp_port *, long long))(uintptr_t)functions[0];
+    iocp_functions.receive = (request_function)(uintptr_t)functions[1];
+    iocp_functions.receive_from = (request_function)(uintptr_t)functions[2];
+    iocp_slots.address = slot_offset(submission, "address");
+    iocp_slots.armed = slot_offset(submission, "armed");
+    iocp_slots.association = slot_offset(submission, "association");
+    iocp_slots.finish = slot_offset(submission, "finish");
+    iocp_slots.keep = slot_offset(submission, "keep");
+    iocp_slots.op = slot_offset(submission, "op");
+    iocp_slots.slot = slot_offset(submission, "slot");
+    iocp_slots.emulated = slot_offset(association, "emulated");
+    iocp_slots.handle = slot_offset(association, "handle");
+    iocp_slots.reading = slot_offset(association, "reading");
+    iocp_slots.skips = slot_offset(association, "skips");
+    iocp_slots.small = slot_offset(association, "small");
+    iocp_slots.writing = slot_offset(association, "writing");
+    iocp_slots.free = slot_offset(pool, "free");
+    if (PyErr_Occurred())
+        return NULL;
+    Py_XSETREF(iocp_slots.submission, Py_NewRef(submission));
+    Py_XSETREF(iocp_slots.nobody, Py_NewRef(nobody));
+    Py_RETURN_NONE;
+}
+
+/* What a slot of the pool is, a tuple: where its address stands in it. */
+enum { SLOT_ADDRESS = 3 };
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Submissions
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* self._at_once.append((sub, count, code)): for the next dispatch. */
+static int add_at_once(IocpTurns *self, PyObject *sub, unsigned long count, long code)
+{
+    PyObject *entry = Py_BuildValue("(Okl)", sub, count, code);
+    PyObject *done = entry == NULL ? NULL : PyObject_CallMethodOneArg(self->at_once, names.append, entry);
+    Py_XDECREF(entry);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* A slot of the pool, or None if all are lent. */
+static PyObject *take_slot(IocpTurns *self)
+{
+    PyObject *list = SLOT(self->slots, iocp_slots.free); /* borrowed */
+    Py_ssize_t count = list == NULL ? 0 : PyList_GET_SIZE(list);
+    if (count == 0) /* the pool may make some more */
+        return PyObject_CallMethodNoArgs(self->slots, names.take);
+    PyObject *slot = Py_NewRef(PyList_GET_ITEM(list, count - 1));
+    if (PyList_SetSlice(list, count - 1, count, NULL) < 0)
+        Py_CLEAR(slot);
+    return slot;
+}
+
+/* The slot of `sub` may be lent again.  Back in the list before it leaves the submission: it always has an owner. */
+static int give_slot_back(IocpTurns *self, PyObject *sub)
+{
+    if (PyList_Append(SLOT(self->slots, iocp_slots.free), SLOT(sub, iocp_slots.slot)) < 0)
+        return -1;
+    set_slot(sub, iocp_slots.slot, Py_None);
+    return 0;
+}
+
+static char *address_of_slot(PyObject *slot)
+{
+    return (char *)PyLong_AsVoidPtr(PyTuple_GET_ITEM(slot, SLOT_ADDRESS));
+}
+
+/* Note whether the next piece that is received for `sub` will fit into a slot. */
+static void expect(PyObject *sub, Py_ssize_t count)
+{
+    set_slot(SLOT(sub, iocp_slots.association), iocp_slots.small, count < iocp_slots.slot_size ? Py_True : Py_False);
+}
+
+/* The `count` bytes in the slot of `sub`, which is given back. */
+static PyObject *take_from_slot(IocpTurns *self, PyObject *sub, Py_ssize_t count)
+{
+    PyObject *data = PyBytes_FromStringAndSize(address_of_slot(SLOT(sub, iocp_slots.slot)), count);
+    if (data == NULL || give_slot_back(self, sub) < 0)
+        Py_CLEAR(data);
+    else
+        expect(sub, count);
+    return data;
+}
+
+/* As _give_back of the driver, for a submission without a slot, an event or a wait. */
+static int give_back(IocpTurns *self, PyObject *sub)
+{
+    set_slot(sub, iocp_slots.op, Py_None);
+    set_slot(sub, iocp_slots.association, Py_None);
+    set_slot(sub, iocp_slots.keep, Py_None);
+    set_slot(sub, iocp_slots.finish, iocp_slots.nobody);
+    return PyList_Append(self->spare, sub);
+}
+
+/* Whether the stream `op` is to be armed.  In this order: once it is over, its submission may serve another. */
+static int wants_arming(PyObject *op, PyObject *sub)
+{
+    return SLOT(op, operation_slots.state) == operation_slots.in_flight && SLOT(op, operation_slots.paused) != Py_True
+           && SLOT(sub, iocp_slots.armed) != Py_True;
+}
+
+/* As _arm of the driver, for a stream that is in flight and neither armed nor paused: receive again.  That its socket
+ * has been closed, so that its number may be another's, is for the driver in Python too. */
+static int arm(IocpTurns *self, PyObject *op, PyObject *sub)
+{
+    PyObject *association = SLOT(sub, iocp_slots.association), *sock = SLOT(op, operation_slots.handle); /* borrowed */
+    PyObject *number = SLOT(op, operation_slots.fd), *address = SLOT(sub, iocp_slots.address), *slot, *done; /* as these are */
+    char *memory = NULL;
+    uintptr_t fd = number == NULL ? 0 : (uintptr_t)PyLong_AsVoidPtr(number);
+    int is_number = !PyErr_Occurred();
+    PyErr_Clear();
+    if (!is_number || association == Py_None || SLOT(association, iocp_slots.emulated) != Py_False || sock == NULL
+        || !is_socket(sock) || socket_descriptor(sock) != fd) {
+        done = PyObject_CallMethodOneArg((PyObject *)self, names.arm, op);
+        Py_XDECREF(done);
+        return done == NULL ? -1 : 0;
+    }
+    int skips = SLOT(association, iocp_slots.skips) == Py_True;
+    iocp_submission *native = PyLong_AsVoidPtr(address);
+    if (SLOT(association, iocp_slots.small) == Py_True && SLOT(op, operation_slots.get_buffer) == Py_None) {
+        slot = take_slot(self);
+        if (slot == NULL)
+            return -1;
+        if (slot != Py_None && !wants_arming(op, sub)) {
+            /* Making slots ran the garbage collector, and a finalizer has ended the stream. */
+            int failed = PyList_Append(SLOT(self->slots, iocp_slots.free), slot);
+            Py_DECREF(slot);
+            return failed;
+        }
+        if (slot != Py_None)
+            memory = address_of_slot(slot);
+        Py_XSETREF(SLOT(sub, iocp_slots.slot), slot);
+    }
+    if (PyDict_SetItem(self->outstanding, address, sub) < 0)
+        return -1;
+    set_slot(sub, iocp_slots.armed, Py_True);
+    long code = iocp_functions.receive(fd, native, memory, memory == NULL ? 0 : (unsigned long)iocp_slots.slot_size);
+    if (code == ERROR_IO_PENDING || (code == 0 && !skips))
+        return 0;
+    if (PyDict_DelItem(self->outstanding, address) < 0)
+        return -1;
+    return add_at_once(self, sub, code == 0 ? native->bytes : 0, code);
+}
+
+/* After a receive of the stream `op` has been delivered.  `more`: its buffer was full, there may be more. */
+static int go_on(IocpTurns *self, PyObject *op, PyObject *sub, int more)
+{
+    if (!wants_arming(op, sub))
+        return 0;
+    if (!more)
+        return arm(self, op, sub);
+    set_slot(sub, iocp_slots.armed, Py_True);
+    return add_at_once(self, sub, 0, 0);
+}
+
+/* As go_on, with an exception on its way up that ends the loop's run: another run may follow.  -1. */
+static int go_on_failing(IocpTurns *self, PyObject *op, PyObject *sub, int more)
+{
+    PyObject *exception = take_exception();
+    if (go_on(self, op, sub, more) < 0)
+        PyErr_Clear();
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+    return -1;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Completions
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* op.complete(value, None).  Takes `value` over, which may be NULL with an exception. */
+static int complete(IocpTurns *self, PyObject *op, PyObject *value)
+{
+    int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
+    self->driver.completions++;
+    Py_XDECREF(value);
+    return failed;
+}
+
+/* What a stream has got, and on with it.  Takes `value` over. */
+static int deliver_some(IocpTurns *self, PyObject *op, PyObject *sub, PyObject *value, int more)
+{
+    if (complete(self, op, value) < 0)
+        return go_on_failing(self, op, sub, more);
+    return go_on(self, op, sub, more);
+}
+
+/* self._end_with(sub, value, None); with NULL, with the exception that is set. */
+static int end_stream(IocpTurns *self, PyObject *sub, PyObject *value)
+{
+    PyObject *error = value == NULL ? take_exception() : Py_NewRef(Py_None);
+    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_with, sub, value == NULL ? Py_None : value,
+                                                error, NULL);
+    Py_XDECREF(error);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* As _receive_from_slot of the driver, for a stream that is in flight: `count` bytes are here already. */
+static int receive_from_slot(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t count)
+{
+    int full = count == iocp_slots.slot_size;
+    PyObject *data = take_from_slot(self, sub, count);
+    if (data == NULL)
+        return -1;
+    return deliver_some(self, op, sub, data, full);
+}
+
+/* As _receive_some of the driver, for a stream that is in flight and not paused: its socket has something. */
+static int receive_from_socket(IocpTurns *self, PyObject *op, PyObject *sub)
+{
+    int lent = SLOT(op, operation_slots.get_buffer) != Py_None, failed;
+    size_t before = self->expected;
+    struct piece piece;
+    switch (receive_for_stream(op, &self->expected, &piece)) {
+    case DATA:
+        if (!lent)
+            expect(sub, piece.size);
+        return deliver_some(self, op, sub, piece.value,
+                            !lent && ((size_t)piece.size == before || piece.size == SCRATCH_SIZE));
+    case END:
+        failed = end_stream(self, sub, piece.value);
+        Py_DECREF(piece.value);
+        return failed;
+    case NOTHING:
+        return go_on(self, op, sub, 0);
+    default:
+        return ends_the_loop() || SLOT(op, operation_slots.state) != operation_slots.in_flight
+                   ? go_on_failing(self, op, sub, 0)
+                   : end_stream(self, sub, NULL);
+    }
+}
+
+/* As _sent_some of the driver, when all is sent: the last completion of a SendAll. */
+static int end_send(IocpTurns *self, PyObject *op, PyObject *sub)
+{
+    PyObject *buffers = Py_NewRef(SLOT(op, operation_slots.all_buffers));
+    PyObject *size = Py_NewRef(SLOT(op, operation_slots.all_size));
+    /* Out of its line first: what is freed below may run code that submits another. */
+    int failed = PyList_SetSlice(SLOT(SLOT(sub, iocp_slots.association), iocp_slots.writing), 0, 1, NULL);
+    set_slot(op, operation_slots.all_sent, size);
+    if (!failed)
+        failed = PyList_SetSlice(buffers, 0, PyList_GET_SIZE(buffers), NULL);
+    Py_DECREF(buffers);
+    if (!failed) {
+        failed = give_back(self, sub) < 0 || land(&self->driver, op) < 0 || complete(self, op, Py_NewRef(size)) < 0
+                     ? -1
+                     : 0;
+    }
+    Py_DECREF(size);
+    return failed;
+}
+
+/* The number in a slot of an operation, which is open to everybody; -1 if there is none. */
+static Py_ssize_t number_in(PyObject *op, Py_ssize_t offset)
+{
+    PyObject *value = SLOT(op, offset);
+    Py_ssize_t number = value != NULL && PyLong_CheckExact(value) ? PyLong_AsSsize_t(value) : -1;
+    if (number < 0)
+        PyErr_Clear();
+    return number;
+}
+
+/* Whether `sub` needs no more to be given back than to be put down: it has no event and no wait. */
+static int is_plain(PyObject *sub)
+{
+    const iocp_submission *native = PyLong_AsVoidPtr(SLOT(sub, iocp_slots.address));
+    return !native->event && !native->wait;
+}
+
+/* Whether `count` bytes are all that is left to send; of a submission that needs no more to be given back, and of the
+ * only operation in its line. */
+static int sends_the_rest(PyObject *op, PyObject *sub, Py_ssize_t count)
+{
+    if ((PyObject *)Py_TYPE(op) != operation_slots.send_all || !is_plain(sub)
+        || SLOT(sub, iocp_slots.slot) != Py_None || Py_SIZE(SLOT(SLOT(sub, iocp_slots.association), iocp_slots.writing)) != 1)
+        return 0;
+    PyObject *buffers = SLOT(op, operation_slots.all_buffers); /* borrowed */
+    Py_ssize_t sent = number_in(op, operation_slots.all_sent);
+    return buffers != NULL && PyList_CheckExact(buffers) && sent >= 0
+           && sent + count == number_in(op, operation_slots.all_size);
+}
+
+/* Whether `op` is a stream that can be received for here. */
+static int receives(PyObject *op)
+{
+    return (PyObject *)Py_TYPE(op) == operation_slots.receive_stream
+           && SLOT(op, operation_slots.state) == operation_slots.in_flight
+           && SLOT(op, operation_slots.handle) != NULL && is_socket(SLOT(op, operation_slots.handle));
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Receiving once
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* What is known of `fd`; NULL if that is nothing, or with an exception. */
+static PyObject *association_of(IocpTurns *self, descriptor fd)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong((unsigned long long)fd);
+    PyObject *association = number == NULL || self->associations == NULL ? NULL : find(self->associations, number);
+    Py_XDECREF(number);
+    return association;
+}
+
+int iocp_busy(Driver *driver, descriptor fd, int writing)
+{
+    PyObject *association = association_of((IocpTurns *)driver, fd);
+    if (association == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    int busy = has_items(SLOT(association, writing ? iocp_slots.writing : iocp_slots.reading));
+    Py_DECREF(association);
+    return busy;
+}
+
+/* Whether requests can be made here for `fd`, a stream's, and nobody waits to receive; -1: error. */
+static int takes_requests(PyObject *association, descriptor fd)
+{
+    PyObject *sock = PyObject_CallNoArgs(SLOT(association, iocp_slots.handle));
+    if (sock == NULL)
+        return -1;
+    int takes = is_socket(sock) && socket_descriptor(sock) == fd && SLOT(association, iocp_slots.emulated) == Py_False
+                && SLOT(association, iocp_slots.skips) == Py_True && !has_items(SLOT(association, iocp_slots.reading));
+    Py_DECREF(sock);
+    return takes;
+}
+
+int iocp_takes_receive(Driver *driver, PyObject *op, descriptor fd, size_t size)
+{
+    PyObject *association = association_of((IocpTurns *)driver, fd);
+    int takes = association == NULL || ((IocpTurns *)driver)->port == NULL ? 0 : takes_requests(association, fd) > 0;
+    Py_XDECREF(association);
+    return takes;
+}
+
+/* A submission for the new operation `op`, with a slot if there is one and the next piece is expected to fit.  Making these
+ * may run anything. */
+static PyObject *take_submission(IocpTurns *self, PyObject *op, PyObject *association)
+{
+    Py_ssize_t spare = PyList_GET_SIZE(self->spare);
+    PyObject *sub = spare ? Py_NewRef(PyList_GET_ITEM(self->spare, spare - 1)) : PyObject_CallNoArgs(iocp_slots.submission);
+    if (sub != NULL && spare && PyList_SetSlice(self->spare, spare - 1, spare, NULL) < 0)
+        Py_CLEAR(sub);
+    PyObject *finish = sub == NULL ? NULL : PyObject_GetAttr((PyObject *)self, names.receive_once);
+    if (finish == NULL) {
+        Py_XDECREF(sub);
+        return NULL;
+    }
+    Py_XSETREF(SLOT(sub, iocp_slots.finish), finish);
+    set_slot(sub, iocp_slots.op, op);
+    set_slot(sub, iocp_slots.association, association);
+    if (SLOT(association, iocp_slots.small) == Py_True) {
+        PyObject *slot = take_slot(self);
+        if (slot == NULL)
+            Py_CLEAR(sub);
+        else
+            Py_XSETREF(SLOT(sub, iocp_slots.slot), slot);
+    }
+    return sub;
+}
+
+/* Put `sub` down, with whatever it has.  NULL, as there is nothing to return. */
+static PyObject *put_down(IocpTurns *self, PyObject *sub)
+{
+    PyObject *exception = PyErr_Occurred() ? take_exception() : NULL;
+    if ((SLOT(sub, iocp_slots.slot) != Py_None && give_slot_back(self, sub) < 0) || give_back(self, sub) < 0)
+        PyErr_Clear(); /* it is lost to the pool */
+    if (exception != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+        Py_DECREF(exception);
+    }
+    return NULL;
+}
+
+/* Put the operation of `sub`, whose request the kernel has or which waits for the next dispatch, in flight: None. */
+static PyObject *enter(IocpTurns *self, PyObject *op, PyObject *sub)
+{
+    set_slot(sub, iocp_slots.armed, Py_True);
+    set_slot(op, operation_slots.driver_data, sub);
+    if (launch(&self->driver, op) < 0
+        || PyList_Append(SLOT(SLOT(sub, iocp_slots.association), iocp_slots.reading), op) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* Ask the kernel for `size` bytes, or for none where there is no slot: bytes, None if the operation is in flight, NULL with
+ * an exception. */
+static PyObject *request(IocpTurns *self, PyObject *op, PyObject *sub, descriptor fd, size_t size)
+{
+    PyObject *address = SLOT(sub, iocp_slots.address), *slot = SLOT(sub, iocp_slots.slot); /* borrowed */
+    iocp_submission *native = PyLong_AsVoidPtr(address);
+    size_t room = size < (size_t)iocp_slots.slot_size ? size : (size_t)iocp_slots.slot_size;
+    if (PyDict_SetItem(self->outstanding, address, sub) < 0)
+        return put_down(self, sub);
+    long code = slot == Py_None ? iocp_functions.receive(fd, native, NULL, 0)
+                                : iocp_functions.receive(fd, native, address_of_slot(slot), (unsigned long)room);
+    if (code == ERROR_IO_PENDING)
+        return enter(self, op, sub);
+    if (PyDict_DelItem(self->outstanding, address) < 0)
+        return NULL;
+    if (code) {
+        PyErr_SetExcFromWindowsErr(PyExc_OSError, (int)code);
+        return put_down(self, sub);
+    }
+    if (slot == Py_None) /* something has come since recv was tried */
+        return add_at_once(self, sub, 0, 0) < 0 ? NULL : enter(self, op, sub);
+    PyObject *data = take_from_slot(self, sub, (Py_ssize_t)native->bytes);
+    if (give_back(self, sub) < 0)
+        Py_CLEAR(data);
+    return data;
+}
+
+PyObject *iocp_receive_for(Driver *driver, PyObject *op, descriptor fd, size_t size, size_t *expected)
+{
+    IocpTurns *self = (IocpTurns *)driver;
+    PyObject *association = association_of(self, fd), *answer = NULL, *sub;
+    int takes = association == NULL || self->port == NULL ? 0 : takes_requests(association, fd);
+    if (takes > 0 && SLOT(association, iocp_slots.small) != Py_True) {
+        answer = receive_now(fd, size, expected);
+        if (answer != NULL && answer != Py_None)
+            set_slot(association, iocp_slots.small,
+                     PyBytes_GET_SIZE(answer) < iocp_slots.slot_size ? Py_True : Py_False);
+        takes = answer == Py_None;
+    }
+    if (takes > 0) {
+        Py_CLEAR(answer);
+        sub = take_submission(self, op, association);
+        takes = sub == NULL || self->port == NULL ? 0 : takes_requests(association, fd);
+        if (takes > 0)
+            answer = request(self, op, sub, fd, size);
+        else if (sub != NULL)
+            put_down(self, sub);
+        Py_XDECREF(sub);
+    }
+    Py_XDECREF(association);
+    return answer;
+}
+
+/* As _leave_line of the driver, for an operation that reads. */
+static int leave_line(IocpTurns *self, PyObject *op, PyObject *association)
+{
+    PyObject *line = SLOT(association, iocp_slots.reading); /* borrowed */
+    if (PyList_GET_SIZE(line) == 1 && PyList_GET_ITEM(line, 0) == op)
+        return PyList_SetSlice(line, 0, 1, NULL);
+    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, names.leave_line, association, op, NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* As _receive_once of the driver, for a request that has brought data. */
+static int receive_once(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t count)
+{
+    PyObject *data;
+    if (SLOT(sub, iocp_slots.slot) != Py_None)
+        data = take_from_slot(self, sub, count);
+    else {
+        data = receive_for(op);
+        if (data == Py_None) {
+            Py_DECREF(data);
+            return NOT_PLAIN; /* somebody else was faster */
+        }
+        if (data != NULL)
+            expect(sub, PyBytes_GET_SIZE(data));
+    }
+    if (data == NULL)
+        return ends_the_loop() ? -1 : end_stream(self, sub, NULL);
+    PyObject *association = Py_NewRef(SLOT(sub, iocp_slots.association));
+    int failed = give_back(self, sub) < 0 || leave_line(self, op, association) < 0;
+    self->driver.completions++;
+    if (!failed)
+        failed = deliver_received(&self->driver, op, data);
+    Py_DECREF(association);
+    Py_DECREF(data);
+    return failed ? -1 : 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Datagrams
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* What `keep` is of a request for datagrams, a tuple: the memory, and the most bytes that a datagram may have. */
+enum { KEPT_MEMORY = 0, KEPT_MOST = 2 };
+
+/* DATAGRAMS_IN_A_TURN of ports/receiving.py. */
+enum { DATAGRAMS_IN_A_TURN = 16 };
+
+/* As _arm_datagrams of the driver, which does what is not plain. */
+static int arm_datagrams(IocpTurns *self, PyObject *op, PyObject *sub)
+{
+    PyObject *sock = SLOT(op, operation_slots.handle), *number = SLOT(op, operation_slots.fd); /* borrowed */
+    PyObject *association = SLOT(sub, iocp_slots.association), *keep = SLOT(sub, iocp_slots.keep);
+    if (SLOT(sub, iocp_slots.op) != op || SLOT(op, operation_slots.state) != operation_slots.in_flight
+        || SLOT(op, operation_slots.from_paused) == Py_True || SLOT(sub, iocp_slots.armed) == Py_True)
+        return 0;
+    uintptr_t fd = number == NULL ? 0 : (uintptr_t)PyLong_AsVoidPtr(number);
+    if (PyErr_Occurred() || SLOT(association, iocp_slots.emulated) != Py_False || socket_descriptor(sock) != fd) {
+        PyErr_Clear();
+        PyObject *done = PyObject_CallMethodOneArg((PyObject *)self, names.arm_datagrams, op);
+        Py_XDECREF(done);
+        return done == NULL ? -1 : 0;
+    }
+    PyObject *address = SLOT(sub, iocp_slots.address), *memory = PyTuple_GET_ITEM(keep, KEPT_MEMORY);
+    if (PyDict_SetItem(self->outstanding, address, sub) < 0)
+        return -1;
+    set_slot(sub, iocp_slots.armed, Py_True);
+    long code = iocp_functions.receive_from(fd, PyLong_AsVoidPtr(address), PyByteArray_AS_STRING(memory),
+                                            (unsigned long)PyByteArray_GET_SIZE(memory));
+    if (code == 0 || code == ERROR_IO_PENDING) /* these do not skip: an entry follows either way */
+        return 0;
+    /* There may be an entry all the same, see _submitted. */
+    PyObject *done = PyDict_DelItem(self->outstanding, address) < 0
+                         ? NULL
+                         : PyObject_CallMethod((PyObject *)self, "_submitted", "Ol", sub, code);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* As _received_datagram of the driver, for a stream that is in flight. */
+static int receive_datagram(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t count)
+{
+    PyObject *keep = SLOT(sub, iocp_slots.keep); /* borrowed */
+    const iocp_submission *native = PyLong_AsVoidPtr(SLOT(sub, iocp_slots.address));
+    int at_once = native->bytes > 0, failed = 0;
+    if (count > PyLong_AsSsize_t(PyTuple_GET_ITEM(keep, KEPT_MOST)))
+        return NOT_PLAIN;
+    PyObject *address = tuple_of((const struct sockaddr_storage *)native->area, native->address_length);
+    if (address == NULL) {
+        PyErr_Clear(); /* of a family that is not the Internet's */
+        return NOT_PLAIN;
+    }
+    const char *memory = PyByteArray_AS_STRING(PyTuple_GET_ITEM(keep, KEPT_MEMORY));
+    PyObject *value = Py_BuildValue("(y#N)", memory, count, address);
+    if (value == NULL)
+        return -1;
+    if (complete(self, op, value) < 0 && driver_go_on(&self->driver) < 0)
+        failed = -1;
+    /* One that was there when it was asked for is one of many: a call for each of the others, in place of two. */
+    if (!failed && at_once) {
+        int more = receive_datagrams_for((PyObject *)self, op, DATAGRAMS_IN_A_TURN);
+        if (more > 0)
+            self->driver.completions += (unsigned long long)more;
+        failed = more == -1;
+        if (failed && !ends_the_loop() && SLOT(sub, iocp_slots.op) == op)
+            return end_stream(self, sub, NULL);
+    }
+    if (!failed)
+        return arm_datagrams(self, op, sub);
+    PyObject *exception = take_exception(); /* it ends the loop's run: another run may follow */
+    if (arm_datagrams(self, op, sub) < 0)
+        PyErr_Clear();
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+    return -1;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The end of a request
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Whether `sub` is that of a Receive on a stream; one for a message has memory in `keep`. */
+static int receives_once(PyObject *op, PyObject *sub)
+{
+    PyObject *state = SLOT(op, operation_slots.state), *sock = SLOT(op, operation_slots.handle); /* borrowed */
+    return (PyObject *)Py_TYPE(op) == operation_slots.receive && SLOT(sub, iocp_slots.keep) == Py_None
+           && (state == operation_slots.in_flight || state == operation_slots.cancelling) && is_plain(sub)
+           && (SLOT(sub, iocp_slots.slot) != Py_None || (sock != NULL && is_socket(sock) && never_waits(sock)));
+}
+
+/* Whether `op` is a stream of datagrams that can be received for here. */
+static int receives_datagrams(PyObject *op, PyObject *sub)
+{
+    PyObject *keep = SLOT(sub, iocp_slots.keep); /* borrowed */
+    return (PyObject *)Py_TYPE(op) == operation_slots.receive_from_stream
+           && SLOT(op, operation_slots.state) == operation_slots.in_flight && SLOT(op, operation_slots.handle) != NULL
+           && is_socket(SLOT(op, operation_slots.handle)) && PyTuple_CheckExact(keep) && is_plain(sub);
+}
+
+int iocp_finish(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t count)
+{
+    int has_slot = SLOT(sub, iocp_slots.slot) != Py_None;
+    if (receives(op) && (!has_slot || count > 0)) {
+        if (has_slot)
+            return receive_from_slot(self, op, sub, count);
+        if (SLOT(op, operation_slots.paused) == Py_True)
+            return 0; /* what there is stays in the socket; resume() asks again */
+        return receive_from_socket(self, op, sub);
+    }
+    if (receives_once(op, sub))
+        return receive_once(self, op, sub, count);
+    if (receives_datagrams(op, sub))
+        return receive_datagram(self, op, sub, count);
+    return sends_the_rest(op, sub, count) ? end_send(self, op, sub) : NOT_PLAIN;
+}
+
+#endif
