@@ -103,8 +103,8 @@ class Life:
 
     def come(self, protocol: Noted, name: str, *args: Any) -> Any:
         """The callback `name` of `protocol` has been called."""
-        # asyncio binds a call of a process to its protocol when it schedules it: what came in the turn of a change is told
-        # to the earlier one.
+        # asyncio binds a call of a process to its protocol when it schedules it: what came in the turn of a change is
+        # told to the earlier one.
         self.check(
             protocol is self.protocol or isinstance(protocol, Process), f"{name} of a protocol that was replaced"
         )
