@@ -83,7 +83,7 @@ async def _with_protocol(load: _Load, factory: Callable[[_Load], asyncio.BasePro
     if load.path is not None:
         await loop.create_unix_connection(make, load.path)
     else:
-        await loop.create_connection(make, _HOST, load.port)
+        await loop.create_connection(make, _HOST, cast(int, load.port))
     await load.lost
 
 
