@@ -99,7 +99,7 @@ download() { # VERSION, then what pip download takes
     shift
     "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "${version%t}" \
         --implementation cp $(abi_of "$version") --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
-        --platform "manylinux_2_34_$machine" --platform "manylinux_2_36_$machine" "$@"
+        --platform "manylinux_2_34_$machine" --platform "manylinux_2_36_$machine" --platform "manylinux_2_39_$machine" "$@"
 }
 for version in $versions; do
     wheels=$root/wheels/$version
