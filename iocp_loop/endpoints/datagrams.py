@@ -22,10 +22,10 @@ from typing import Any, cast
 
 from .. import operations as ops
 from ..debugging import context_for, unclosed
+from ..flow import FlowControl
 from ..native import hot
 from ..operations import was_cancelled
 from ..proactor import Proactor
-from ..transports import FlowControl
 
 __all__ = ["DatagramTransport"]
 

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from ..debugging import context_for, unclosed
+from ..flow import FlowControl
 from ..operations import writable_view
-from ..transports import FlowControl
 
 __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
 
