@@ -35,6 +35,7 @@ LAYERS = [
     "pipes.transports pipes.channels pipes.__init__ endpoints.listener",
     "transports",
     "streams",
+    "life",
     "flow proactor endpoints.sendfile endpoints.__init__ debugging ports.iocp.handles",
     "ports.__init__",
     "ports.port",
