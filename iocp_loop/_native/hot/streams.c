@@ -46,7 +46,7 @@ static struct hot *hot_of_stream(PyObject *self) { return hot_of(Py_TYPE(self), 
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef _WIN32
-/* As _MOST_AT_ONCE in transports.py. */
+/* As in streams.py. */
 enum { MOST_AT_ONCE = 256 * 1024 };
 #endif
 
