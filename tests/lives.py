@@ -44,7 +44,7 @@ client = functools.cache(client_context)
 
 @functools.cache
 def server() -> ssl.SSLContext:
-    """It issues no session tickets: they come without being asked for, alone or together with what the peer says first."""
+    """It issues no session tickets: they come unasked, alone or together with what the peer says first."""
     context = server_context()
     context.num_tickets = 0
     return context
