@@ -34,6 +34,7 @@ LAYERS = [
     "endpoints.datagrams endpoints.tls pipes.named pipes.unix pipes.windows",
     "pipes.transports pipes.channels pipes.__init__ endpoints.listener",
     "transports",
+    "connections",
     "streams",
     "flow proactor endpoints.sendfile endpoints.__init__ debugging ports.iocp.handles",
     "ports.__init__",
@@ -53,7 +54,7 @@ LAYERS = [
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
-    "hot/epoll.h hot/iocp.h hot/sockets.h hot/turns.h",
+    "hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
     "hot/calls.h hot/driver.h hot/handles.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
@@ -67,7 +68,9 @@ NATIVE_TIER = [
     "epoll iocp_sockets schedule tasks",
     "epoll_watches ready",
     "ahead epoll_waits",
-    "connections sockets streams tls",
+    "transports",
+    "connections",
+    "accepting sockets streams tls",
     "datagrams driver handles receiving",
     "timers",
     "shared",

@@ -10,9 +10,11 @@
  *   tasks.c     create_future and create_task                                    (asyncio's)
  *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
  *   streams.c   the write and the receive of a stream transport                  (streams.py)
+ *   connections.c  how it is made, begins and ends                               (connections.py)
+ *   transports.c   its type
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
- *   connections.c accepting                                                      (ports/poll/driver.py)
+ *   accepting.c accepting                                                        (ports/poll/driver.py)
  *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
  *   receiving.c one receive from a stream socket                             (ports/receiving.py)
  *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
@@ -126,6 +128,11 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 
 /* The names that are looked up again and again, made once. */
 extern struct names {
+    PyObject *attach, *begin, *call_connection_lost, *call_soon, *cancel, *cancelled, *choose_receiver, *close,
+        *connection_lost, *connection_made, *copy, *data, *detach, *end_unclosed, *eof_received, *fail_file, *fileno,
+        *get_buffer_of_protocol, *get_extra_info, *getpeername, *getsockname, *in_flight, *let_go, *peername,
+        *receive_stream, *received, *received_into, *remove, *set_exception, *set_protocol, *sockname,
+        *transport_refs, *transports; /* of connections.c */
     PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
@@ -209,6 +216,10 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+/* Whether it is one of TCP. */
+int is_tcp_socket(PyObject *sock);
+/* sock.close(), for a socket of any kind. */
+int close_socket(PyObject *sock);
 #ifdef __linux__
 /* A socket object for `fd`, which it takes over: a non-blocking stream socket of the family and protocol of `like`.  What the
  * constructor does, without asking the system for what is known. */
@@ -242,7 +253,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations);
 int intern_names(void);
 int check_sockets(void);
 
-PyObject *make_stream_type(PyObject *module, PyObject *base);
+PyObject *make_stream_type(PyObject *module, PyObject *args);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef __linux__
 #include <time.h>
@@ -274,7 +285,7 @@ static inline int64_t clock_ns(void)
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* connections.c */
+/* accepting.c */
 PyObject *accept_connection(PyObject *module, PyObject *listener);
 
 #endif

@@ -17,7 +17,8 @@ static PyMethodDef module_methods[] = {
     {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
 #endif
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
-    {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
+    {"stream_type", make_stream_type, METH_VARARGS,
+     "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
     {NULL, NULL, 0, NULL},
 };
 

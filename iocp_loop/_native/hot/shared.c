@@ -5,6 +5,7 @@
 #ifdef _WIN32
 #include <winsock2.h>
 #else
+#include <netinet/in.h>
 #include <sys/socket.h>
 #endif
 
@@ -152,6 +153,9 @@ struct socket_object {
     int64_t timeout; /* ns; negative for ever */
 };
 
+/* _socket.socket.close. */
+static PyObject *socket_close;
+
 /* The slots of socket.socket; -1 where objects are made by its constructor. */
 static Py_ssize_t socket_references = -1, socket_closed = -1;
 
@@ -174,6 +178,29 @@ int never_waits(PyObject *sock)
 #endif
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
+
+int is_tcp_socket(PyObject *sock)
+{
+    const struct socket_object *read = (struct socket_object *)sock;
+    return (read->family == AF_INET || read->family == AF_INET6) && (read->proto == 0 || read->proto == IPPROTO_TCP);
+}
+
+/* What socket.close does, without its frames; while somebody has a file of the socket's (makefile), that is the last to close. */
+int close_socket(PyObject *sock)
+{
+    PyObject *done;
+    if (!Py_IS_TYPE(sock, socket_class) || socket_closed < 0)
+        done = PyObject_CallMethodNoArgs(sock, names.close);
+    else {
+        put_reference(sock, &SLOT(sock, socket_closed), Py_NewRef(Py_True));
+        PyObject *references = SLOT(sock, socket_references); /* borrowed */
+        if (references != NULL && PyLong_Check(references) && PyLong_AsLong(references) > 0)
+            return 0;
+        done = PyObject_CallOneArg(socket_close, sock);
+    }
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
 
 #ifdef __linux__
 PyObject *make_stream_socket(PyObject *like, int fd)
@@ -257,6 +284,7 @@ int check_sockets(void)
         && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(sock)) {
         socket_class = (PyTypeObject *)Py_NewRef(class);
         socket_type = (PyTypeObject *)Py_NewRef(type);
+        socket_close = PyObject_GetAttr(type, names.close);
     }
     PyErr_Clear();
     Py_XDECREF(sock);
@@ -435,6 +463,39 @@ int intern_names(void)
         const char *text;
     } table[] = {
         {&names.abandon, "abandon"},
+        {&names.attach, "_attach"},
+        {&names.begin, "_begin"},
+        {&names.call_connection_lost, "_call_connection_lost"},
+        {&names.call_soon, "call_soon"},
+        {&names.cancel, "cancel"},
+        {&names.cancelled, "cancelled"},
+        {&names.choose_receiver, "_choose_receiver"},
+        {&names.close, "close"},
+        {&names.connection_lost, "connection_lost"},
+        {&names.connection_made, "connection_made"},
+        {&names.copy, "copy"},
+        {&names.data, "data"},
+        {&names.detach, "_detach"},
+        {&names.end_unclosed, "_end_unclosed"},
+        {&names.eof_received, "eof_received"},
+        {&names.fail_file, "_fail_file"},
+        {&names.fileno, "fileno"},
+        {&names.get_buffer_of_protocol, "_get_buffer_of_protocol"},
+        {&names.get_extra_info, "get_extra_info"},
+        {&names.getpeername, "getpeername"},
+        {&names.getsockname, "getsockname"},
+        {&names.in_flight, "in_flight"},
+        {&names.let_go, "let_go"},
+        {&names.peername, "peername"},
+        {&names.receive_stream, "receive_stream"},
+        {&names.received, "_received"},
+        {&names.received_into, "_received_into"},
+        {&names.remove, "_remove"},
+        {&names.set_exception, "set_exception"},
+        {&names.set_protocol, "set_protocol"},
+        {&names.sockname, "sockname"},
+        {&names.transport_refs, "_transport_refs"},
+        {&names.transports, "_transports"},
         {&names.accept_some, "_accept_some"},
         {&names.append, "append"},
         {&names.arm, "_arm"},

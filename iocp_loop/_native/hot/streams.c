@@ -1,12 +1,10 @@
 /*
  * The two functions that every message goes through, for a stream transport: _received, which gives the protocol what
- * has come, and write, which tries to send at once.  All that is rare (an error, the end, a full socket) is left to the
- * class in Python above it, by calling a method of that.
- *
- * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
+ * has come, and write, which tries to send at once.  All that is rare (an error, a full socket) is left to the
+ * class in Python above it, by calling a method of that; the end is for connections.c.
  */
 
-#include "hot.h"
+#include "streams.h"
 
 #ifdef _WIN32
 #include <winsock2.h>
@@ -15,17 +13,7 @@
 #include <sys/socket.h>
 #endif
 
-struct stream {
-    PyObject *sock, *protocol, *context;
-    char direct;  /* write may send at once: nothing is queued, nothing has ended */
-    char paused, closing;
-    char by_call; /* `sock` is a plain socket, so that its descriptor can be used */
-};
-
-static PyTypeObject *Stream_type;
-static Py_ssize_t stream_offset; /* of `struct stream` in an instance */
-
-static struct stream *stream_of(PyObject *self) { return (struct stream *)((char *)self + stream_offset); }
+struct streams streams;
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * What the system says
@@ -63,7 +51,7 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
  * The methods
  * ------------------------------------------------------------------------------------------------------------------ */
 
-static PyObject *stream_write(PyObject *self, PyObject *data)
+PyObject *stream_write(PyObject *self, PyObject *data)
 {
     struct stream *stream = stream_of(self);
     if (!stream->direct || !PyBytes_CheckExact(data))
@@ -133,7 +121,7 @@ static PyObject *give(PyObject *self, PyObject *data)
     return result;
 }
 
-static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
@@ -205,7 +193,7 @@ static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buf
 }
 
 /* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
-static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     struct stream *stream = stream_of(self);
     Py_ssize_t hint = -1;
@@ -284,7 +272,7 @@ static int copy_to_protocol(PyObject *self, PyObject *data)
     return count < size ? go_on_with_rest(self, data, count) : failed;
 }
 
-static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     struct stream *stream = stream_of(self);
     if (count != 2 || stream->context == NULL || stream->protocol == NULL) {
@@ -316,7 +304,7 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef __linux__
-int is_stream(PyObject *self) { return Stream_type != NULL && PyObject_TypeCheck(self, Stream_type); }
+int is_stream(PyObject *self) { return streams.type != NULL && PyObject_TypeCheck(self, streams.type); }
 
 void fetch_stream(PyObject *self)
 {
@@ -337,159 +325,3 @@ void fetch_stream_parts(PyObject *self)
         fetch(stream->sock, 32);
 }
 #endif
-
-/* ---------------------------------------------------------------------------------------------------------------------
- * The type
- * ------------------------------------------------------------------------------------------------------------------ */
-
-static PyObject *get_sock(PyObject *self, void *ignored)
-{
-    PyObject *sock = take_reference(self, &stream_of(self)->sock);
-    if (sock == NULL)
-        PyErr_SetString(PyExc_AttributeError, "_sock");
-    return sock;
-}
-
-static int set_sock(PyObject *self, PyObject *value, void *ignored)
-{
-    struct stream *stream = stream_of(self);
-    stream->by_call = value != NULL && is_socket(value);
-    put_reference(self, &stream->sock, Py_XNewRef(value));
-    return 0;
-}
-
-/* The slots of the classes in Python beneath us.  Their own functions can't be asked to see to them: those begin at the
- * type of the object, and would come back to ours. */
-static Py_ssize_t base_slots[32];
-static size_t base_slot_count;
-
-static int find_base_slots(PyTypeObject *base)
-{
-    PyObject *mro = base->tp_mro, *key, *value; /* borrowed */
-    base_slot_count = 0;
-    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(mro); n++) {
-        PyObject *dict = PyObject_GetAttrString(PyTuple_GET_ITEM(mro, n), "__dict__"), *copy;
-        copy = dict == NULL ? NULL : PyObject_CallMethod(dict, "copy", NULL);
-        Py_XDECREF(dict);
-        if (copy == NULL)
-            return -1;
-        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);) {
-            if (!Py_IS_TYPE(value, &PyMemberDescr_Type) || ((PyMemberDescrObject *)value)->d_member->type != T_OBJECT_EX)
-                continue;
-            if (base_slot_count == sizeof(base_slots) / sizeof(*base_slots)) {
-                Py_DECREF(copy);
-                PyErr_SetString(PyExc_ImportError, "more slots than streams.c has room for");
-                return -1;
-            }
-            base_slots[base_slot_count++] = ((PyMemberDescrObject *)value)->d_member->offset;
-        }
-        Py_DECREF(copy);
-    }
-    return 0;
-}
-
-static int stream_clear(PyObject *self)
-{
-    struct stream *stream = stream_of(self);
-    stream->direct = stream->by_call = 0;
-    Py_CLEAR(stream->sock);
-    Py_CLEAR(stream->protocol);
-    Py_CLEAR(stream->context);
-    for (size_t n = 0; n < base_slot_count; n++)
-        Py_CLEAR(SLOT(self, base_slots[n]));
-    return 0;
-}
-
-static int stream_traverse(PyObject *self, visitproc visit, void *arg)
-{
-    struct stream *stream = stream_of(self);
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(stream->sock);
-    Py_VISIT(stream->protocol);
-    Py_VISIT(stream->context);
-    for (size_t n = 0; n < base_slot_count; n++)
-        Py_VISIT(SLOT(self, base_slots[n]));
-    return 0;
-}
-
-static void stream_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    stream_clear(self);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)
-{
-    return PyBool_FromLong(stream_of(self)->closing);
-}
-
-static PyMethodDef stream_methods[] = {
-    {"is_closing", stream_is_closing, METH_NOARGS,
-     "is_closing($self)\n--\n\nTrue once ``close`` or ``abort`` was called, or the connection was lost."},
-    {"write", stream_write, METH_O,
-     "write($self, data)\n--\n\n"
-               "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."},
-    {"_received", (PyCFunction)(void (*)(void))stream_received, METH_FASTCALL,
-     "A completion for a Protocol: data, the end (empty), or an error."},
-    {"_received_into", (PyCFunction)(void (*)(void))stream_received_into, METH_FASTCALL,
-     "A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."},
-    {"_get_buffer_of_protocol", (PyCFunction)(void (*)(void))stream_get_buffer, METH_FASTCALL,
-     "A buffer to receive into; None if there must be none now, or the protocol failed to give one."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyGetSetDef stream_getset[] = {
-    {"_sock", get_sock, set_sock, NULL, NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
-PyObject *make_stream_type(PyObject *module, PyObject *base)
-{
-    if (Stream_type != NULL)
-        return Py_NewRef(Stream_type);
-    if (!PyType_Check(base) || !PyType_IS_GC((PyTypeObject *)base) || ((PyTypeObject *)base)->tp_dictoffset
-        || ((PyTypeObject *)base)->tp_weaklistoffset) {
-        PyErr_SetString(PyExc_TypeError, "the base must be a class with nothing but slots");
-        return NULL;
-    }
-    if (find_base_slots((PyTypeObject *)base) < 0)
-        return NULL;
-    stream_offset = ((PyTypeObject *)base)->tp_basicsize;
-    static PyMemberDef members[] = {
-        {"_protocol", T_OBJECT_EX, 0, 0, NULL},
-        {"_context", T_OBJECT_EX, 0, 0, NULL},
-        {"_direct", T_BOOL, 0, 0, NULL},
-        {"_paused", T_BOOL, 0, 0, NULL},
-        {"_closing", T_BOOL, 0, 0, NULL},
-        {NULL, 0, 0, 0, NULL},
-    };
-    members[0].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, protocol);
-    members[1].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, context);
-    members[2].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, direct);
-    members[3].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, paused);
-    members[4].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, closing);
-    PyType_Slot slots[] = {
-        {Py_tp_dealloc, stream_dealloc},
-        {Py_tp_traverse, stream_traverse},
-        {Py_tp_clear, stream_clear},
-        {Py_tp_methods, stream_methods},
-        {Py_tp_members, members},
-        {Py_tp_getset, stream_getset},
-        {Py_tp_doc, (char *)"A stream transport's way of one message in and out."},
-        {0, NULL},
-    };
-    PyType_Spec spec = {
-        .name = "iocp_loop._hot.Stream",
-        .basicsize = (int)(stream_offset + (Py_ssize_t)sizeof(struct stream)),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-        .slots = slots,
-    };
-    PyObject *bases = PyTuple_Pack(1, base);
-    Stream_type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, bases);
-    Py_XDECREF(bases);
-    Py_XINCREF(Stream_type);
-    return (PyObject *)Stream_type;
-}

@@ -1,0 +1,72 @@
+/*
+ * A stream transport in the native tier: the way of one message (streams.c), its life (connections.c), its type
+ * (transports.c).
+ *
+ * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
+ */
+#ifndef IOCP_LOOP_STREAMS_H
+#define IOCP_LOOP_STREAMS_H
+
+#include "hot.h"
+
+enum { STREAM_OBJECTS = 12 };
+struct stream {
+    union {
+        PyObject *objects[STREAM_OBJECTS]; /* NULL before __init__, and once the garbage collector has cleared them */
+        struct {
+            PyObject *sock, *protocol, *context, *proactor, *server, *receive, *sending, *file, *queue, *held, *info;
+            PyObject *peername; /* the object, or bytes: the name as the system gave it, see name_is_raw */
+        };
+    };
+    PyObject *sockname; /* as the system gave it, once the socket is closed; else NULL */
+    Py_ssize_t queued;
+    int writes_after_loss;
+    char direct;  /* write may send at once: nothing is queued, nothing has ended */
+    char paused, closing, lost, eof_asked, at_eof, buffered;
+    char alive;       /* made, and connection_lost has not run */
+    char by_call;     /* `sock` is a plain socket, so that its descriptor can be used */
+    char name_is_raw; /* of the peer */
+};
+
+enum { BASE_SLOTS = 32 };
+extern struct streams {
+    PyTypeObject *type;
+    Py_ssize_t offset; /* of `struct stream` in an instance */
+    /* The slots of the classes in Python beneath us.  Their own functions can't be asked to see to them: those begin at the
+     * type of the object, and would come back to ours. */
+    Py_ssize_t slots[BASE_SLOTS];
+    size_t slot_count;
+    Py_ssize_t loop, protocol_paused, high_water, low_water; /* those of flow control */
+    PyObject *high, *low;                                    /* its limits for a new transport */
+    PyObject *buffered_protocol, *takes_bytes;               /* classes of protocols */
+    PyObject *context_for, *send_without_delay;              /* functions in Python for what is rare */
+    PyTypeObject *keyed_ref; /* weakref.KeyedRef, and its slot */
+    Py_ssize_t key;
+    PyObject *context_keyword; /* ("context",) */
+    int servers_count; /* a server counts its connections, and does not know them */
+} streams;
+
+static inline struct stream *stream_of(PyObject *self) { return (struct stream *)((char *)self + streams.offset); }
+
+/* streams.c */
+PyObject *stream_write(PyObject *self, PyObject *data);
+PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* connections.c */
+int stream_init(PyObject *self, PyObject *args, PyObject *kwargs);
+void stream_finalize(PyObject *self);
+PyObject *stream_begin(PyObject *self, PyObject *waiter);
+PyObject *stream_arm_receive(PyObject *self, PyObject *ignored);
+PyObject *stream_set_protocol(PyObject *self, PyObject *protocol);
+PyObject *stream_receive_ended(PyObject *self, PyObject *error);
+PyObject *stream_close(PyObject *self, PyObject *ignored);
+PyObject *stream_stop_receiving(PyObject *self, PyObject *ignored);
+PyObject *stream_lose_connection(PyObject *self, PyObject *exception);
+PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception);
+PyObject *stream_release_socket(PyObject *self, PyObject *ignored);
+PyObject *stream_peername(PyObject *self, void *ignored);
+PyObject *stream_sockname(PyObject *self, void *ignored);
+
+#endif
