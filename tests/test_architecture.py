@@ -36,6 +36,7 @@ LAYERS = [
     "transports",
     "connections",
     "streams",
+    "life",
     "flow proactor endpoints.sendfile endpoints.__init__ debugging ports.iocp.handles",
     "ports.__init__",
     "ports.port",
