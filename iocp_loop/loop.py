@@ -214,7 +214,9 @@ class IocpEventLoop(
                     **more,
                 )
 
-        self._listeners[sock] = Listener(self, self._proactor, sock, welcome, context)
+        plain = sslcontext is None and type(self)._make_socket_transport is IocpEventLoop._make_socket_transport
+        serves = (protocol_factory, server, SocketTransport) if plain else None
+        self._listeners[sock] = Listener(self, self._proactor, sock, welcome, context, serves)
 
     def _stop_serving(self, sock: socket.socket) -> None:
         self._remove_socket_file(sock)

@@ -55,7 +55,7 @@ LAYERS = [
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
-    "hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
+    "hot/accepting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
     "hot/calls.h hot/driver.h hot/handles.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
@@ -69,9 +69,9 @@ NATIVE_TIER = [
     "epoll iocp_sockets schedule tasks",
     "epoll_watches ready",
     "ahead epoll_waits",
-    "transports",
+    "accepting transports",
     "connections",
-    "accepting sockets streams tls",
+    "sockets streams tls",
     "datagrams driver handles receiving",
     "timers",
     "shared",

@@ -45,8 +45,7 @@ static int call_soon(PyObject *self, PyObject *name, PyObject *argument, PyObjec
  * Names
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* What a name, as the system gave it, is to Python: what the socket module makes of it. */
-static PyObject *name_object(PyObject *raw)
+PyObject *name_object(PyObject *raw)
 {
     struct sockaddr_storage address = {0};
     size_t length = (size_t)PyBytes_GET_SIZE(raw);
@@ -63,6 +62,20 @@ static PyObject *name_object(PyObject *raw)
     return make_tuple(&address);
 }
 
+int is_name_known(PyObject *raw)
+{
+    struct sockaddr_storage address = {0};
+    size_t length = (size_t)PyBytes_GET_SIZE(raw);
+    if (length >= sizeof address)
+        return 0;
+    memcpy(&address, PyBytes_AS_STRING(raw), length);
+#ifdef __linux__
+    if (address.ss_family == AF_UNIX)
+        return 1;
+#endif
+    return address.ss_family == AF_INET || address.ss_family == AF_INET6;
+}
+
 /* The name of the peer of a plain socket, or its own, as the system gives it: bytes; NULL if it gives none, or one that
  * name_object knows nothing of. */
 static PyObject *raw_name(PyObject *sock, int of_peer)
@@ -71,13 +84,11 @@ static PyObject *raw_name(PyObject *sock, int of_peer)
     socklen_t length = sizeof address;
     struct sockaddr *place = (struct sockaddr *)&address;
     descriptor fd = socket_descriptor(sock);
-    if ((of_peer ? getpeername(fd, place, &length) : getsockname(fd, place, &length)) != 0 || length >= sizeof address)
+    if ((of_peer ? getpeername(fd, place, &length) : getsockname(fd, place, &length)) != 0 || length > sizeof address)
         return NULL;
-    int known = address.ss_family == AF_INET || address.ss_family == AF_INET6;
-#ifdef __linux__
-    known |= address.ss_family == AF_UNIX;
-#endif
-    PyObject *raw = known ? PyBytes_FromStringAndSize((char *)&address, (Py_ssize_t)length) : NULL;
+    PyObject *raw = PyBytes_FromStringAndSize((char *)&address, (Py_ssize_t)length);
+    if (raw != NULL && !is_name_known(raw))
+        Py_CLEAR(raw);
     PyErr_Clear();
     return raw;
 }
@@ -237,6 +248,11 @@ static int parse_arguments(PyObject *args, PyObject *kwargs, struct arguments *g
 /* Take what get_extra_info is to know, out of which comes the peer's name, or ask for that. */
 static int take_extra(struct stream *stream, PyObject *extra)
 {
+    if (PyBytes_CheckExact(extra)) { /* of a connection that was accepted here */
+        stream->name_is_raw = 1;
+        Py_XSETREF(stream->peername, Py_NewRef(extra));
+        return 0;
+    }
     if (!PyDict_Check(extra) || PyDict_GET_SIZE(extra) == 0)
         return keep_peername(stream);
     PyObject *name = find(extra, names.peername);

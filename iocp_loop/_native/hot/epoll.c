@@ -12,6 +12,7 @@
 
 #include <errno.h>
 
+#include "accepting.h"
 #include "receiving.h"
 
 PyTypeObject *EpollTurns_type;
@@ -159,6 +160,55 @@ static int tell(EpollTurns *self, PyObject *op, unsigned held)
     return failed;
 }
 
+/* How many connections `op` may accept now: one, and twice as many in each turn that finds more left; what one process leaves,
+ * others that share the listener may take.  0 with an exception. */
+static int burst_of(EpollTurns *self, PyObject *op)
+{
+    enum { ACCEPTS_IN_A_TURN = 16 };
+    PyObject *before = SLOT(op, operation_slots.driver_data); /* borrowed */
+    int burst = 1;
+    unsigned long long turn = self->driver.waits;
+    if (before != NULL && before != Py_None && !PyArg_ParseTuple(before, "iK", &burst, &turn))
+        return 0;
+    if (turn != self->driver.waits)
+        burst = 1;
+    PyObject *next = Py_BuildValue("iK", 2 * burst < ACCEPTS_IN_A_TURN ? 2 * burst : ACCEPTS_IN_A_TURN, self->driver.waits + 1);
+    if (next == NULL)
+        return 0;
+    put_reference(op, &SLOT(op, operation_slots.driver_data), next);
+    return burst;
+}
+
+static int accept_some(EpollTurns *self, PyObject *op)
+{
+    PyObject *listener = SLOT(op, operation_slots.handle), *error; /* the first is borrowed */
+    if (listener == NULL || !is_socket(listener) || !is_stream_socket(listener))
+        return driver_call(&self->driver, names.accept_some, op);
+    int burst = burst_of(self, op), failed = burst > 0 ? 0 : -1;
+    for (; !failed && burst > 0 && SLOT(op, operation_slots.state) != operation_slots.done; burst--)
+        switch (accept_for_stream(op)) {
+        case NONE_LEFT:
+            put_reference(op, &SLOT(op, operation_slots.driver_data), Py_NewRef(Py_None));
+            return 0;
+        case ABORTED:
+            return 0;
+        case UNHEARD:
+            failed = driver_go_on(&self->driver);
+        /* fall through */
+        case ACCEPTED:
+            self->driver.completions++;
+            break;
+        case NOT_ACCEPTED:
+            if (ends_the_loop())
+                return -1;
+            error = take_exception();
+            failed = end_stream(self, op, Py_None, error);
+            Py_DECREF(error);
+            return failed;
+        }
+    return failed;
+}
+
 static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event event)
 {
     PyObject *stream = watch_stream_of(watch), *alone;
@@ -174,7 +224,7 @@ static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event even
     if (alone != NULL && (PyObject *)Py_TYPE(alone) == operation_slots.readiness_stream)
         failed = tell(self, alone, event.events);
     else if (alone != NULL && (PyObject *)Py_TYPE(alone) == operation_slots.accept_stream)
-        failed = driver_call(&self->driver, names.accept_some, alone);
+        failed = accept_some(self, alone);
     else
         failed = epoll_dispatch_other(self, watch, event);
     Py_XDECREF(alone);
@@ -199,7 +249,7 @@ int epoll_deliver(Driver *driver)
 {
     EpollTurns *self = (EpollTurns *)driver;
     while (self->next < self->count && driver->delivered < DELIVER_MOST) {
-        if (self->next >= self->looked_at)
+        if (self->next >= self->looked_at && self->count > 1) /* one has nobody to be fetched beside */
             look_at_watches(self);
         if (deliver(self, self->events[self->next++]) < 0 && driver_go_on(driver) < 0)
             return -1;

@@ -14,7 +14,7 @@
  *   transports.c   its type
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
- *   accepting.c accepting                                                        (ports/poll/driver.py)
+ *   accepting.c accepting, and what becomes of it        (ports/poll/driver.py, endpoints/listener.py)
  *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
  *   receiving.c one receive from a stream socket                             (ports/receiving.py)
  *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
@@ -129,9 +129,9 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 /* The names that are looked up again and again, made once. */
 extern struct names {
     PyObject *attach, *begin, *call_connection_lost, *call_soon, *cancel, *cancelled, *choose_receiver, *close,
-        *connection_lost, *connection_made, *copy, *data, *detach, *end_unclosed, *eof_received, *fail_file, *fileno,
+        *connection_lost, *connection_made, *copy, *data, *detach, *end_unclosed, *ended, *eof_received, *fail_file, *fileno,
         *get_buffer_of_protocol, *get_extra_info, *getpeername, *getsockname, *in_flight, *let_go, *peername,
-        *receive_stream, *received, *received_into, *remove, *set_exception, *set_protocol, *sockname,
+        *receive_stream, *received, *received_into, *remove, *report_failure, *set_exception, *set_protocol, *sockname,
         *transport_refs, *transports; /* of connections.c */
     PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
@@ -284,9 +284,6 @@ static inline int64_t clock_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
-
-/* accepting.c */
-PyObject *accept_connection(PyObject *module, PyObject *listener);
 
 #endif
 

@@ -54,7 +54,10 @@ PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t coun
 PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
-/* connections.c */
+/* connections.c.  A name of a socket, bytes as the system gave it: whether name_object knows its family, and what the socket
+ * module makes of it. */
+int is_name_known(PyObject *raw);
+PyObject *name_object(PyObject *raw);
 int stream_init(PyObject *self, PyObject *args, PyObject *kwargs);
 void stream_finalize(PyObject *self);
 PyObject *stream_begin(PyObject *self, PyObject *waiter);
