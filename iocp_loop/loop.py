@@ -70,6 +70,7 @@ class IocpEventLoop(
         self._listeners: dict[socket.socket, Listener] = {}
         self._transports = weakref.WeakValueDictionary()
         self._transport_refs = self._transports.data  # type: ignore[attr-defined]  # not in typeshed
+        self._forget_transport = self._transports._remove  # type: ignore[attr-defined]  # as above
         self._prepare_quick_calls()
 
     @property

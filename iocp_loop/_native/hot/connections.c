@@ -194,15 +194,14 @@ static PyObject *keyed_reference(PyObject *self, PyObject *remove, PyObject *num
 static int enter_table(PyObject *self, PyObject *loop)
 {
     PyObject *number = number_of_socket(stream_of(self));
-    PyObject *table = number == NULL ? NULL : PyObject_GetAttr(loop, names.transports);
-    PyObject *data = table == NULL ? NULL : PyObject_GetAttr(table, names.data);
-    PyObject *remove = data == NULL ? NULL : PyObject_GetAttr(table, names.remove);
-    PyObject *reference = remove == NULL ? NULL : keyed_reference(self, remove, number);
-    int failed = reference == NULL ? -1 : PyObject_SetItem(data, number, reference);
-    Py_XDECREF(number);
-    Py_XDECREF(table);
-    Py_XDECREF(data);
-    Py_XDECREF(remove);
+    if (number == NULL)
+        return -1;
+    struct loop_head *head = own_loop(loop);
+    PyObject *reference = head == NULL || head->transport_refs == NULL || head->forget_transport == NULL
+                              ? Py_NewRef(Py_None)
+                              : keyed_reference(self, head->forget_transport, number);
+    int failed = reference == NULL ? -1 : reference == Py_None ? 0 : PyObject_SetItem(head->transport_refs, number, reference);
+    Py_DECREF(number);
     Py_XDECREF(reference);
     return failed;
 }
@@ -210,16 +209,16 @@ static int enter_table(PyObject *self, PyObject *loop)
 /* Close the socket, which is not to be found by its number any more. */
 static int leave_table_and_close(PyObject *self, PyObject *sock)
 {
-    PyObject *loop = SLOT(self, streams.loop), *number = number_of_socket(stream_of(self)), *known = NULL;
-    PyObject *data = number == NULL || loop == NULL ? NULL : PyObject_GetAttr(loop, names.transport_refs);
-    PyObject *reference = data == NULL ? NULL : find(data, number);
+    PyObject *loop = SLOT(self, streams.loop), *number = number_of_socket(stream_of(self)), *known = NULL; /* the first is borrowed */
+    struct loop_head *head = loop == NULL ? NULL : own_loop(loop);
+    PyObject *table = head == NULL ? NULL : head->transport_refs;
+    PyObject *reference = number == NULL || table == NULL ? NULL : find(table, number);
     if (reference != NULL)
         known = PyObject_CallNoArgs(reference);
-    if (known == self && PyDict_DelItem(data, number) < 0)
+    if (known == self && PyDict_DelItem(table, number) < 0)
         PyErr_Clear(); /* it has left meanwhile */
     Py_XDECREF(known);
     Py_XDECREF(reference);
-    Py_XDECREF(data);
     Py_XDECREF(number);
     return PyErr_Occurred() ? -1 : close_socket(sock);
 }
@@ -328,15 +327,25 @@ int stream_init(PyObject *self, PyObject *args, PyObject *kwargs)
     return enter_table(self, given.loop);
 }
 
+/* Whether a protocol provides the memory to receive into; -1 with an exception. */
+static int is_buffered(PyObject *protocol)
+{
+    /* isinstance() asks an object for its __class__ before it says no; a Protocol needs not be asked. */
+    int plain = PyObject_TypeCheck(protocol, (PyTypeObject *)streams.protocol)
+                && !PyObject_TypeCheck(protocol, (PyTypeObject *)streams.buffered_protocol);
+    int buffered = plain ? 0 : PyObject_IsInstance(protocol, streams.buffered_protocol);
+    int bytes = buffered > 0 ? PyObject_IsInstance(protocol, streams.takes_bytes) : 0;
+    return bytes < 0 ? -1 : buffered && !bytes;
+}
+
 PyObject *stream_set_protocol(PyObject *self, PyObject *protocol)
 {
     struct stream *stream = stream_of(self);
-    int buffered = PyObject_IsInstance(protocol, streams.buffered_protocol);
-    int bytes = buffered > 0 ? PyObject_IsInstance(protocol, streams.takes_bytes) : 0;
-    if (buffered < 0 || bytes < 0)
+    int buffered = is_buffered(protocol);
+    if (buffered < 0)
         return NULL;
     put_reference(self, &stream->protocol, Py_NewRef(protocol));
-    stream->buffered = (char)(buffered && !bytes);
+    stream->buffered = (char)buffered;
     if (is_none(stream->receive))
         Py_RETURN_NONE;
     PyObject *get_buffer = stream->buffered ? PyObject_GetAttr(self, names.get_buffer_of_protocol) : Py_NewRef(Py_None);
@@ -411,33 +420,45 @@ PyObject *stream_begin(PyObject *self, PyObject *waiter)
  * The end
  * ------------------------------------------------------------------------------------------------------------------ */
 
+/* object.METHOD() in `context`, a real one or something else that has a `run`. */
+static PyObject *call_method_in(PyObject *context, PyObject *object, PyObject *method)
+{
+    int entered = enter_context(context);
+    if (entered < 0)
+        return NULL;
+    PyObject *callable = entered ? NULL : PyObject_GetAttr(object, method), *result = NULL;
+    if (entered)
+        result = PyObject_CallMethodNoArgs(object, method);
+    else if (callable != NULL)
+        result = PyObject_CallMethodOneArg(context, names.run, callable);
+    if (entered && PyContext_Exit(context) < 0)
+        Py_CLEAR(result);
+    Py_XDECREF(callable);
+    return result;
+}
+
 /* self.close() in a copy of the context, which connection_lost inherits. */
 static int close_in_copy(PyObject *self, PyObject *context)
 {
     PyObject *copy = PyContext_CheckExact(context) ? PyContext_Copy(context) : PyObject_CallMethodNoArgs(context, names.copy);
-    PyObject *close = copy == NULL ? NULL : PyObject_GetAttr(self, names.close);
-    int failed = close == NULL ? -1 : done_with(call_in_context(copy, close, NULL, 0));
-    Py_XDECREF(close);
+    int failed = copy == NULL ? -1 : done_with(call_method_in(copy, self, names.close));
     Py_XDECREF(copy);
     return failed;
 }
 
 static int end_of_stream(PyObject *self)
 {
-    struct stream *stream = stream_of(self);
-    PyObject *protocol = take_reference(self, &stream->protocol), *context = take_reference(self, &stream->context);
-    PyObject *tell = is_none(protocol) || is_none(context) ? NULL : PyObject_GetAttr(protocol, names.eof_received);
-    PyObject *answer = tell == NULL ? NULL : call_in_context(context, tell, NULL, 0);
+    PyObject *context, *protocol, *answer;
+    if (!find_protocol(self, &context, &protocol))
+        return fail(self, names.receiving_failed, "Fatal error: protocol.eof_received() call failed.");
+    answer = call_method_in(context, protocol, names.eof_received);
     int keep_open = answer == NULL ? -1 : PyObject_IsTrue(answer), failed = 0;
-    if (!PyErr_Occurred() && keep_open < 0)
-        PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
     if (keep_open < 0)
         failed = fail(self, names.receiving_failed, "Fatal error: protocol.eof_received() call failed.");
     else if (!keep_open)
         failed = close_in_copy(self, context);
-    Py_XDECREF(protocol);
-    Py_XDECREF(context);
-    Py_XDECREF(tell);
+    Py_DECREF(protocol);
+    Py_DECREF(context);
     Py_XDECREF(answer);
     return failed;
 }

@@ -161,18 +161,16 @@ static int tell(EpollTurns *self, PyObject *op, unsigned held)
 }
 
 /* How many connections `op` may accept now: one, and twice as many in each turn that finds more left; what one process leaves,
- * others that share the listener may take.  0 with an exception. */
+ * others that share the listener may take.  It is noted for the next turn in one number, as the driver in Python does.  0 with
+ * an exception. */
 static int burst_of(EpollTurns *self, PyObject *op)
 {
     enum { ACCEPTS_IN_A_TURN = 16 };
     PyObject *before = SLOT(op, operation_slots.driver_data); /* borrowed */
-    int burst = 1;
-    unsigned long long turn = self->driver.waits;
-    if (before != NULL && before != Py_None && !PyArg_ParseTuple(before, "iK", &burst, &turn))
-        return 0;
-    if (turn != self->driver.waits)
-        burst = 1;
-    PyObject *next = Py_BuildValue("iK", 2 * burst < ACCEPTS_IN_A_TURN ? 2 * burst : ACCEPTS_IN_A_TURN, self->driver.waits + 1);
+    unsigned long long known = before == NULL || before == Py_None ? 0 : PyLong_AsUnsignedLongLong(before);
+    int burst = known / 2 / ACCEPTS_IN_A_TURN == self->driver.waits ? (int)(known % (2 * ACCEPTS_IN_A_TURN)) : 1;
+    unsigned long long more = 2 * burst < ACCEPTS_IN_A_TURN ? 2 * (unsigned)burst : ACCEPTS_IN_A_TURN;
+    PyObject *next = PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong((self->driver.waits + 1) * 2 * ACCEPTS_IN_A_TURN + more);
     if (next == NULL)
         return 0;
     put_reference(op, &SLOT(op, operation_slots.driver_data), next);

@@ -31,9 +31,15 @@ int timers_crowded(const struct timers *self, double end);
 struct loop_head {
     PyObject_HEAD
     struct timers timers;
+    PyObject *transport_refs, *forget_transport; /* what is in loop._transports, and what its references call */
     char debug;
 };
 extern PyTypeObject *Turns_type;
+/* `loop`, borrowed, if it is one of ours; else NULL. */
+static inline struct loop_head *own_loop(PyObject *loop)
+{
+    return PyObject_TypeCheck(loop, Turns_type) ? (struct loop_head *)loop : NULL;
+}
 /* Whether `loop`, of whatever type, is in debug mode. */
 int loop_in_debug(PyObject *loop);
 

@@ -129,10 +129,9 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 /* The names that are looked up again and again, made once. */
 extern struct names {
     PyObject *attach, *begin, *call_connection_lost, *call_soon, *cancel, *cancelled, *choose_receiver, *close,
-        *connection_lost, *connection_made, *copy, *data, *detach, *end_unclosed, *ended, *eof_received, *fail_file, *fileno,
+        *connection_lost, *connection_made, *copy, *detach, *end_unclosed, *ended, *eof_received, *fail_file, *fileno,
         *get_buffer_of_protocol, *get_extra_info, *getpeername, *getsockname, *in_flight, *let_go, *peername,
-        *receive_stream, *received, *received_into, *remove, *report_failure, *set_exception, *set_protocol, *sockname,
-        *transport_refs, *transports; /* of connections.c */
+        *receive_stream, *received, *received_into, *report_failure, *set_exception, *set_protocol, *sockname; /* of connections.c */
     PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,

@@ -83,8 +83,7 @@ PyObject *stream_write(PyObject *self, PyObject *data)
     Py_RETURN_NONE;
 }
 
-/* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
-static int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
+int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
 {
     struct stream *stream = stream_of(self);
     Py_BEGIN_CRITICAL_SECTION(self);

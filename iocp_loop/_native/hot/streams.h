@@ -38,7 +38,7 @@ extern struct streams {
     size_t slot_count;
     Py_ssize_t loop, protocol_paused, high_water, low_water; /* those of flow control */
     PyObject *high, *low;                                    /* its limits for a new transport */
-    PyObject *buffered_protocol, *takes_bytes;               /* classes of protocols */
+    PyObject *protocol, *buffered_protocol, *takes_bytes;    /* classes of protocols */
     PyObject *context_for, *send_without_delay;              /* functions in Python for what is rare */
     PyTypeObject *keyed_ref; /* weakref.KeyedRef, and its slot */
     Py_ssize_t key;
@@ -48,7 +48,8 @@ extern struct streams {
 
 static inline struct stream *stream_of(PyObject *self) { return (struct stream *)((char *)self + streams.offset); }
 
-/* streams.c */
+/* streams.c.  The protocol, and the context of the connection; 0 with an exception if there are none any more. */
+int find_protocol(PyObject *self, PyObject **context, PyObject **protocol);
 PyObject *stream_write(PyObject *self, PyObject *data);
 PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count);

@@ -160,10 +160,11 @@ static int find_flow_control(PyObject *base)
 
 static int find_others(void)
 {
+    streams.protocol = attribute_of("asyncio", "Protocol");
     streams.buffered_protocol = attribute_of("asyncio", "BufferedProtocol");
     streams.keyed_ref = (PyTypeObject *)attribute_of("weakref", "KeyedRef");
     streams.context_keyword = PyTuple_Pack(1, names.context);
-    if (streams.buffered_protocol == NULL || streams.keyed_ref == NULL || streams.context_keyword == NULL)
+    if (streams.protocol == NULL || streams.buffered_protocol == NULL || streams.keyed_ref == NULL || streams.context_keyword == NULL)
         return -1;
     streams.key = slot_offset((PyObject *)streams.keyed_ref, "key");
     return PyErr_Occurred() ? -1 : 0;
