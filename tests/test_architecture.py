@@ -71,7 +71,7 @@ NATIVE_TIER = [
     "ahead epoll_waits",
     "accepting transports",
     "connections",
-    "sockets streams tls",
+    "proactor sockets streams tls",
     "datagrams driver handles receiving",
     "timers",
     "shared",

@@ -499,10 +499,15 @@ PyObject *stream_stop_receiving(PyObject *self, PyObject *ignored)
     put_reference(self, &stream->held, PyTuple_New(0));
     if (is_none(stream->receive))
         Py_RETURN_NONE;
-    if (done_with(PyObject_CallMethodNoArgs(self, names.choose_receiver)) < 0)
-        return NULL;
-    PyObject *receive = take_reference(self, &stream->receive), *done;
-    done = receive == NULL ? NULL : PyObject_CallMethodOneArg(stream->proactor, names.cancel, receive);
+    PyObject *receive = take_reference(self, &stream->receive);
+    PyObject *done = receive == NULL ? NULL : PyObject_CallMethodOneArg(stream->proactor, names.drop, receive);
+    if (done == Py_True)
+        put_reference(self, &stream->receive, Py_NewRef(Py_None));
+    else if (done != NULL) {
+        Py_SETREF(done, PyObject_CallMethodNoArgs(self, names.choose_receiver));
+        if (done != NULL)
+            Py_SETREF(done, PyObject_CallMethodOneArg(stream->proactor, names.cancel, receive));
+    }
     Py_XDECREF(receive);
     return done;
 }

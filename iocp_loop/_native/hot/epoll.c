@@ -322,6 +322,7 @@ static PyMethodDef epoll_turns_methods[] = {
     {"receive_stream", (PyCFunction)(void (*)(void))epoll_receive_stream, METH_FASTCALL, NULL},
     {"readiness_stream", (PyCFunction)epoll_readiness_stream, METH_VARARGS, NULL},
     {"_cancel_alone", (PyCFunction)cancel_alone, METH_O, NULL},
+    {"drop", (PyCFunction)drop_alone, METH_O, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},

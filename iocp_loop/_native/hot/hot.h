@@ -12,6 +12,7 @@
  *   streams.c   the write and the receive of a stream transport                  (streams.py)
  *   connections.c  how it is made, begins and ends                               (connections.py)
  *   transports.c   its type
+ *   proactor.c  what a transport asks of its proactor                          (proactor.py)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
  *   accepting.c accepting, and what becomes of it        (ports/poll/driver.py, endpoints/listener.py)
@@ -129,9 +130,9 @@ Py_ssize_t slot_offset(PyObject *type, const char *name);
 /* The names that are looked up again and again, made once. */
 extern struct names {
     PyObject *attach, *begin, *call_connection_lost, *call_soon, *cancel, *cancelled, *choose_receiver, *close,
-        *connection_lost, *connection_made, *copy, *detach, *end_unclosed, *ended, *eof_received, *fail_file, *fileno,
+        *connection_lost, *connection_made, *copy, *deliver_unclaimed, *detach, *drop, *end_unclosed, *ended, *eof_received, *fail_file, *fileno,
         *get_buffer_of_protocol, *get_extra_info, *getpeername, *getsockname, *in_flight, *let_go, *peername,
-        *receive_stream, *received, *received_into, *report_failure, *set_exception, *set_protocol, *sockname; /* of connections.c */
+        *receive_otherwise, *receive_stream, *received, *received_into, *report_failure, *set_exception, *set_protocol, *sockname; /* of connections.c */
     PyObject *append, *arm, *arm_datagrams, *end_with, *leave_line, *popleft, *receive_once, *take; /* of iocp.c */
     PyObject *abandon, *accept_some, *arm_all, *buffer_updated, *call_eof_received, *callback, *check_callback, *check_closed,
         *check_thread, *context, *control_app_writing, *control_ssl_reading, *create_future, *data_received,
@@ -252,6 +253,7 @@ PyObject *use_operations(PyObject *module, PyObject *operations);
 int intern_names(void);
 int check_sockets(void);
 
+int add_requests(PyObject *module); /* proactor.c */
 PyObject *make_stream_type(PyObject *module, PyObject *args);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef __linux__

@@ -45,7 +45,7 @@ PyMODINIT_FUNC PyInit__hot(void)
         return NULL;
     if (intern_names() < 0 || check_sockets() < 0 || find_asyncio_methods() < 0 || add_handles(module) < 0 || add_turns(module) < 0
         || add_driver(module) < 0
-        || add_sockets(module) < 0 || add_datagrams(module) < 0 || add_accepting(module) < 0
+        || add_sockets(module) < 0 || add_datagrams(module) < 0 || add_accepting(module) < 0 || add_requests(module) < 0
 #ifdef __linux__
         || add_epoll(module) < 0 || add_uring(module) < 0
 #endif
