@@ -157,7 +157,7 @@ def exported() -> dict[str, str]:
 def test_the_c_of_the_native_tier_calls_down() -> None:
     level = {stem: level for level, line in enumerate(NATIVE_TIER) for stem in line.split()}
     homes = exported()
-    assert {"receive_for_stream", "launch", "names", "Driver_type"} < set(homes)
+    assert {"receive_for_stream", "launch", "stream_begin"} < set(homes)
     assert set(level) == {path.stem for path in (PACKAGE / "_native" / "hot").glob("*.c")}
     for path in (PACKAGE / "_native" / "hot").glob("*.c"):
         for name in set(re.findall(r"\w+", c_code(path))) & set(homes):

@@ -21,6 +21,8 @@ typedef struct {
     char stopped, in_shortage;
 } Accepting;
 
+static void accepting_dealloc(Accepting *self);
+
 /* The name of a peer: an object, or bytes as the system gave it. */
 struct name {
     PyObject *name; /* borrowed */
@@ -32,13 +34,13 @@ struct name {
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* Make protocol and transport for a connection of a plain server. */
-static PyObject *serve(Accepting *self, PyObject *sock, struct name peer)
+static PyObject *serve(const struct hot *hot, Accepting *self, PyObject *sock, struct name peer)
 {
     PyObject *factory, *server, *type, *extra, *transport = NULL; /* the first three are borrowed */
     if (!PyArg_UnpackTuple(self->serves, "serves", 3, 3, &factory, &server, &type))
         return NULL;
     PyObject *protocol = PyObject_CallNoArgs(factory);
-    extra = peer.raw || protocol == NULL ? Py_NewRef(peer.name) : Py_BuildValue("{OO}", names.peername, peer.name);
+    extra = peer.raw || protocol == NULL ? Py_NewRef(peer.name) : Py_BuildValue("{OO}", hot->names.peername, peer.name);
     if (protocol != NULL && extra != NULL) {
         PyObject *args[] = {self->loop, self->proactor, sock, protocol, Py_None, extra, server};
         transport = PyObject_Vectorcall(type, args, 7, NULL);
@@ -60,60 +62,63 @@ static PyObject *welcome_otherwise(Accepting *self, PyObject *context, PyObject 
     return done;
 }
 
-static PyObject *welcome_in(Accepting *self, PyObject *context, PyObject *sock, struct name peer)
+static PyObject *welcome_in(const struct hot *hot, Accepting *self, PyObject *context, PyObject *sock, struct name peer)
 {
     if (self->serves == NULL || !PyTuple_Check(self->serves) || !PyContext_CheckExact(context))
         return welcome_otherwise(self, context, sock, peer);
     if (PyContext_Enter(context) < 0)
         return NULL;
-    PyObject *done = serve(self, sock, peer);
+    PyObject *done = serve(hot, self, sock, peer);
     if (PyContext_Exit(context) < 0)
         Py_CLEAR(done);
     return done;
 }
 
 /* Close a connection that could not be welcomed, with the exception that tells why. */
-static int turn_away(Accepting *self, PyObject *sock)
+static int turn_away(const struct hot *hot, Accepting *self, PyObject *sock)
 {
     PyObject *error = take_exception();
-    int failed = close_socket(sock);
+    int failed = close_socket(hot, sock);
     if (!failed) {
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        failed = fail((PyObject *)self, names.report_failure, "Error on transport creation for incoming connection");
+        failed = fail((PyObject *)self, "_report", "Error on transport creation for incoming connection");
     }
     Py_DECREF(error);
     return failed;
 }
 
 /* If it raises, the connection is closed, the error is reported, and accepting goes on. */
-static int welcome(Accepting *self, PyObject *sock, struct name peer)
+static int welcome(const struct hot *hot, Accepting *self, PyObject *sock, struct name peer)
 {
     if (self->stopped)
-        return close_socket(sock);
+        return close_socket(hot, sock);
     self->in_shortage = 0;
     PyObject *context = self->context, *copy; /* the first is borrowed */
     if (context == NULL || self->welcome == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the listener is not complete");
         return -1;
     }
-    copy = PyContext_CheckExact(context) ? PyContext_Copy(context) : PyObject_CallMethodNoArgs(context, names.copy);
-    PyObject *done = copy == NULL ? NULL : welcome_in(self, copy, sock, peer);
+    copy = PyContext_CheckExact(context) ? PyContext_Copy(context) : PyObject_CallMethodNoArgs(context, hot->names.copy);
+    PyObject *done = copy == NULL ? NULL : welcome_in(hot, self, copy, sock, peer);
     Py_XDECREF(copy);
     Py_XDECREF(done);
-    return done == NULL ? turn_away(self, sock) : 0;
+    return done == NULL ? turn_away(hot, self, sock) : 0;
 }
 
 /* _accepted(value, error): a completion of the accept stream. */
 static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
+    const struct hot *hot = hot_of(Py_TYPE(self), (destructor)accepting_dealloc);
     PyObject *sock, *address; /* borrowed */
+    if (hot == NULL)
+        return NULL;
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "_accepted() takes a value and an error");
         return NULL;
     }
     if (args[1] != Py_None)
-        return PyObject_CallMethodOneArg(self, names.ended, args[1]);
-    if (!PyArg_ParseTuple(args[0], "OO", &sock, &address) || welcome((Accepting *)self, sock, (struct name){address, 0}) < 0)
+        return PyObject_CallMethodOneArg(self, hot->names.ended, args[1]);
+    if (!PyArg_ParseTuple(args[0], "OO", &sock, &address) || welcome(hot, (Accepting *)self, sock, (struct name){address, 0}) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -135,14 +140,14 @@ static int accept_plain(PyObject *listener, PyObject **name)
 
 /* The socket object for `fd`, which it takes over, and the name in a form that is known here; takes over `*name` and gives it
  * back.  NULL with an exception. */
-static PyObject *adopt(PyObject *listener, int fd, PyObject **name, int *raw)
+static PyObject *adopt(struct hot *hot, PyObject *listener, int fd, PyObject **name, int *raw)
 {
-    PyObject *sock = *name == NULL ? NULL : make_stream_socket(listener, fd);
+    PyObject *sock = *name == NULL ? NULL : make_stream_socket(hot, listener, fd);
     if (sock == NULL)
         close(fd);
     *raw = sock != NULL && is_name_known(*name);
     if (sock != NULL && !*raw) {
-        Py_SETREF(*name, PyObject_CallMethodNoArgs(sock, names.getpeername));
+        Py_SETREF(*name, PyObject_CallMethodNoArgs(sock, hot->names.getpeername));
         if (*name == NULL)
             Py_CLEAR(sock);
     }
@@ -153,14 +158,15 @@ static PyObject *adopt(PyObject *listener, int fd, PyObject **name, int *raw)
 
 PyObject *accept_connection(PyObject *module, PyObject *listener)
 {
+    struct hot *hot = hot_in(module);
     PyObject *name;
     int raw;
-    if (!is_socket(listener) || !is_stream_socket(listener))
+    if (!is_socket(hot, listener) || !is_stream_socket(listener))
         Py_RETURN_NONE;
     int fd = accept_plain(listener, &name);
     if (fd < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
-    PyObject *sock = adopt(listener, fd, &name, &raw);
+    PyObject *sock = adopt(hot, listener, fd, &name, &raw);
     if (sock != NULL && raw)
         Py_SETREF(name, name_object(name));
     if (sock == NULL || name == NULL) {
@@ -179,26 +185,26 @@ static Accepting *listener_behind(PyObject *complete)
     return (Accepting *)PyCFunction_GET_SELF(complete);
 }
 
-static int deliver(PyObject *op, PyObject *sock, PyObject *name, int raw)
+static int deliver(const struct hot *hot, PyObject *op, PyObject *sock, PyObject *name, int raw)
 {
-    Accepting *listener = listener_behind(SLOT(op, operation_slots.complete));
+    Accepting *listener = listener_behind(SLOT(op, hot->operation.complete));
     if (listener != NULL) {
         Py_INCREF(listener);
-        int failed = welcome(listener, sock, (struct name){name, raw});
+        int failed = welcome(hot, listener, sock, (struct name){name, raw});
         Py_DECREF(listener);
         return failed;
     }
     PyObject *address = raw ? name_object(name) : Py_NewRef(name);
     PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, sock, address);
-    int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
+    int failed = value == NULL ? -1 : complete_operation(hot, op, value, Py_None);
     Py_XDECREF(address);
     Py_XDECREF(value);
     return failed;
 }
 
-enum accepted accept_for_stream(PyObject *op)
+enum accepted accept_for_stream(struct hot *hot, PyObject *op)
 {
-    PyObject *listener = Py_NewRef(SLOT(op, operation_slots.handle)), *name;
+    PyObject *listener = Py_NewRef(SLOT(op, hot->operation.handle)), *name;
     int raw, fd = accept_plain(listener, &name);
     if (fd < 0) {
         Py_DECREF(listener);
@@ -209,11 +215,11 @@ enum accepted accept_for_stream(PyObject *op)
         PyErr_SetFromErrno(PyExc_OSError);
         return NOT_ACCEPTED;
     }
-    PyObject *sock = adopt(listener, fd, &name, &raw);
+    PyObject *sock = adopt(hot, listener, fd, &name, &raw);
     Py_DECREF(listener);
     if (sock == NULL)
         return NOT_ACCEPTED;
-    int failed = deliver(op, sock, name, raw);
+    int failed = deliver(hot, op, sock, name, raw);
     Py_DECREF(sock);
     Py_DECREF(name);
     return failed ? UNHEARD : ACCEPTED;
@@ -290,10 +296,10 @@ static PyType_Spec accepting_spec = {
     .slots = accepting_slots,
 };
 
-int add_accepting(PyObject *module)
+int add_accepting(struct hot *hot)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &accepting_spec, NULL);
-    int failed = type == NULL ? -1 : PyModule_AddObjectRef(module, "Accepting", type);
+    PyObject *type = PyType_FromModuleAndSpec(hot->module, &accepting_spec, NULL);
+    int failed = type == NULL ? -1 : PyModule_AddObjectRef(hot->module, "Accepting", type);
     Py_XDECREF(type);
     return failed;
 }

@@ -17,9 +17,9 @@ enum accepted {
     UNHEARD,    /* with an exception: of who was told of the connection */
     NOT_ACCEPTED /* with an exception: of accepting */
 };
-enum accepted accept_for_stream(PyObject *op);
+enum accepted accept_for_stream(struct hot *hot, PyObject *op);
 #endif
 
-int add_accepting(PyObject *module);
+int add_accepting(struct hot *hot);
 
 #endif

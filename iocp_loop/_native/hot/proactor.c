@@ -8,9 +8,14 @@ typedef struct {
     PyObject *kept, *lines;                     /* dicts: what is kept for somebody to come, and who stands in line */
 } Requests;
 
+static void requests_dealloc(Requests *self);
+
 /* receive_stream(sock, deliver, get_buffer=None) */
 static PyObject *requests_receive_stream(Requests *self, PyObject *const *args, Py_ssize_t count)
 {
+    const struct hot *hot = hot_of(Py_TYPE(self), (destructor)requests_dealloc);
+    if (hot == NULL)
+        return NULL;
     if (count < 2 || count > 3 || self->receive_natively == NULL || self->kept == NULL || self->lines == NULL) {
         PyErr_SetString(PyExc_TypeError, "receive_stream() takes a socket and one or two callables");
         return NULL;
@@ -22,9 +27,9 @@ static PyObject *requests_receive_stream(Requests *self, PyObject *const *args, 
             return NULL;
     }
     if (op == NULL || op == Py_None)
-        Py_XSETREF(op, PyObject_VectorcallMethod(names.receive_otherwise, given, 4, NULL));
+        Py_XSETREF(op, PyObject_VectorcallMethod(hot->names.receive_otherwise, given, 4, NULL));
     if (op != NULL && (PyDict_GET_SIZE(self->kept) > 0 || PyDict_GET_SIZE(self->lines) > 0)) {
-        done = PyObject_CallMethodOneArg((PyObject *)self, names.deliver_unclaimed, op);
+        done = PyObject_CallMethodOneArg((PyObject *)self, hot->names.deliver_unclaimed, op);
         if (done == NULL)
             Py_CLEAR(op);
         Py_XDECREF(done);
@@ -101,10 +106,10 @@ static PyType_Spec requests_spec = {
     .slots = requests_slots,
 };
 
-int add_requests(PyObject *module)
+int add_requests(struct hot *hot)
 {
-    PyObject *type = PyType_FromModuleAndSpec(module, &requests_spec, NULL);
-    int failed = type == NULL ? -1 : PyModule_AddObjectRef(module, "Requests", type);
+    PyObject *type = PyType_FromModuleAndSpec(hot->module, &requests_spec, NULL);
+    int failed = type == NULL ? -1 : PyModule_AddObjectRef(hot->module, "Requests", type);
     Py_XDECREF(type);
     return failed;
 }

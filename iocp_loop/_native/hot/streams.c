@@ -13,8 +13,6 @@
 #include <sys/socket.h>
 #endif
 
-struct streams streams;
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * What the system says
  * ------------------------------------------------------------------------------------------------------------------ */
@@ -51,15 +49,21 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
  * The methods
  * ------------------------------------------------------------------------------------------------------------------ */
 
+static PyObject *write_otherwise(PyObject *self, PyObject *data)
+{
+    const struct hot *hot = hot_of_stream(self);
+    return hot == NULL ? NULL : PyObject_CallMethodOneArg(self, hot->names.write_otherwise, data);
+}
+
 PyObject *stream_write(PyObject *self, PyObject *data)
 {
     struct stream *stream = stream_of(self);
     if (!stream->direct || !PyBytes_CheckExact(data))
-        return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+        return write_otherwise(self, data);
     PyObject *sock = take_reference(self, &stream->sock);
     if (sock == NULL || !stream->by_call) {
         Py_XDECREF(sock);
-        return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+        return write_otherwise(self, data);
     }
     Py_ssize_t size = PyBytes_GET_SIZE(data);
     Py_ssize_t sent = try_to_send(socket_descriptor(sock), PyBytes_AS_STRING(data), (size_t)size);
@@ -67,7 +71,7 @@ PyObject *stream_write(PyObject *self, PyObject *data)
     if (sent == size)
         Py_RETURN_NONE;
     if (sent < 0) {
-        if (fail(self, names.fatal_error, "Fatal write error on socket transport") < 0)
+        if (fail(self, "_fatal_error", "Fatal write error on socket transport") < 0)
             return NULL;
         Py_RETURN_NONE;
     }
@@ -99,18 +103,18 @@ int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
 }
 
 /* protocol.data_received(data) in the context of the connection. */
-static PyObject *give(PyObject *self, PyObject *data)
+static PyObject *give(const struct hot *hot, PyObject *self, PyObject *data)
 {
     PyObject *context, *protocol, *result = NULL;
     if (!find_protocol(self, &context, &protocol))
         return NULL;
     int entered = enter_context(context);
     if (entered > 0) {
-        result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
+        result = PyObject_CallMethodOneArg(protocol, hot->names.data_received, data);
         if (PyContext_Exit(context) < 0)
             Py_CLEAR(result);
     } else if (entered == 0) {
-        PyObject *method = PyObject_GetAttr(protocol, names.data_received);
+        PyObject *method = PyObject_GetAttr(protocol, hot->names.data_received);
         if (method != NULL)
             result = call_in_context(context, method, &data, 1);
         Py_XDECREF(method);
@@ -126,19 +130,22 @@ PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t coun
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
     }
+    const struct hot *hot = hot_of_stream(self);
+    if (hot == NULL)
+        return NULL;
     int some = PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) > 0 : PyObject_IsTrue(args[0]);
     if (some < 0)
         return NULL;
     if (!some)
-        return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
+        return PyObject_CallMethodOneArg(self, hot->names.receive_ended, args[1]);
     if (stream_of(self)->context == NULL || stream_of(self)->protocol == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
         return NULL;
     }
-    PyObject *result = give(self, args[0]);
+    PyObject *result = give(hot, self, args[0]);
     if (result != NULL)
         Py_DECREF(result);
-    else if (fail(self, names.receiving_failed, "Fatal error: protocol.data_received() call failed.") < 0)
+    else if (fail(self, "_receiving_failed", "Fatal error: protocol.data_received() call failed.") < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -164,11 +171,11 @@ static PyObject *ask(PyObject *self, PyObject *method, PyObject *argument)
 
 /* Get a buffer of the protocol for `hint` bytes.  1: here it is, `view` of `buffer`, both to be released; 0: there is none,
  * as the protocol has closed or been replaced meanwhile, or has failed to give one, and was told; -1: error. */
-static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
+static int get_buffer(const struct hot *hot, PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
 {
     struct stream *stream = stream_of(self);
     PyObject *size = PyLong_FromSsize_t(hint), *protocol = take_reference(self, &stream->protocol);
-    *buffer = size == NULL ? NULL : ask(self, names.get_buffer, size);
+    *buffer = size == NULL ? NULL : ask(self, hot->names.get_buffer, size);
     int wanted = !stream->closing && stream->protocol == protocol;
     Py_XDECREF(size);
     Py_XDECREF(protocol);
@@ -188,16 +195,19 @@ static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buf
     if (!failed)
         return 1;
     Py_CLEAR(*buffer);
-    return fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.");
+    return fail(self, "_receiving_failed", "Fatal error: protocol.get_buffer() call failed.");
 }
 
 /* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
 PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
+    const struct hot *hot = hot_of_stream(self);
     struct stream *stream = stream_of(self);
     Py_ssize_t hint = -1;
     PyObject *buffer;
     Py_buffer view;
+    if (hot == NULL)
+        return NULL;
     if (count > 0) {
         hint = PyLong_AsSsize_t(args[0]);
         if (hint == -1 && PyErr_Occurred())
@@ -205,7 +215,7 @@ PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t co
     }
     if (stream->paused || stream->closing || stream->context == NULL || stream->protocol == NULL)
         Py_RETURN_NONE;
-    int got = get_buffer(self, hint, &buffer, &view);
+    int got = get_buffer(hot, self, hint, &buffer, &view);
     if (got < 0)
         return NULL;
     if (got == 0)
@@ -219,20 +229,20 @@ PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t co
             Py_SETREF(memory, PyObject_CallMethod(memory, "cast", "s", "B"));
     }
     if (memory == NULL) {
-        if (fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.") < 0)
+        if (fail(self, "_receiving_failed", "Fatal error: protocol.get_buffer() call failed.") < 0)
             return NULL;
         Py_RETURN_NONE;
     }
     return memory;
 }
 
-static int buffer_updated(PyObject *self, Py_ssize_t count)
+static int buffer_updated(const struct hot *hot, PyObject *self, Py_ssize_t count)
 {
     PyObject *number = PyLong_FromSsize_t(count);
-    PyObject *done = number == NULL ? NULL : ask(self, names.buffer_updated, number);
+    PyObject *done = number == NULL ? NULL : ask(self, hot->names.buffer_updated, number);
     Py_XDECREF(number);
     Py_XDECREF(done);
-    return done == NULL ? fail(self, names.receiving_failed, "Fatal error: protocol.buffer_updated() call failed.") : 0;
+    return done == NULL ? fail(self, "_receiving_failed", "Fatal error: protocol.buffer_updated() call failed.") : 0;
 }
 
 /* What is left of `data` from `count` on: to be given bit by bit, or, with an exception on its way that ends the loop's run,
@@ -255,25 +265,28 @@ static int go_on_with_rest(PyObject *self, PyObject *data, Py_ssize_t count)
 }
 
 /* Copy what has come into the protocol's buffer; what does not fit in, or is not taken now, goes the slower way. */
-static int copy_to_protocol(PyObject *self, PyObject *data)
+static int copy_to_protocol(const struct hot *hot, PyObject *self, PyObject *data)
 {
     PyObject *buffer;
     Py_buffer view;
     Py_ssize_t size = PyBytes_GET_SIZE(data), count = 0;
-    int got = get_buffer(self, size, &buffer, &view), failed = got < 0 ? -1 : 0;
+    int got = get_buffer(hot, self, size, &buffer, &view), failed = got < 0 ? -1 : 0;
     if (got > 0) {
         count = size < view.len ? size : view.len;
         memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
         PyBuffer_Release(&view);
         Py_DECREF(buffer);
-        failed = buffer_updated(self, count);
+        failed = buffer_updated(hot, self, count);
     }
     return count < size ? go_on_with_rest(self, data, count) : failed;
 }
 
 PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
+    const struct hot *hot = hot_of_stream(self);
     struct stream *stream = stream_of(self);
+    if (hot == NULL)
+        return NULL;
     if (count != 2 || stream->context == NULL || stream->protocol == NULL) {
         PyErr_SetString(PyExc_TypeError, "_received_into() takes a value and an error");
         return NULL;
@@ -282,13 +295,13 @@ PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t
     if (some < 0)
         return NULL;
     if (!some)
-        return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
+        return PyObject_CallMethodOneArg(self, hot->names.receive_ended, args[1]);
     if (PyLong_Check(args[0])) {
         Py_ssize_t size = PyLong_AsSsize_t(args[0]);
-        failed = size == -1 && PyErr_Occurred() ? -1 : buffer_updated(self, size);
+        failed = size == -1 && PyErr_Occurred() ? -1 : buffer_updated(hot, self, size);
     }
     else if (PyBytes_CheckExact(args[0]))
-        failed = copy_to_protocol(self, args[0]);
+        failed = copy_to_protocol(hot, self, args[0]);
     else {
         PyErr_SetString(PyExc_TypeError, "a completion of a stream is bytes or their number");
         failed = -1;
@@ -303,19 +316,27 @@ PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef __linux__
-int is_stream(PyObject *self) { return streams.type != NULL && PyObject_TypeCheck(self, streams.type); }
+int is_stream(const struct hot *hot, PyObject *self)
+{
+    return hot->Stream_type != NULL && PyObject_TypeCheck(self, hot->Stream_type);
+}
 
-void fetch_stream(PyObject *self)
+static struct stream *stream_at(const struct hot *hot, PyObject *self)
+{
+    return (struct stream *)((char *)self + hot->stream_offset);
+}
+
+void fetch_stream(const struct hot *hot, PyObject *self)
 {
     fetch(self, sizeof(PyObject));
-    fetch(stream_of(self), sizeof(struct stream));
+    fetch(stream_at(hot, self), sizeof(struct stream));
 }
 
 /* Sizes are guesses: what is used of a socket is its descriptor, of a context what PyContext_Enter uses, and of a protocol
  * the way to its attributes, which CPython up to 3.12 keeps before the object. */
-void fetch_stream_parts(PyObject *self)
+void fetch_stream_parts(const struct hot *hot, PyObject *self)
 {
-    const struct stream *stream = stream_of(self);
+    const struct stream *stream = stream_at(hot, self);
     if (stream->protocol != NULL)
         fetch((const char *)stream->protocol - 32, 32 + sizeof(PyObject));
     if (stream->context != NULL)

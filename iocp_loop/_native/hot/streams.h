@@ -28,25 +28,24 @@ struct stream {
     char name_is_raw; /* of the peer */
 };
 
-enum { BASE_SLOTS = 32 };
-extern struct streams {
-    PyTypeObject *type;
-    Py_ssize_t offset; /* of `struct stream` in an instance */
-    /* The slots of the classes in Python beneath us.  Their own functions can't be asked to see to them: those begin at the
-     * type of the object, and would come back to ours. */
-    Py_ssize_t slots[BASE_SLOTS];
-    size_t slot_count;
-    Py_ssize_t loop, protocol_paused, high_water, low_water; /* those of flow control */
-    PyObject *high, *low;                                    /* its limits for a new transport */
-    PyObject *protocol, *buffered_protocol, *takes_bytes;    /* classes of protocols */
-    PyObject *context_for, *send_without_delay;              /* functions in Python for what is rare */
-    PyTypeObject *keyed_ref; /* weakref.KeyedRef, and its slot */
-    Py_ssize_t key;
-    PyObject *context_keyword; /* ("context",) */
-    int servers_count; /* a server counts its connections, and does not know them */
-} streams;
+void stream_dealloc(PyObject *self); /* transports.c */
 
-static inline struct stream *stream_of(PyObject *self) { return (struct stream *)((char *)self + streams.offset); }
+/* Our type, of which the type of `self` is a class in Python; beneath it stands the class that brings flow control. */
+static inline PyTypeObject *stream_type_of(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    while (type->tp_dealloc != stream_dealloc)
+        type = type->tp_base;
+    return type;
+}
+
+static inline struct stream *stream_of(PyObject *self)
+{
+    return (struct stream *)((char *)self + stream_type_of(self)->tp_base->tp_basicsize);
+}
+
+/* NULL with an exception once the garbage collector has cleared the type. */
+static inline struct hot *hot_of_stream(PyObject *self) { return hot_of(Py_TYPE(self), stream_dealloc); }
 
 /* streams.c.  The protocol, and the context of the connection; 0 with an exception if there are none any more. */
 int find_protocol(PyObject *self, PyObject **context, PyObject **protocol);

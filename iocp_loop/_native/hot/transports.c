@@ -12,8 +12,11 @@ static PyObject *get_sock(PyObject *self, void *ignored)
 
 static int set_sock(PyObject *self, PyObject *value, void *ignored)
 {
+    const struct hot *hot = hot_of_stream(self);
     struct stream *stream = stream_of(self);
-    stream->by_call = value != NULL && is_socket(value);
+    if (hot == NULL)
+        return -1;
+    stream->by_call = value != NULL && is_socket(hot, value);
     put_reference(self, &stream->sock, Py_XNewRef(value));
     return 0;
 }
@@ -27,8 +30,7 @@ static int stream_clear(PyObject *self)
     for (size_t n = 0; n < STREAM_OBJECTS; n++)
         Py_CLEAR(stream->objects[n]);
     Py_CLEAR(stream->sockname);
-    for (size_t n = 0; n < streams.slot_count; n++)
-        Py_CLEAR(SLOT(self, streams.slots[n]));
+    clear_slots(self, stream_type_of(self)->tp_base);
     return 0;
 }
 
@@ -38,12 +40,10 @@ static int stream_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     for (size_t n = 0; n < STREAM_OBJECTS; n++)
         Py_VISIT(stream->objects[n]);
-    for (size_t n = 0; n < streams.slot_count; n++)
-        Py_VISIT(SLOT(self, streams.slots[n]));
-    return 0;
+    return visit_slots(self, stream_type_of(self)->tp_base, visit, arg);
 }
 
-static void stream_dealloc(PyObject *self)
+void stream_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
@@ -116,66 +116,41 @@ static const PyMemberDef stream_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-/* Where the classes in Python beneath us have their slots. */
-static int find_base_slots(PyTypeObject *base)
-{
-    PyObject *mro = base->tp_mro, *key, *value; /* borrowed */
-    streams.slot_count = 0;
-    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(mro); n++) {
-        PyObject *dict = PyObject_GetAttrString(PyTuple_GET_ITEM(mro, n), "__dict__"), *copy;
-        copy = dict == NULL ? NULL : PyObject_CallMethod(dict, "copy", NULL);
-        Py_XDECREF(dict);
-        if (copy == NULL)
-            return -1;
-        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);) {
-            if (!Py_IS_TYPE(value, &PyMemberDescr_Type) || ((PyMemberDescrObject *)value)->d_member->type != T_OBJECT_EX)
-                continue;
-            if (streams.slot_count == BASE_SLOTS) {
-                Py_DECREF(copy);
-                PyErr_SetString(PyExc_ImportError, "more slots than streams.h has room for");
-                return -1;
-            }
-            streams.slots[streams.slot_count++] = ((PyMemberDescrObject *)value)->d_member->offset;
-        }
-        Py_DECREF(copy);
-    }
-    return 0;
-}
-
 /* The slots of flow control, and the limits that asyncio gives a transport to begin with. */
-static int find_flow_control(PyObject *base)
+static int find_flow_control(struct hot *hot, PyObject *base)
 {
-    streams.loop = slot_offset(base, "_loop");
-    streams.protocol_paused = slot_offset(base, "_protocol_paused");
-    streams.high_water = slot_offset(base, "_high_water");
-    streams.low_water = slot_offset(base, "_low_water");
+    hot->flow.loop = slot_offset(base, "_loop");
+    hot->flow.protocol_paused = slot_offset(base, "_protocol_paused");
+    hot->flow.high_water = slot_offset(base, "_high_water");
+    hot->flow.low_water = slot_offset(base, "_low_water");
     PyObject *flow = PyErr_Occurred() ? NULL : PyObject_CallFunctionObjArgs(base, Py_None, base, NULL); /* any loop */
     if (flow == NULL)
         return -1;
-    streams.high = Py_XNewRef(SLOT(flow, streams.high_water));
-    streams.low = Py_XNewRef(SLOT(flow, streams.low_water));
+    Py_XSETREF(hot->life.high, Py_XNewRef(SLOT(flow, hot->flow.high_water)));
+    Py_XSETREF(hot->life.low, Py_XNewRef(SLOT(flow, hot->flow.low_water)));
     Py_DECREF(flow);
-    return streams.high == NULL || streams.low == NULL ? -1 : 0;
+    return hot->life.high == NULL || hot->life.low == NULL ? -1 : 0;
 }
 
-static int find_others(void)
+static int find_others(struct hot *hot)
 {
-    streams.protocol = attribute_of("asyncio", "Protocol");
-    streams.buffered_protocol = attribute_of("asyncio", "BufferedProtocol");
-    streams.keyed_ref = (PyTypeObject *)attribute_of("weakref", "KeyedRef");
-    streams.context_keyword = PyTuple_Pack(1, names.context);
-    if (streams.protocol == NULL || streams.buffered_protocol == NULL || streams.keyed_ref == NULL || streams.context_keyword == NULL)
+    Py_XSETREF(hot->life.protocol, attribute_of("asyncio", "Protocol"));
+    Py_XSETREF(hot->life.buffered_protocol, attribute_of("asyncio", "BufferedProtocol"));
+    Py_XSETREF(hot->life.keyed_ref, attribute_of("weakref", "KeyedRef"));
+    Py_XSETREF(hot->life.of_context, PyTuple_Pack(1, hot->names.context));
+    if (PyErr_Occurred())
         return -1;
-    streams.key = slot_offset((PyObject *)streams.keyed_ref, "key");
+    hot->flow.key = slot_offset(hot->life.keyed_ref, "key");
     return PyErr_Occurred() ? -1 : 0;
 }
 
 static PyObject *make_type(PyObject *module, PyObject *base)
 {
+    Py_ssize_t offset = ((PyTypeObject *)base)->tp_basicsize;
     PyMemberDef members[sizeof stream_members / sizeof *stream_members];
     memcpy(members, stream_members, sizeof members);
     for (PyMemberDef *member = members; member->name != NULL; member++)
-        member->offset += streams.offset;
+        member->offset += offset;
     PyType_Slot slots[] = {
         {Py_tp_init, stream_init},
         {Py_tp_finalize, stream_finalize},
@@ -190,7 +165,7 @@ static PyObject *make_type(PyObject *module, PyObject *base)
     };
     PyType_Spec spec = {
         .name = "iocp_loop._hot.Stream",
-        .basicsize = (int)(streams.offset + (Py_ssize_t)sizeof(struct stream)),
+        .basicsize = (int)(offset + (Py_ssize_t)sizeof(struct stream)),
         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
         .slots = slots,
     };
@@ -202,24 +177,24 @@ static PyObject *make_type(PyObject *module, PyObject *base)
 
 PyObject *make_stream_type(PyObject *module, PyObject *args)
 {
+    struct hot *hot = hot_in(module);
     PyObject *base, *takes_bytes, *context_for, *send_without_delay; /* borrowed */
     int servers_count;
     if (!PyArg_ParseTuple(args, "OOOOp", &base, &takes_bytes, &context_for, &send_without_delay, &servers_count))
         return NULL;
-    if (streams.type != NULL)
-        return Py_NewRef(streams.type);
-    if (!PyType_Check(base) || !PyType_IS_GC((PyTypeObject *)base) || ((PyTypeObject *)base)->tp_dictoffset
-        || ((PyTypeObject *)base)->tp_weaklistoffset) {
+    if (hot->Stream_type != NULL)
+        return Py_NewRef(hot->Stream_type);
+    if (!PyType_Check(base) || !PyType_IS_GC((PyTypeObject *)base) || ((PyTypeObject *)base)->tp_weaklistoffset) {
         PyErr_SetString(PyExc_TypeError, "the base must be a class with nothing but slots");
         return NULL;
     }
-    if (find_base_slots((PyTypeObject *)base) < 0 || find_flow_control(base) < 0 || find_others() < 0)
+    if (check_slots((PyTypeObject *)base) < 0 || find_flow_control(hot, base) < 0 || find_others(hot) < 0)
         return NULL;
-    streams.offset = ((PyTypeObject *)base)->tp_basicsize;
-    streams.takes_bytes = Py_NewRef(takes_bytes);
-    streams.context_for = Py_NewRef(context_for);
-    streams.send_without_delay = Py_NewRef(send_without_delay);
-    streams.servers_count = servers_count;
-    streams.type = (PyTypeObject *)make_type(module, base);
-    return Py_XNewRef((PyObject *)streams.type);
+    Py_XSETREF(hot->life.takes_bytes, Py_NewRef(takes_bytes));
+    Py_XSETREF(hot->life.context_for, Py_NewRef(context_for));
+    Py_XSETREF(hot->life.send_without_delay, Py_NewRef(send_without_delay));
+    hot->servers_count = servers_count;
+    hot->stream_offset = ((PyTypeObject *)base)->tp_basicsize;
+    hot->Stream_type = (PyTypeObject *)make_type(module, base);
+    return Py_XNewRef((PyObject *)hot->Stream_type);
 }
