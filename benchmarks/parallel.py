@@ -25,7 +25,8 @@ PARALLEL = Benchmark(
     "Threads in one process",
     "CPU time of the threads per echo, in microseconds, both ends of the connection included; busy is the share of the"
     " threads' time, without that in which they had no core, in which they ran. Gain: how many times the echoes of one"
-    " thread so many threads manage if each has a core, that is threads x CPU / CPU x busy / busy.",
+    " thread so many threads manage if each has a core, that is threads x CPU / CPU x busy / busy; so are the"
+    " echoes/s of all threads.",
     (
         Column("CPU us/echo, 1 thread", "cpu_us_1", digits=2),
         Column("CPU us/echo", "cpu_us", digits=2),
@@ -33,6 +34,7 @@ PARALLEL = Benchmark(
         _GAIN,
         Column("min-max", "gain", show="spread", digits=2),
         Column("{baseline} / it", "cpu_us", show="ratio"),
+        Column("echoes/s", "rate", digits=0),
     ),
     _GAIN,
 )
