@@ -224,8 +224,8 @@ PAGE = """\
 
 The test suites of projects that live on asyncio, on this loop (by `iocp-loop run --children`) and on asyncio's own: how
 many of their tests fail. What fails on a driver and not on asyncio runs again alone, twice, and counts if it fails each
-time; each such test is named below with the reason. What fails on asyncio too is for the machine: no `localhost` of IPv6, say, or too little time.
-This page is made by `make test-suites`; `tools/suites.toml` says which tests are run.
+time; each such test is named below with the reason. What fails on asyncio too is for the machine: no `localhost` of
+IPv6, say, or too little time. This page is made by `make test-suites`; `tools/suites.toml` says which tests are run.
 
 Made on {platform} with CPython {python}, iocp_loop {version}.
 
