@@ -109,6 +109,8 @@ def prepare(name: str, suite: Mapping[str, Any], source: str | None, wheel: Path
     shutil.rmtree(stage, ignore_errors=True)
     hidden = {str(folder / each) for each in [*suite.get("hide", ()), ".git"]}
     shutil.copytree(folder, stage, ignore=lambda where, names: [n for n in names if f"{where}/{n}" in hidden])
+    if "conftest" in suite:
+        (stage / "conftest.py").write_text(suite["conftest"] + "\n")
     environment = WORK / "environments" / name
     python = environment / "bin/python"
     if not python.exists():
@@ -222,8 +224,8 @@ PAGE = """\
 
 The test suites of projects that live on asyncio, on this loop (by `iocp-loop run --children`) and on asyncio's own: how
 many of their tests fail. What fails on a driver and not on asyncio runs again alone, twice, and counts if it fails each
-time; each such test is named below with the reason. This page is made by `make test-suites`; `tools/suites.toml` says
-which tests are run.
+time; each such test is named below with the reason. What fails on asyncio too is for the machine: no `localhost` of
+IPv6, say, or too little time. This page is made by `make test-suites`; `tools/suites.toml` says which tests are run.
 
 Made on {platform} with CPython {python}, iocp_loop {version}.
 
