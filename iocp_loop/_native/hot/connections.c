@@ -26,14 +26,15 @@ static PyObject *name_of_peer(PyObject *sock, const struct sockaddr_storage *add
  * plain one, for the way in Python. */
 PyObject *accept_connection(PyObject *module, PyObject *listener)
 {
+    struct hot *hot = hot_in(module);
     struct sockaddr_storage address;
     socklen_t length = sizeof address;
-    if (!is_socket(listener) || !is_stream_socket(listener))
+    if (!is_socket(hot, listener) || !is_stream_socket(listener))
         Py_RETURN_NONE;
     int fd = accept4(socket_descriptor(listener), (struct sockaddr *)&address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (fd < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
-    PyObject *sock = make_stream_socket(listener, fd);
+    PyObject *sock = make_stream_socket(hot, listener, fd);
     if (sock == NULL) {
         close(fd);
         return NULL;
