@@ -10,6 +10,8 @@
  *   tasks.c     create_future and create_task                                    (asyncio's)
  *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
  *   streams.c   the write and the receive of a stream transport                  (streams.py)
+ *   readers.c   iocp_loop's StreamReader, its protocol and its writer            (readers.py)
+ *   stream_calls.c what their read, readline, drain and so on return             (asyncio's)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
  *   connections.c accepting                                                      (ports/poll/driver.py)
@@ -149,6 +151,7 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(buffer_updated, "buffer_updated") \
     NAME(call_eof_received, "_call_eof_received") \
     NAME(callback, "callback") \
+    NAME(cancelled, "cancelled") \
     NAME(check_callback, "_check_callback") \
     NAME(check_closed, "_check_closed") \
     NAME(check_thread, "_check_thread") \
@@ -164,11 +167,13 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(end, "_end") \
     NAME(end_stream, "_end_stream") \
     NAME(end_with, "_end_with") \
+    NAME(feed_data, "feed_data") \
     NAME(future_blocking, "_asyncio_future_blocking") \
     NAME(get_buffer, "get_buffer") \
     NAME(gettimeout, "gettimeout") \
     NAME(go_on, "_go_on") \
     NAME(hand_over, "_hand_over") \
+    NAME(is_closing, "is_closing") \
     NAME(keep_value, "keep_value") \
     NAME(leave_line, "_leave_line") \
     NAME(open_ring, "_open_ring") \
@@ -181,6 +186,7 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(receive_data, "_receive_data") \
     NAME(receive_ended, "_receive_ended") \
     NAME(receive_once, "_receive_once") \
+    NAME(result, "result") \
     NAME(set_result, "set_result") \
     NAME(ssl_protocol, "_ssl_protocol") \
     NAME(start_shutdown, "_start_shutdown") \
@@ -240,6 +246,9 @@ struct hot {
     struct { /* of tls.c: states; the errors that mean "not now"; ssl.SSLObject, and the class of what it wraps */
         PyObject *wrapped, *flushing, *again, *sslobject_class, *wrapped_class;
     } tls;
+    struct { /* of readers.c: asyncio's classes; the class in Python above Reader; our types */
+        PyTypeObject *reader, *writer, *plain_reader, *Reader_type, *Protocol_type, *Writer_type, *Call_type;
+    } streams;
     PyObject *tuples, *structures; /* addresses, see datagrams.c */
     PyObject *nobody;              /* the `finish` of a Submission that nobody has */
     PyObject *last;
@@ -398,6 +407,8 @@ int intern_names(struct hot *hot);
 int check_sockets(struct hot *hot);
 
 PyObject *make_stream_type(PyObject *module, PyObject *base);
+int add_readers(struct hot *hot);
+PyObject *use_reader(PyObject *module, PyObject *class);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef __linux__
 #include <time.h>
