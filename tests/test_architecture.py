@@ -154,12 +154,54 @@ def exported() -> dict[str, str]:
 def test_the_c_of_the_native_tier_calls_down() -> None:
     level = {stem: level for level, line in enumerate(NATIVE_TIER) for stem in line.split()}
     homes = exported()
-    assert {"receive_for_stream", "launch", "names", "Driver_type"} < set(homes)
+    assert {"receive_for_stream", "launch"} < set(homes)
     assert set(level) == {path.stem for path in (PACKAGE / "_native" / "hot").glob("*.c")}
     for path in (PACKAGE / "_native" / "hot").glob("*.c"):
         for name in set(re.findall(r"\w+", c_code(path))) & set(homes):
             home = homes[name]
             assert home == path.stem or level[home] > level[path.stem], f"{path.name} uses {name} of {home}.c"
+
+
+#: What in C is written to and yet stands outside every object: that of the process, and why.
+OF_THE_PROCESS = {
+    "hot/shared.c memory": "without a GIL each thread has its own",
+    "hot/shared.c key": "frees it when the thread ends",
+    "hot/shared.c once": "makes the key",
+    "hot/shared.c key_made": "the same on Windows",
+    "windows/console.c console_lock": "a process has one console, whose events come in a thread of the system's",
+    "windows/console.c console_ports": "the ports that are told of them",
+    "windows/console.c console_room": "the ports that are told of them",
+    "windows/console.c console_event_at": "when the last one came",
+    "windows/console.c closing_signal": "whether the console closes",
+    "windows/console.c is_service": "whether the process is a service, which outlives it",
+    "windows/iocp.c lock": "Winsock is started once for the process",
+    "windows/iocp.c started": "Winsock is started once for the process",
+    "windows/iocp.c found": "the addresses of the system's functions, the same for all",
+}
+
+#: Tables that CPython reads, and does not take as const.
+TABLES = {"PyMethodDef", "PyMemberDef", "PyGetSetDef", "PyType_Slot", "PyType_Spec", "PyModuleDef_Slot", "PyModuleDef"}
+
+
+def variables(path: Path) -> set[str]:
+    """What a file in C keeps outside of functions, or from call to call within them, and may write to."""
+    code = re.sub(r"^\s*#(?:.*\\\n)*.*", "", c_code(path), flags=re.MULTILINE)
+    outside = re.sub(r"^\{.*?^\}", ";", code, flags=re.MULTILINE | re.DOTALL)  # bodies of functions
+    declared = re.findall(r"^(?!typedef|extern)\w[^;{]*[;{]", outside, re.MULTILINE)
+    found = set()
+    for text in declared + re.findall(r"\bstatic\b[^;{]*[;{]", code):
+        plain = re.sub(r"=[^,;{]*", "", text)  # without what they begin with
+        words = re.findall(r"\w+", plain)
+        is_type = words[0] == "enum" or (words[0] == "struct" and len(words) == 2)
+        if "(" not in plain and not is_type and "const" not in words and not TABLES & set(words):
+            found |= set(re.findall(r"(\w+)(?:\[\w*\])?\s*(?=[,;{])", plain))
+    return {f"{path.parent.name}/{path.name} {name}" for name in found}
+
+
+def test_nothing_in_c_belongs_to_the_process() -> None:
+    """But what stands in the list: all else has its place in the module's state or in a loop (hot.h)."""
+    found = set().union(*(variables(path) for path in c_files() if path.suffix == ".c"))
+    assert found == set(OF_THE_PROCESS)
 
 
 def test_the_page_shows_every_module() -> None:

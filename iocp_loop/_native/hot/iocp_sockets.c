@@ -201,7 +201,7 @@ static int go_on_failing(IocpTurns *self, PyObject *op, PyObject *sub, int more)
 /* op.complete(value, None).  Takes `value` over, which may be NULL with an exception. */
 static int complete(IocpTurns *self, PyObject *op, PyObject *value)
 {
-    int failed = value == NULL ? -1 : complete_operation(hot, op, value, Py_None);
+    int failed = value == NULL ? -1 : complete_operation(self->driver.hot, op, value, Py_None);
     self->driver.completions++;
     Py_XDECREF(value);
     return failed;
@@ -361,8 +361,9 @@ static int takes_requests(const struct hot *hot, PyObject *association, descript
 
 int iocp_takes_receive(Driver *driver, PyObject *op, descriptor fd, size_t size)
 {
-    PyObject *association = association_of((IocpTurns *)driver, fd);
-    int takes = association == NULL || ((IocpTurns *)driver)->port == NULL ? 0 : takes_requests(hot, association, fd) > 0;
+    IocpTurns *self = (IocpTurns *)driver;
+    PyObject *association = association_of(self, fd);
+    int takes = association == NULL || self->port == NULL ? 0 : takes_requests(driver->hot, association, fd) > 0;
     Py_XDECREF(association);
     return takes;
 }
