@@ -1,9 +1,9 @@
 """Streams by name: asyncio's StreamReader and StreamWriter, with what runs for every message in C.
 
-:func:`open_connection`, :func:`start_server` and their kin for UNIX sockets are used as asyncio's are, on any loop.  The
-readers and writers that they bring are instances of asyncio's classes.  On the native tier ``read``, ``readexactly``,
-``readline``, ``readuntil``, ``write`` and ``drain`` run without a frame of Python while nothing unusual happens, and leave
-the rest to asyncio's methods; on the Python tier the classes are asyncio's own.
+:func:`open_connection`, :func:`start_server` and their kin for UNIX sockets are used as asyncio's are, on any loop.
+The readers and writers that they bring are instances of asyncio's classes.  On the native tier ``read``,
+``readexactly``, ``readline``, ``readuntil``, ``write`` and ``drain`` run without a frame of Python while nothing
+unusual happens, and leave the rest to asyncio's methods; on the Python tier the classes are asyncio's own.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _serving(client_connected_cb: Callable[[StreamReader, StreamWriter], Any], l
 async def open_connection(
     host: str | None = None, port: int | str | None = None, *, limit: int = _LIMIT, **kwds: Any
 ) -> tuple[StreamReader, StreamWriter]:
-    """Connect: ``(reader, writer)``.  As :func:`asyncio.open_connection`; `limit` in bytes, the rest as create_connection."""
+    """Connect: ``(reader, writer)``.  As :func:`asyncio.open_connection`, whose `limit` is in bytes."""
     loop: Any = asyncio.get_running_loop()
     reader, protocol = _pair(limit)
     transport, _ = await loop.create_connection(lambda: protocol, host, port, **kwds)
@@ -93,7 +93,7 @@ async def start_server(
     limit: int = _LIMIT,
     **kwds: Any,
 ) -> asyncio.Server:
-    """Serve, with a call of ``client_connected_cb(reader, writer)`` for each client.  As :func:`asyncio.start_server`."""
+    """Serve: ``client_connected_cb(reader, writer)`` for each client.  As :func:`asyncio.start_server`."""
     loop: Any = asyncio.get_running_loop()
     server: asyncio.Server = await loop.create_server(_serving(client_connected_cb, limit), host, port, **kwds)
     return server

@@ -90,39 +90,49 @@ static PyObject *reader_feed_data(PyObject *self, PyObject *data)
     return hot == NULL ? NULL : feed(hot, (struct reader *)self, data);
 }
 
+/* The one argument of a method, by place or by `name`; NULL, perhaps with an exception, if there is none. */
+static PyObject *argument(PyObject *const *args, Py_ssize_t count, PyObject *kwnames, const char *name)
+{
+    Py_ssize_t named = kwnames == NULL ? 0 : PyTuple_GET_SIZE(kwnames);
+    if (count + named > 1)
+        PyErr_Format(PyExc_TypeError, "at most one argument is expected, %s", name);
+    else if (named == 1 && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(kwnames, 0), name) != 0)
+        PyErr_Format(PyExc_TypeError, "got an unexpected keyword argument %R", PyTuple_GET_ITEM(kwnames, 0));
+    else if (count + named == 1)
+        return args[0]; /* borrowed */
+    return NULL;
+}
+
 static PyObject *call_with_size(PyObject *self, enum call_kind kind, PyObject *number)
 {
     struct hot *hot = hot_of(Py_TYPE(self), reader_dealloc);
     Py_ssize_t n = number == NULL ? -1 : PyLong_AsSsize_t(number);
-    if (hot == NULL || (n == -1 && PyErr_Occurred()))
+    if (hot == NULL || PyErr_Occurred())
         return NULL;
     return make_call(hot, self, kind, n);
 }
 
-static PyObject *reader_read(PyObject *self, PyObject *args, PyObject *kwargs)
+static PyObject *reader_read(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    static char *keywords[] = {"n", NULL};
-    PyObject *n = NULL;
-    return PyArg_ParseTupleAndKeywords(args, kwargs, "|O:read", keywords, &n) ? call_with_size(self, READ, n) : NULL;
+    return call_with_size(self, READ, argument(args, count, kwnames, "n"));
 }
 
-static PyObject *reader_readexactly(PyObject *self, PyObject *args, PyObject *kwargs)
+static PyObject *reader_readexactly(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    static char *keywords[] = {"n", NULL};
-    PyObject *n;
-    return PyArg_ParseTupleAndKeywords(args, kwargs, "O:readexactly", keywords, &n) ? call_with_size(self, READEXACTLY, n)
-                                                                                  : NULL;
+    PyObject *n = argument(args, count, kwnames, "n"); /* borrowed */
+    if (n == NULL && !PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "readexactly() missing 1 required positional argument: 'n'");
+    return n == NULL ? NULL : call_with_size(self, READEXACTLY, n);
 }
 
 static PyObject *reader_readline(PyObject *self, PyObject *ignored) { return call_with_size(self, READLINE, NULL); }
 
 /* Only until the end of a line; other separators are asyncio's. */
-static PyObject *reader_readuntil(PyObject *self, PyObject *args, PyObject *kwargs)
+static PyObject *reader_readuntil(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    static char *keywords[] = {"separator", NULL};
     struct hot *hot = hot_of(Py_TYPE(self), reader_dealloc);
-    PyObject *separator = NULL;
-    if (hot == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "|O:readuntil", keywords, &separator))
+    PyObject *separator = argument(args, count, kwnames, "separator"); /* borrowed */
+    if (hot == NULL || PyErr_Occurred())
         return NULL;
     if (separator == NULL
         || (PyBytes_CheckExact(separator) && PyBytes_GET_SIZE(separator) == 1 && *PyBytes_AS_STRING(separator) == '\n'))
@@ -231,7 +241,7 @@ static PyMemberDef writer_members[] = {
     {"_reader", T_OBJECT, offsetof(struct writer, reader), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
-#define WITH_KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_VARARGS | METH_KEYWORDS
+#define WITH_KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL | METH_KEYWORDS
 static PyMethodDef reader_methods[] = {
     {"feed_data", reader_feed_data, METH_O, "feed_data($self, data)\n--\n\nSome bytes for whoever reads."},
     {"read", WITH_KEYWORDS(reader_read),
