@@ -21,7 +21,7 @@ cat >"$root$prefix/bin/python3.14t" <<END2
 #!/bin/sh
 # A virtual environment tells by its pyvenv.cfg where its Python is at home.
 [ -e "\${0%/*}/../pyvenv.cfg" ] || export LAUNCH_HOME=$prefix
-LAUNCH_AS=\$0 LD_PRELOAD=\${LAUNCH_PRELOAD:+\$LAUNCH_PRELOAD:}$prefix/launch.so exec $prefix/deploy-stub "\$@"
+LAUNCH_AS=\$0 LD_PRELOAD=\${LAUNCH_PRELOAD:+\$LAUNCH_PRELOAD:}\${LD_PRELOAD:+\$LD_PRELOAD:}$prefix/launch.so exec $prefix/deploy-stub "\$@"
 END2
 chmod +x "$root$prefix/bin/python3.14t"
 ln -s python3.14t "$root$prefix/bin/python3"
