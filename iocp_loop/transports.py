@@ -42,17 +42,18 @@ import logging
 import socket
 import sys
 import warnings
-from asyncio import constants, transports, trsock
+from asyncio import constants, trsock
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from . import operations as ops
-from .debugging import DebugContext, context_for, unclosed
+from .connections import Connection
+from .debugging import unclosed
 from .endpoints.sendfile import check_regular, copy_file, send_file
-from .native import hot
-from .proactor import Proactor, advance, fail
+from .proactor import advance, fail
+from .streams import MOST_AT_ONCE
 
-__all__ = ["FlowControl", "SocketTransport", "TakesBytes"]
+__all__ = ["SocketTransport"]
 
 #: asyncio's own logger: where its users look.
 _logger = logging.getLogger("asyncio")
@@ -60,224 +61,19 @@ _logger = logging.getLogger("asyncio")
 #: Writes to a lost connection silently ignored before we warn.
 _PATIENCE = 5
 
-#: The context of ``connection_made`` and ``connection_lost`` is before 3.15 that of whoever brings them about.
-_ENDS_HAVE_CONTEXT = sys.version_info >= (3, 15)
-
-_INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
-
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
 _WORTH_JOINING = 64
 
-#: The most that is handed to one call of ``send``, bytes.  Windows takes all that it is given, where other systems take
-#: what their buffer has room for: nobody would ever have to wait for a slow peer.
-_MOST_AT_ONCE = 256 * 1024 if sys.platform == "win32" else sys.maxsize
 
-
-class FlowControl(transports._FlowControlMixin):
-    """Pauses a protocol's writing above the high-water mark and resumes it at the low one (both in bytes).
-
-    asyncio's own, by whose class other parts of asyncio know a transport that has flow control.
-    """
-
-    __slots__ = ()
-
-    _loop: asyncio.AbstractEventLoop
-    _protocol: Any
-
-    if TYPE_CHECKING:  # typeshed leaves these out
-
-        def _maybe_pause_protocol(self) -> None: ...
-
-        def _maybe_resume_protocol(self) -> None: ...
-
-        def _set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
-
-    def _init_flow_control(self) -> None:
-        """Not ``__init__``: asyncio's does not cooperate with other bases."""
-        self._protocol_paused = False
-        self._set_write_buffer_limits()
-
-    def release_protocol(self) -> None:
-        """Let a paused protocol write, because it is about to be replaced; its successor's first write pauses that."""
-        if self._protocol_paused and self._protocol is not None:
-            self._protocol_paused = False
-            self._protocol.resume_writing()
-
-
-class TakesBytes:
-    """For a protocol that is a BufferedProtocol by descent and yet wants its data by ``data_received``."""
-
-    __slots__ = ()
-
-
-class PythonStream(FlowControl):
-    """The way of one message in and out.  The native tier has it in C (``_native/hot/streams.c``)."""
-
-    __slots__ = ("_closing", "_context", "_direct", "_paused", "_protocol", "_sock")
-
-    if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
-        _context: contextvars.Context | DebugContext
-        _closing: bool
-        _direct: bool
-        _paused: bool
-        _sock: socket.socket
-
-        def _copy_to_protocol(self, data: memoryview) -> None: ...
-        def _enqueue(self, buffers: Iterable[Any]) -> None: ...
-        def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
-        def _hold(self, data: memoryview) -> None: ...
-        def _receive_ended(self, error: BaseException | None) -> None: ...
-        def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
-        def _write_otherwise(self, data: Any) -> None: ...
-
-    def is_closing(self) -> bool:
-        """True once ``close`` or ``abort`` was called, or the connection was lost."""
-        return self._closing
-
-    def write(self, data: Any) -> None:
-        """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
-        if not self._direct or type(data) is not bytes:
-            self._write_otherwise(data)
-            return
-        try:
-            sent = self._sock.send(data if len(data) <= _MOST_AT_ONCE else memoryview(data)[:_MOST_AT_ONCE])
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal write error on socket transport")
-            return
-        if sent != len(data):
-            self._enqueue((memoryview(data)[sent:],))
-
-    def _received(self, data: bytes, error: BaseException | None) -> None:
-        """A completion for a Protocol: data, the end (empty), or an error."""
-        if not data:
-            self._receive_ended(error)
-            return
-        try:
-            self._context.run(self._protocol.data_received, data)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._receiving_failed(exc, "Fatal error: protocol.data_received() call failed.")
-
-    def _received_into(self, value: bytes | int, error: BaseException | None) -> None:
-        """A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."""
-        if not value:
-            self._receive_ended(error)
-        elif type(value) is int:
-            self._buffer_updated(value)
-        else:
-            self._copy_to_protocol(memoryview(cast("bytes", value)))
-
-    def _buffer_updated(self, count: int) -> None:
-        try:
-            self._context.run(self._protocol.buffer_updated, count)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._receiving_failed(exc, "Fatal error: protocol.buffer_updated() call failed.")
-
-    def _get_buffer_of_protocol(self, size_hint: int = -1) -> memoryview | None:
-        """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
-        if self._paused or self._closing:
-            return None
-        protocol = self._protocol
-        try:
-            buffer = self._context.run(protocol.get_buffer, size_hint)
-            if self._closing or self._protocol is not protocol:
-                return None
-            view = ops.writable_view(buffer)
-            if not view.nbytes:
-                raise RuntimeError("get_buffer() returned an empty buffer")
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._receiving_failed(exc, "Fatal error: protocol.get_buffer() call failed.")
-            return None
-        return view
-
-
-if TYPE_CHECKING:
-    Stream = PythonStream
-else:
-    Stream = PythonStream if hot is None else hot.stream_type(FlowControl)
-
-
-class SocketTransport(Stream):
+class SocketTransport(Connection):
     """A connected stream socket as an asyncio transport (TCP, UNIX; TLS stands above it)."""
 
-    # There is one for each idle connection: everything has its slot, nothing is kept that the system can be asked for
-    # later.  The __dict__, which costs little while it is empty, is for those who put a method of their own over one of
-    # ours, as tests do.
-    __slots__ = (
-        "__dict__",
-        "__weakref__",
-        "_at_eof",
-        "_buffered",
-        "_eof_asked",
-        "_file",
-        "_finished",
-        "_held",
-        "_info",
-        "_lost",
-        "_peername",
-        "_proactor",
-        "_queue",
-        "_queued",
-        "_receive",
-        "_sending",
-        "_server",
-        "_writes_after_loss",
-    )
+    # The __dict__, which costs little while it is empty, is for those who put a method of their own over one of ours,
+    # as tests do.
+    __slots__ = ("__dict__", "__weakref__")
 
     _start_tls_compatible = True
     _sendfile_compatible = constants._SendfileMode.TRY_NATIVE
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        proactor: Proactor,
-        sock: socket.socket,
-        protocol: asyncio.BaseProtocol,
-        waiter: asyncio.Future[None] | None = None,
-        extra: dict[str, Any] | None = None,
-        server: Any = None,
-        context: contextvars.Context | None = None,
-    ) -> None:
-        if server is not None:
-            # Before anything else: a server that has been closed meanwhile refuses.
-            loop._attach_to_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
-        # The peer's name can't be asked for any more once the peer has reset the connection.
-        self._peername = extra.pop("peername", None) if extra else _name_of(sock.getpeername)
-        self._info: dict[str, Any] | None = extra or None  # of get_extra_info, as far as it was asked for
-        self._loop = loop
-        self._proactor = proactor
-        self._sock = sock
-        self._server = server
-        self._receive: ops.ReceiveStream | None = None
-        self._sending: ops.SendAll | ops.SendFile | None = None
-        self._file: asyncio.Future[int] | None = None  # while a file is sent: what its sender awaits
-        self._queue: list[Any] | None = None  # written and not yet submitted
-        self._queued = 0  # bytes in _queue
-        self._direct = True  # write may send at once: nothing is queued, nothing has ended
-        self._held: tuple[tuple[Any, BaseException | None], ...] = ()  # completions that came while paused
-        self._paused = False
-        self._eof_asked = False
-        self._at_eof = False
-        self._closing = False
-        self._lost = False
-        self._finished = False  # connection_lost has run
-        self._writes_after_loss = 0
-        # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
-        self._context = context_for(loop, context)
-        self._init_flow_control()
-        self.set_protocol(protocol)
-        _send_without_delay(sock)
-        context_of_ends: Any = self._context if _ENDS_HAVE_CONTEXT else None
-        loop.call_soon(self._begin, waiter, context=context_of_ends)
 
     def _context_of_writing(self) -> Any:
         """The context of ``resume_writing`` and of what else sending leads to: before 3.15 that of whoever writes."""
@@ -296,7 +92,7 @@ class SocketTransport(Stream):
             if name == "socket":
                 info[name] = trsock.TransportSocket(self._sock)
             elif name == "sockname":
-                info[name] = _name_of(self._sock.getsockname)
+                info[name] = self._sockname
             elif name == "peername":
                 return self._peername
         return info.get(name, default)
@@ -317,54 +113,17 @@ class SocketTransport(Stream):
         """Who is called when there are data to read; None once the transport is closing."""
         return None if self._closing else self._received
 
-    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        try:
-            self._protocol.connection_made(self)
-            if self._receive is None and not self._closing and not self._paused:
-                self._arm_receive()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.connection_made() call failed.")
-            if waiter is not None and not waiter.cancelled():
-                waiter.set_exception(exc)
-            return
-        if waiter is not None and not waiter.cancelled():
-            waiter.set_result(None)
-
     def __repr__(self) -> str:
         state = "closed" if self._finished else "closing" if self._closing else "paused" if self._paused else "open"
         return f"<{type(self).__name__} {state} fd={self._sock.fileno()} unsent={self.get_write_buffer_size()}>"
 
-    def __del__(self, _warn: Any = warnings.warn) -> None:
-        # Not set where the constructor failed.  The collector may have closed the socket before it came here.
-        if not getattr(self, "_finished", True):
-            _warn(unclosed(self, self._context), ResourceWarning, source=self)
-            self._sock.close()
-
     # -- the protocol ------------------------------------------------------------------------------
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Switch protocols; the next data go to the new one."""
-        self._protocol = protocol
-        self._buffered = isinstance(protocol, asyncio.BufferedProtocol) and not isinstance(protocol, TakesBytes)
-        if self._receive is not None:
-            self._receive.get_buffer = self._get_buffer_of_protocol if self._buffered else None
-            self._choose_receiver()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """The current protocol; None after its ``connection_lost``."""
         return cast("asyncio.BaseProtocol", self._protocol)
 
     # -- receiving ---------------------------------------------------------------------------------
-
-    def _arm_receive(self) -> None:
-        # Neither paused nor closing, and nothing is held: see _choose_receiver.
-        if self._buffered:
-            get_buffer = self._get_buffer_of_protocol
-            self._receive = self._proactor.receive_stream(self._sock, self._received_into, get_buffer)
-        else:
-            self._receive = self._proactor.receive_stream(self._sock, self._received)
 
     def _choose_receiver(self) -> None:
         """Pick the receiver from the state, so that the hot path needs no checks."""
@@ -390,14 +149,6 @@ class SocketTransport(Stream):
         if self._receive is not None and not self._receive.in_flight:
             self._receive = None
             self._release_socket()
-
-    def _receive_ended(self, error: BaseException | None) -> None:
-        self._receive = None
-        self._at_eof = True
-        if error is None:
-            self._end_of_stream()
-        elif not ops.was_cancelled(error):  # that would be the loop closing under us
-            self._receiving_failed(error, "Fatal read error on socket transport")
 
     def _receiving_failed(self, exc: BaseException, message: str) -> None:
         """A fatal error in the course of receiving: the report and ``connection_lost`` inherit its context."""
@@ -432,17 +183,6 @@ class SocketTransport(Stream):
                 if self._receive is not None:
                     self._proactor.pause(self._receive)  # until it is delivered
                 self._loop.call_soon(self._deliver_held)
-
-    def _end_of_stream(self) -> None:
-        try:
-            keep_open = self._context.run(self._protocol.eof_received)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._receiving_failed(exc, "Fatal error: protocol.eof_received() call failed.")
-            return
-        if not keep_open:
-            self._context.copy().run(self.close)  # connection_lost inherits it
 
     def is_reading(self) -> bool:
         """False while paused or closing."""
@@ -543,7 +283,7 @@ class SocketTransport(Stream):
                 sent: int = self._sock.sendmsg(buffers[:1024])
                 return sent
             data = buffers[0] if len(buffers) == 1 else memoryview(b"".join(buffers))
-            return self._sock.send(data[:_MOST_AT_ONCE])
+            return self._sock.send(data[:MOST_AT_ONCE])
         except (BlockingIOError, InterruptedError):
             return 0
         except (SystemExit, KeyboardInterrupt):
@@ -650,6 +390,16 @@ class SocketTransport(Stream):
         future.add_done_callback(lambda future: self._proactor.cancel(op) if future.cancelled() else None)
         return future
 
+    def _end_unclosed(self, _warn: Any = warnings.warn) -> None:
+        """Nobody has closed it.  The collector may have closed the socket before it comes here."""
+        _warn(unclosed(self, self._context), ResourceWarning, source=self)
+        self._sock.close()
+
+    def _fail_file(self) -> None:
+        """The connection is lost: tell whoever sends a file."""
+        if self._file is not None and not self._file.done():
+            self._file.set_exception(_closed_while_sending_file())
+
     def _part_sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of a part of a file.  An error is for the sender; the connection may be in order."""
         self._sending = None
@@ -687,24 +437,9 @@ class SocketTransport(Stream):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._closing:
-            return
-        self._closing = True
-        self._stop_receiving()
-        if self._sending is None:
-            self._lose_connection(None)
-
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
         self._force_close(None)
-
-    def _stop_receiving(self) -> None:
-        self._held = ()
-        if self._receive is not None:
-            self._choose_receiver()
-            self._proactor.cancel(self._receive)
 
     def _force_close(self, exc: BaseException | None) -> None:
         if self._lost:
@@ -716,36 +451,6 @@ class SocketTransport(Stream):
             self._closing = True
             self._stop_receiving()
         self._lose_connection(exc)
-
-    def _lose_connection(self, exc: BaseException | None) -> None:
-        if not self._lost:
-            self._lost = True
-            self._direct = False
-            if self._file is not None and not self._file.done():
-                self._file.set_exception(_closed_while_sending_file())
-            context: Any = self._context if _ENDS_HAVE_CONTEXT else None
-            self._loop.call_soon(self._call_connection_lost, exc, context=context)
-
-    def _call_connection_lost(self, exc: BaseException | None) -> None:
-        try:
-            self._protocol.connection_lost(exc)
-        finally:
-            self._finished = True
-            self._protocol = None  # it may keep the transport, and then only the collector would free the two
-            self._release_socket()
-            server, self._server = self._server, None
-            if server is not None:
-                self._loop._detach_from_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
-
-    def _release_socket(self) -> None:
-        """Close the socket when the protocol is done with it and the kernel too."""
-        if not self._finished or self._sock.fileno() < 0:
-            return
-        receive, sending = self._receive, self._sending
-        in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)
-        if not in_flight or self._proactor.let_go():
-            self.get_extra_info("sockname")  # can't be asked for afterwards
-            self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
         if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost
@@ -760,20 +465,3 @@ class SocketTransport(Stream):
 
 def _closed_while_sending_file() -> ConnectionError:
     return ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed while a file was sent")
-
-
-def _send_without_delay(sock: socket.socket) -> None:
-    """Set TCP_NODELAY, as asyncio does: a small write goes out before what is on its way is acknowledged."""
-    if ops.family_of(sock) in _INTERNET and sock.proto in (0, socket.IPPROTO_TCP):
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:
-            pass  # the peer has reset the connection: receiving tells
-
-
-def _name_of(ask: Callable[[], Any]) -> Any:
-    """What getsockname or getpeername says; None where it says nothing."""
-    try:
-        return ask()
-    except OSError:
-        return None

@@ -39,7 +39,15 @@ PIECES = [b"one", b"in pieces of a hundred bytes, the last of them not full;" * 
 LARGE = bytes(range(250)) * 200
 
 #: Made once: that takes its time.
-server, client = functools.cache(server_context), functools.cache(client_context)
+client = functools.cache(client_context)
+
+
+@functools.cache
+def server() -> ssl.SSLContext:
+    """It issues no session tickets: they come unasked, alone or together with what the peer says first."""
+    context = server_context()
+    context.num_tickets = 0
+    return context
 
 
 class OnPurpose(Exception):

@@ -27,14 +27,17 @@ LAYERS = [
     "doctor launch takeover echo.options",
     "__init__ echo.__init__ echo.service echo.output echo.supervisor",
     "threads",
-    "policy",
+    "policy readers",
     "loop",
     "methods.clock methods.embedding methods.names methods.pipes methods.readiness methods.signals methods.sockets",
     "methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
     "endpoints.datagrams endpoints.tls pipes.named pipes.unix pipes.windows",
     "pipes.transports pipes.channels pipes.__init__ endpoints.listener",
     "transports",
-    "proactor endpoints.sendfile endpoints.__init__ debugging ports.iocp.handles",
+    "connections",
+    "streams",
+    "life",
+    "flow proactor endpoints.sendfile endpoints.__init__ debugging ports.iocp.handles",
     "ports.__init__",
     "ports.port",
     "ports.choice",
@@ -52,8 +55,8 @@ LAYERS = [
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
-    "hot/epoll.h hot/iocp.h hot/sockets.h hot/turns.h",
-    "hot/calls.h hot/driver.h hot/handles.h hot/receiving.h",
+    "hot/accepting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
+    "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
     "linux/uring.h windows/iocp.h",
@@ -66,8 +69,10 @@ NATIVE_TIER = [
     "epoll iocp_sockets schedule tasks",
     "epoll_watches ready",
     "ahead epoll_waits",
-    "connections sockets streams tls",
-    "datagrams driver handles receiving",
+    "accepting transports",
+    "connections",
+    "proactor readers sockets streams tls",
+    "datagrams driver handles receiving stream_calls",
     "timers",
     "shared",
 ]
@@ -152,12 +157,54 @@ def exported() -> dict[str, str]:
 def test_the_c_of_the_native_tier_calls_down() -> None:
     level = {stem: level for level, line in enumerate(NATIVE_TIER) for stem in line.split()}
     homes = exported()
-    assert {"receive_for_stream", "launch", "names", "Driver_type"} < set(homes)
+    assert {"receive_for_stream", "launch", "stream_begin"} < set(homes)
     assert set(level) == {path.stem for path in (PACKAGE / "_native" / "hot").glob("*.c")}
     for path in (PACKAGE / "_native" / "hot").glob("*.c"):
         for name in set(re.findall(r"\w+", c_code(path))) & set(homes):
             home = homes[name]
             assert home == path.stem or level[home] > level[path.stem], f"{path.name} uses {name} of {home}.c"
+
+
+#: What in C is written to and yet stands outside every object: that of the process, and why.
+OF_THE_PROCESS = {
+    "hot/shared.c memory": "without a GIL each thread has its own",
+    "hot/shared.c key": "frees it when the thread ends",
+    "hot/shared.c once": "makes the key",
+    "hot/shared.c key_made": "the same on Windows",
+    "windows/console.c console_lock": "a process has one console, whose events come in a thread of the system's",
+    "windows/console.c console_ports": "the ports that are told of them",
+    "windows/console.c console_room": "the ports that are told of them",
+    "windows/console.c console_event_at": "when the last one came",
+    "windows/console.c closing_signal": "whether the console closes",
+    "windows/console.c is_service": "whether the process is a service, which outlives it",
+    "windows/iocp.c lock": "Winsock is started once for the process",
+    "windows/iocp.c started": "Winsock is started once for the process",
+    "windows/iocp.c found": "the addresses of the system's functions, the same for all",
+}
+
+#: Tables that CPython reads, and does not take as const.
+TABLES = {"PyMethodDef", "PyMemberDef", "PyGetSetDef", "PyType_Slot", "PyType_Spec", "PyModuleDef_Slot", "PyModuleDef"}
+
+
+def variables(path: Path) -> set[str]:
+    """What a file in C keeps outside of functions, or from call to call within them, and may write to."""
+    code = re.sub(r"^\s*#(?:.*\\\n)*.*", "", c_code(path), flags=re.MULTILINE)
+    outside = re.sub(r"^\{.*?^\}", ";", code, flags=re.MULTILINE | re.DOTALL)  # bodies of functions
+    declared = re.findall(r"^(?!typedef|extern)\w[^;{]*[;{]", outside, re.MULTILINE)
+    found = set()
+    for text in declared + re.findall(r"\bstatic\b[^;{]*[;{]", code):
+        plain = re.sub(r"=[^,;{]*", "", text)  # without what they begin with
+        words = re.findall(r"\w+", plain)
+        is_type = words[0] == "enum" or (words[0] == "struct" and len(words) == 2)
+        if "(" not in plain and not is_type and "const" not in words and not TABLES & set(words):
+            found |= set(re.findall(r"(\w+)(?:\[\w*\])?\s*(?=[,;{])", plain))
+    return {f"{path.parent.name}/{path.name} {name}" for name in found}
+
+
+def test_nothing_in_c_belongs_to_the_process() -> None:
+    """But what stands in the list: all else has its place in the module's state or in a loop (hot.h)."""
+    found = set().union(*(variables(path) for path in c_files() if path.suffix == ".c"))
+    assert found == set(OF_THE_PROCESS)
 
 
 def test_the_page_shows_every_module() -> None:

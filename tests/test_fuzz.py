@@ -39,9 +39,6 @@ LOOPS = "{},stock" if sys.version_info < (3, 12) else "{}"
 def test_programs_of_each_family(driver: str, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     if family == "faults" and faults.why_not():
         pytest.skip(faults.why_not())
-    if family == "forks" and sys.version_info[:3] == (3, 14, 0):
-        # Assumed of this family, which stops there without a word; seen of plain forks, with asyncio's own loop too.
-        pytest.skip("this CPython takes the parent's task for one that runs in the child")
     for seed in SEEDS[family]:
         status = main(["--loops", LOOPS.format(driver), "--tier", "auto", "--seed", str(seed), "--count", "1", family])
         assert status == 0, capsys.readouterr().out

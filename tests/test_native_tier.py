@@ -117,29 +117,83 @@ def test_a_value_that_means_nothing_is_an_error() -> None:
     assert "IOCP_LOOP_NATIVE=yes: it must be 0" in done.stdout
 
 
-def test_in_a_subinterpreter_it_gives_way_to_the_python_tier() -> None:
-    """Its types are made once for the process, beneath the main interpreter's asyncio."""
-    if sys.version_info >= (3, 13):
-        pytest.importorskip("_interpreters", reason="this Python cannot make one", exc_type=ImportError)
-    code = "from iocp_loop import native; assert native.hot is None, native.hot; print(native.why_not)"
-    done = run_python(
-        f"""
-        import iocp_loop.native, sys
+# -- its state is the module's ---------------------------------------------------------------------
+
+#: Runs `code` in `count` interpreters at once, each in a thread, and in the main one too.
+_IN_INTERPRETERS = """
+import sys, threading
+code, count = sys.argv[1], int(sys.argv[2])
+failures = []
+
+def run():
+    try:
         if sys.version_info >= (3, 13):
             import _interpreters as interpreters
-            made = interpreters.create("legacy")
-            failed = interpreters.exec(made, {code!r})
-            assert failed is None, failed
+            made = interpreters.create("isolated")
+            failed = interpreters.exec(made, code)
+            if failed is not None:
+                failures.append(failed.errdisplay)
         else:
             import _xxsubinterpreters as interpreters
-            made = interpreters.create(isolated=False)
-            interpreters.run_string(made, {code!r})
+            made = interpreters.create(isolated=True)
+            interpreters.run_string(made, code)
         interpreters.destroy(made)
-        """,
-        IOCP_LOOP_NATIVE="0" if native.hot is None else "",
-    )
-    assert done.stdout == ("IOCP_LOOP_NATIVE=0\n" if native.hot is None else done.stdout)
-    assert native.hot is None or "main interpreter" in done.stdout
+    except Exception as error:
+        failures.append(repr(error))
+
+threads = [threading.Thread(target=run) for _ in range(count)]
+for thread in threads:
+    thread.start()
+if count > 1:
+    exec(code)
+for thread in threads:
+    thread.join()
+assert not failures, failures[0]
+"""
+
+#: Uses it twice, the second time from new modules: nothing holds the first ones any more.
+_USE_IT_TWICE = f"""
+import gc, sys, weakref
+
+def use():
+    names = {{"__name__": "used"}}
+    exec({_USE_IT!r}, names)
+    return weakref.ref(names["native"].hot)
+
+first = use()
+for name in [name for name in sys.modules if name.partition(".")[0] == "iocp_loop"]:
+    del sys.modules[name]
+second = use()
+for _ in range(3):
+    gc.collect()
+assert first() is None and second() is not None, (first(), second())
+"""
+
+
+def run_in_interpreters(code: str, count: int) -> None:
+    if sys.version_info >= (3, 13):
+        pytest.importorskip("_interpreters", reason="this Python cannot make one", exc_type=ImportError)
+    run_python(_IN_INTERPRETERS, code, str(count), IOCP_LOOP_NATIVE="1")
+
+
+@natively
+def test_a_subinterpreter_has_a_native_tier_of_its_own() -> None:
+    """One after the other, and each gives back what it had."""
+    run_in_interpreters("for _ in range(3):\n    exec(" + repr(_USE_IT_TWICE) + ", {})", 1)
+
+
+@natively
+@pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="before 3.12 asyncio's C takes the loops of all interpreters for one's"
+)
+def test_several_interpreters_run_loops_at_once() -> None:
+    run_in_interpreters(_USE_IT, 2)
+
+
+@natively
+def test_it_can_be_imported_again() -> None:
+    """By whoever empties sys.modules; the first module goes, with its types and its spare objects."""
+    run_python(_USE_IT_TWICE)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .program import Source, pattern
-from .stage import LIMIT, Stage, stream_pair
+from .stage import LIMIT, Stage, leave, stream_pair
 
 __all__ = ["make_forks", "play_forks"]
 
@@ -194,7 +194,7 @@ def _fork_now(fork: _Fork, inherited: _Inherited) -> tuple[int, int]:
 def _be_child(fork: _Fork, inherited: _Inherited, mouth: int) -> NoReturn:
     status = 0
     warnings.simplefilter("ignore")
-    asyncio._set_running_loop(None)
+    leave(inherited.loop)
     for name in fork.child:
         try:
             _DEEDS[name](inherited)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .program import Source, pattern
-from .stage import LIMIT, Stage, describe, stream_pair
+from .stage import LIMIT, Stage, describe, leave, stream_pair
 
 __all__ = ["make_loops", "play_loops"]
 
@@ -138,7 +138,7 @@ async def play_loops(program: _Program, stage: Stage) -> None:
             await work
         else:
             # As if between two runs: one thread runs one loop at a time.
-            with _not_running():
+            with _outside(loop):
                 _live(life, stage)
         await asyncio.sleep(0)
     if program.share is not None:
@@ -146,13 +146,14 @@ async def play_loops(program: _Program, stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def _not_running() -> Iterator[None]:
-    running = asyncio._get_running_loop()
-    asyncio._set_running_loop(None)
+def _outside(loop: Any) -> Iterator[None]:
+    task = leave(loop)
     try:
         yield
     finally:
-        asyncio._set_running_loop(running)
+        asyncio._set_running_loop(loop)
+        if task is not None:
+            asyncio.tasks._enter_task(loop, task)
 
 
 def _make_loop(stage: Stage) -> Any:

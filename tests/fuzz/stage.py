@@ -144,6 +144,20 @@ def stream_pair(unix: bool, buffers: int | None = None) -> tuple[socket.socket, 
     return pair
 
 
+def leave(loop: asyncio.AbstractEventLoop) -> asyncio.Task[Any] | None:
+    """From within a callback of `loop`: let this thread run another loop, as if this one did not run.
+
+    Returns the task that ran.  It is to be left too: since Python 3.14 it is the thread's and not the loop's, and the
+    tasks of the other loop would be refused.  In a forked child asyncio leaves both; but 3.14.0 keeps the task.
+    """
+    asyncio._set_running_loop(loop)
+    task = asyncio.current_task(loop)
+    if task is not None:
+        asyncio.tasks._leave_task(loop, task)
+    asyncio._set_running_loop(None)
+    return task
+
+
 def describe(exc: BaseException | None) -> str:
     """An exception, for notes: which of several errors of a connection it is depends on who was quicker."""
     if isinstance(exc, ConnectionError):

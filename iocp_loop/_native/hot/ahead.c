@@ -16,32 +16,32 @@
 #ifdef __linux__
 
 /* The transport whose method this `complete` is, or NULL; borrowed. */
-static PyObject *transport_behind(PyObject *complete)
+static PyObject *transport_behind(const struct hot *hot, PyObject *complete)
 {
     if (complete == NULL || !PyCFunction_CheckExact(complete))
         return NULL;
     PyObject *self = PyCFunction_GET_SELF(complete);
-    return self != NULL && is_stream(self) ? self : NULL;
+    return self != NULL && is_stream(hot, self) ? self : NULL;
 }
 
-void look_ahead(PyObject *const *ops, int count)
+void look_ahead(const struct hot *hot, PyObject *const *ops, int count)
 {
     PyObject *transports[AHEAD]; /* borrowed */
-    size_t size = (size_t)((PyTypeObject *)operation_slots.receive_stream)->tp_basicsize;
+    size_t size = (size_t)((PyTypeObject *)hot->kinds.receive_stream)->tp_basicsize;
     for (int n = 0; n < count; n++)
         fetch(ops[n], size);
     for (int n = 0; n < count; n++)
-        if (SLOT(ops[n], operation_slots.complete) != NULL)
-            fetch(SLOT(ops[n], operation_slots.complete), sizeof(PyCFunctionObject));
+        if (SLOT(ops[n], hot->operation.complete) != NULL)
+            fetch(SLOT(ops[n], hot->operation.complete), sizeof(PyCFunctionObject));
     for (int n = 0; n < count; n++) {
-        PyObject *complete = SLOT(ops[n], operation_slots.complete);
+        PyObject *complete = SLOT(ops[n], hot->operation.complete);
         if (complete != NULL && PyCFunction_CheckExact(complete) && PyCFunction_GET_SELF(complete) != NULL)
-            fetch_stream(PyCFunction_GET_SELF(complete));
+            fetch_stream(hot, PyCFunction_GET_SELF(complete));
     }
     for (int n = 0; n < count; n++) {
-        transports[n] = transport_behind(SLOT(ops[n], operation_slots.complete));
+        transports[n] = transport_behind(hot, SLOT(ops[n], hot->operation.complete));
         if (transports[n] != NULL)
-            fetch_stream_parts(transports[n]);
+            fetch_stream_parts(hot, transports[n]);
     }
 }
 

@@ -15,7 +15,7 @@
 #define CALL_SIZE(size) ((int)((size) < INT_MAX ? (size) : INT_MAX))
 
 /* Whether a call on `sock` does not wait: one that can be told not to, or of a non-blocking socket. */
-int never_waits(PyObject *sock);
+int never_waits(const struct hot *hot, PyObject *sock);
 static inline int last_error(void) { return WSAGetLastError(); }
 static inline void set_last_error(int code) { WSASetLastError(code); }
 static inline int was_interrupted(void) { return WSAGetLastError() == WSAEINTR; }
@@ -31,7 +31,7 @@ static inline PyObject *raise_last_error(void) { return PyErr_SetExcFromWindowsE
 
 #define CALL_SIZE(size) (size)
 
-static inline int never_waits(PyObject *sock) { return 1; }
+static inline int never_waits(const struct hot *hot, PyObject *sock) { return 1; }
 static inline int last_error(void) { return errno; }
 static inline void set_last_error(int code) { errno = code; }
 static inline int was_interrupted(void) { return errno == EINTR; }

@@ -7,10 +7,9 @@
 
 #include "calls.h"
 
-/* The tables: what the system writes -> the tuple, and back.  Emptied when they have grown to this, perhaps by another
- * thread, so that what is found in them is taken with a reference. */
+/* The tables, hot->tuples and hot->structures: what the system writes -> the tuple, and back.  Emptied when they have grown
+ * to this, perhaps by another thread, so that what is found in them is taken with a reference. */
 enum { MOST_ADDRESSES = 4096 };
-static PyObject *tuples, *structures;
 
 enum { LARGEST = 64 * 1024 }; /* no datagram of the Internet is larger */
 
@@ -39,15 +38,15 @@ PyObject *make_tuple(const struct sockaddr_storage *address)
     return NULL;
 }
 
-PyObject *tuple_of(const struct sockaddr_storage *address, Py_ssize_t length)
+PyObject *tuple_of(struct hot *hot, const struct sockaddr_storage *address, Py_ssize_t length)
 {
     if (length == 0) /* it came over a connection */
         Py_RETURN_NONE;
     PyObject *key = PyBytes_FromStringAndSize((const char *)address, length);
-    PyObject *tuple = key == NULL ? NULL : find(tuples, key);
+    PyObject *tuple = key == NULL ? NULL : find(hot->tuples, key);
     if (tuple == NULL && key != NULL && !PyErr_Occurred()) {
         tuple = make_tuple(address);
-        if (tuple != NULL && put(tuples, key, tuple) < 0)
+        if (tuple != NULL && put(hot->tuples, key, tuple) < 0)
             Py_CLEAR(tuple);
         else if (tuple == NULL && !PyErr_Occurred())
             PyErr_Format(PyExc_OSError, "a datagram came from an address of family %d", address->ss_family);
@@ -108,25 +107,25 @@ static int is_literal(PyObject *tuple)
 }
 
 /* As make_structure, by way of the table. */
-static PyObject *structure_of(int family, PyObject *tuple)
+static PyObject *structure_of(struct hot *hot, int family, PyObject *tuple)
 {
     if (!is_literal(tuple))
         return NULL;
-    PyObject *structure = find(structures, tuple);
+    PyObject *structure = find(hot->structures, tuple);
     if (structure != NULL && ((const struct sockaddr *)PyBytes_AS_STRING(structure))->sa_family == family)
         return structure;
     if (structure == NULL && PyErr_Occurred())
         return NULL;
     Py_XSETREF(structure, make_structure(family, tuple));
-    if (structure != NULL && put(structures, tuple, structure) < 0)
+    if (structure != NULL && put(hot->structures, tuple, structure) < 0)
         Py_CLEAR(structure);
     return structure;
 }
 
 /* How much of a datagram `op` takes, as far as there is room; -1 if its size is not plain. */
-static Py_ssize_t size_wanted(PyObject *op)
+static Py_ssize_t size_wanted(const struct hot *hot, PyObject *op)
 {
-    PyObject *size = SLOT(op, operation_slots.from_size); /* borrowed */
+    PyObject *size = SLOT(op, hot->operation.from_size); /* borrowed */
     Py_ssize_t wanted = size != NULL && PyLong_CheckExact(size) ? PyLong_AsSsize_t(size) : -1;
     if (wanted < 0)
         PyErr_Clear();
@@ -134,11 +133,11 @@ static Py_ssize_t size_wanted(PyObject *op)
 }
 
 /* One datagram for `op`, as its value.  None if there is none just now. */
-static PyObject *receive_datagram(PyObject *sock, size_t wanted)
+static PyObject *receive_datagram(struct hot *hot, PyObject *sock, size_t wanted)
 {
     struct sockaddr_storage from;
     socklen_t length = sizeof from;
-    char *memory = scratch();
+    char *memory = scratch(hot);
     if (memory == NULL)
         return NULL;
     Py_ssize_t size = recvfrom(socket_descriptor(sock), memory, CALL_SIZE(wanted), MSG_DONTWAIT, (struct sockaddr *)&from,
@@ -146,27 +145,27 @@ static PyObject *receive_datagram(PyObject *sock, size_t wanted)
     if (size < 0)
         return would_wait() ? Py_NewRef(Py_None) : raise_last_error();
     PyObject *data = PyBytes_FromStringAndSize(memory, size);
-    PyObject *address = data == NULL ? NULL : tuple_of(&from, (Py_ssize_t)length);
+    PyObject *address = data == NULL ? NULL : tuple_of(hot, &from, (Py_ssize_t)length);
     PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, data, address);
     Py_XDECREF(data);
     Py_XDECREF(address);
     return value;
 }
 
-int receive_datagrams_for(PyObject *driver, PyObject *op, int most)
+int receive_datagrams_for(struct hot *hot, PyObject *driver, PyObject *op, int most)
 {
     int count = 0;
-    for (; count < most && SLOT(op, operation_slots.from_paused) != Py_True
-           && SLOT(op, operation_slots.state) == operation_slots.in_flight;
+    for (; count < most && SLOT(op, hot->operation.from_paused) != Py_True
+           && SLOT(op, hot->operation.state) == hot->states.in_flight;
          count++) {
-        PyObject *sock = SLOT(op, operation_slots.handle); /* borrowed */
-        Py_ssize_t wanted = size_wanted(op);
-        if (sock == NULL || !is_socket(sock) || !never_waits(sock) || wanted < 0)
+        PyObject *sock = SLOT(op, hot->operation.handle); /* borrowed */
+        Py_ssize_t wanted = size_wanted(hot, op);
+        if (sock == NULL || !is_socket(hot, sock) || !never_waits(hot, sock) || wanted < 0)
             return NOT_PLAIN;
-        PyObject *value = receive_datagram(sock, (size_t)wanted);
+        PyObject *value = receive_datagram(hot, sock, (size_t)wanted);
         int failed = value == NULL
-                     || (value != Py_None && complete_operation(op, value, Py_None) < 0
-                         && fail(driver, names.report, COMPLETE_FAILED) < 0);
+                     || (value != Py_None && complete_operation(hot, op, value, Py_None) < 0
+                         && fail(driver, "report", COMPLETE_FAILED) < 0);
         int none = value == Py_None;
         Py_XDECREF(value);
         if (failed)
@@ -181,15 +180,16 @@ int receive_datagrams_for(PyObject *driver, PyObject *op, int most)
  * The number of them; None if its socket or size is not a plain one, for the way in Python.  OSError if receiving fails. */
 PyObject *receive_datagrams(PyObject *module, PyObject *args)
 {
+    struct hot *hot = hot_in(module);
     PyObject *driver, *op;
     int most;
     if (!PyArg_ParseTuple(args, "OOi", &driver, &op, &most))
         return NULL;
-    if ((PyObject *)Py_TYPE(op) != operation_slots.receive_from_stream) {
+    if ((PyObject *)Py_TYPE(op) != hot->kinds.receive_from_stream) {
         PyErr_SetString(PyExc_TypeError, "receive_datagrams() takes a ReceiveFromStream");
         return NULL;
     }
-    int count = receive_datagrams_for(driver, op, most);
+    int count = receive_datagrams_for(hot, driver, op, most);
     if (count == NOT_PLAIN)
         Py_RETURN_NONE;
     return count < 0 ? NULL : PyLong_FromLong(count);
@@ -203,8 +203,9 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
         PyErr_SetString(PyExc_TypeError, "send_datagram() takes a socket, its family, data and an address");
         return NULL;
     }
+    struct hot *hot = hot_in(module);
     PyObject *data = args[2], *address = args[3], *structure = NULL;
-    if (!is_socket(args[0]) || !never_waits(args[0]) || !PyBytes_CheckExact(data))
+    if (!is_socket(hot, args[0]) || !never_waits(hot, args[0]) || !PyBytes_CheckExact(data))
         Py_RETURN_NONE;
     if (address != Py_None) {
         long family = PyLong_AsLong(args[1]);
@@ -212,7 +213,7 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
             PyErr_Clear();
             Py_RETURN_NONE;
         }
-        structure = structure_of((int)family, address);
+        structure = structure_of(hot, (int)family, address);
         if (structure == NULL) {
             if (PyErr_Occurred())
                 return NULL;
@@ -228,9 +229,9 @@ PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t coun
     return answer;
 }
 
-int add_datagrams(PyObject *module)
+int add_datagrams(struct hot *hot)
 {
-    tuples = PyDict_New();
-    structures = PyDict_New();
-    return tuples == NULL || structures == NULL ? -1 : 0;
+    hot->tuples = PyDict_New();
+    hot->structures = PyDict_New();
+    return hot->tuples == NULL || hot->structures == NULL ? -1 : 0;
 }

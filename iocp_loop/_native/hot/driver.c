@@ -4,8 +4,6 @@
 
 #include <math.h>
 
-PyTypeObject *Driver_type;
-
 /* The longest timeout that is handed to the kernel, ns: about 100 years. */
 static const double LONGEST_NS = 3e18;
 
@@ -128,11 +126,14 @@ int driver_call(Driver *self, PyObject *method, PyObject *op)
     return done == NULL ? -1 : 0;
 }
 
-static int drain_ready(Driver *self) { return has_items(self->ready) ? driver_call(self, names.drain_ready, NULL) : 0; }
+static int drain_ready(Driver *self)
+{
+    return has_items(self->ready) ? driver_call(self, self->hot->names.drain_ready, NULL) : 0;
+}
 
 int driver_go_on(Driver *self)
 {
-    return fail((PyObject *)self, names.report, COMPLETE_FAILED);
+    return fail((PyObject *)self, "report", COMPLETE_FAILED);
 }
 
 int driver_dispatch(Driver *self)
@@ -158,6 +159,7 @@ static PyObject *dispatch_method(PyObject *self, PyObject *ignored)
 
 int launch(Driver *self, PyObject *op)
 {
+    const struct hot *hot = self->hot;
     PyObject *kind = (PyObject *)Py_TYPE(op), *before = PyDict_GetItemWithError(self->submissions, kind); /* borrowed */
     long long earlier = before == NULL ? 0 : PyLong_AsLongLong(before);
     if (PyErr_Occurred())
@@ -173,19 +175,20 @@ int launch(Driver *self, PyObject *op)
         Py_XDECREF(number);
         return -1;
     }
-    Py_XSETREF(SLOT(op, operation_slots.token), number);
-    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.in_flight));
+    Py_XSETREF(SLOT(op, hot->operation.token), number);
+    Py_XSETREF(SLOT(op, hot->operation.state), Py_NewRef(hot->states.in_flight));
     return 0;
 }
 
 int land(Driver *self, PyObject *op)
 {
-    PyObject *token = Py_XNewRef(SLOT(op, operation_slots.token));
+    const struct hot *hot = self->hot;
+    PyObject *token = Py_XNewRef(SLOT(op, hot->operation.token));
     if (token == NULL) {
         PyErr_SetString(PyExc_AttributeError, "token");
         return -1;
     }
-    Py_XSETREF(SLOT(op, operation_slots.state), Py_NewRef(operation_slots.done));
+    Py_XSETREF(SLOT(op, hot->operation.state), Py_NewRef(hot->states.done));
     int failed = PyDict_DelItem(self->in_flight, token);
     Py_DECREF(token);
     return failed;
@@ -195,9 +198,9 @@ int land(Driver *self, PyObject *op)
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
 
-Driver *native_driver(PyObject *driver)
+Driver *native_driver(const struct hot *hot, PyObject *driver)
 {
-    if (!PyObject_TypeCheck(driver, Driver_type))
+    if (!PyObject_TypeCheck(driver, hot->Driver_type))
         return NULL;
     PyObject *wait = PyObject_GetAttrString(driver, "wait");
     int ours = wait != NULL && PyCFunction_Check(wait) && PyCFunction_GET_SELF(wait) == driver
@@ -207,11 +210,19 @@ Driver *native_driver(PyObject *driver)
     return ours ? (Driver *)driver : NULL;
 }
 
+static void driver_dealloc(Driver *self);
+
+struct hot *driver_hot(PyTypeObject *type) { return hot_of(type, (destructor)driver_dealloc); }
+
 PyObject *driver_new(PyTypeObject *type, const struct verbs *verbs)
 {
-    Driver *self = (Driver *)type->tp_alloc(type, 0);
-    if (self != NULL)
+    struct hot *hot = driver_hot(type);
+    Driver *self = hot == NULL ? NULL : (Driver *)type->tp_alloc(type, 0);
+    if (self != NULL) {
         self->verbs = verbs;
+        self->hot = hot;
+        Py_INCREF(hot->module);
+    }
     return (PyObject *)self;
 }
 
@@ -222,7 +233,7 @@ int driver_traverse(Driver *self, visitproc visit, void *arg)
     Py_VISIT(self->submissions);
     Py_VISIT(self->ready);
     Py_VISIT(self->before_sleep);
-    return 0;
+    return visit_hot(self->hot, visit, arg);
 }
 
 int driver_clear(Driver *self)
@@ -236,10 +247,8 @@ int driver_clear(Driver *self)
 
 void driver_free(Driver *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     driver_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_with_hot((PyObject *)self, self->hot);
 }
 
 static void driver_dealloc(Driver *self)
@@ -308,18 +317,18 @@ static PyType_Spec driver_spec = {
     .slots = driver_slots,
 };
 
-PyTypeObject *add_driver_type(PyObject *module, PyType_Spec *spec, PyTypeObject *base)
+PyTypeObject *add_driver_type(struct hot *hot, PyType_Spec *spec, PyTypeObject *base)
 {
-    PyObject *bases = PyTuple_Pack(1, base == NULL ? Driver_type : base);
-    PyTypeObject *type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, bases);
+    PyObject *bases = PyTuple_Pack(1, base == NULL ? hot->Driver_type : base);
+    PyTypeObject *type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, spec, bases);
     Py_XDECREF(bases);
-    if (type != NULL && PyModule_AddType(module, type) < 0)
+    if (type != NULL && PyModule_AddType(hot->module, type) < 0)
         Py_CLEAR(type);
     return type;
 }
 
-int add_driver(PyObject *module)
+int add_driver(struct hot *hot)
 {
-    Driver_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &driver_spec, NULL);
-    return Driver_type == NULL ? -1 : 0;
+    hot->Driver_type = (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, &driver_spec, NULL);
+    return hot->Driver_type == NULL ? -1 : 0;
 }

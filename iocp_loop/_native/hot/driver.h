@@ -38,6 +38,7 @@ struct verbs {
 struct driver {
     PyObject_HEAD
     const struct verbs *verbs;
+    struct hot *hot;
     PyObject *in_flight, *submissions, *ready, *before_sleep;
     unsigned long long waits, completions, tokens;
     size_t delivered; /* bytes in this dispatch */
@@ -45,11 +46,9 @@ struct driver {
     char sleeping;
 };
 
-extern PyTypeObject *Driver_type;
-
 /* `driver` if its turn is in C, and its method `wait` is ours: an object that has another in its place is not for the short
  * way.  Borrowed; NULL if not. */
-Driver *native_driver(PyObject *driver);
+Driver *native_driver(const struct hot *hot, PyObject *driver);
 
 /* The turn, by way of the verbs.  Seconds; negative: for ever. */
 int driver_wait(Driver *self, double seconds);
@@ -69,14 +68,15 @@ int land(Driver *self, PyObject *op);
 /* self.METHOD(op), or without `op`, whatever it returns. */
 int driver_call(Driver *self, PyObject *method, PyObject *op);
 
-/* For the types of the drivers. */
+/* For the types of the drivers.  First, what `type`, one of them or a class in Python above it, belongs to. */
+struct hot *driver_hot(PyTypeObject *type);
 PyObject *driver_new(PyTypeObject *type, const struct verbs *verbs);
 int driver_traverse(Driver *self, visitproc visit, void *arg);
 int driver_clear(Driver *self);
 /* The end of a dealloc. */
 void driver_free(Driver *self);
 /* Make a type of `spec`, above `base` or, with NULL, above what all share, and put it into the module. */
-PyTypeObject *add_driver_type(PyObject *module, PyType_Spec *spec, PyTypeObject *base);
-int add_driver(PyObject *module);
+PyTypeObject *add_driver_type(struct hot *hot, PyType_Spec *spec, PyTypeObject *base);
+int add_driver(struct hot *hot);
 
 #endif

@@ -12,9 +12,8 @@
 
 #include <errno.h>
 
+#include "accepting.h"
 #include "receiving.h"
-
-PyTypeObject *EpollTurns_type;
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Waiting
@@ -48,7 +47,7 @@ int epoll_before_wait(EpollTurns *self)
 {
     if (self->next < self->count) /* an exception has ended the dispatch: it goes on first */
         return 1;
-    return self->unarmed ? driver_call(&self->driver, names.arm_all, NULL) : 0;
+    return self->unarmed ? driver_call(&self->driver, self->driver.hot->names.arm_all, NULL) : 0;
 }
 
 int epoll_wait_for_events(Driver *driver, int64_t limit)
@@ -89,12 +88,13 @@ static PyObject *forget_poller(EpollTurns *self, PyObject *ignored)
 /* The last completion of a stream: a value or an error, of which one is None. */
 static int end_stream(EpollTurns *self, PyObject *op, PyObject *value, PyObject *error)
 {
+    const struct hot *hot = self->driver.hot;
     int landed = land_alone(self, op);
     if (landed) {
         self->driver.completions++;
-        return landed < 0 ? -1 : complete_operation(op, value, error);
+        return landed < 0 ? -1 : complete_operation(hot, op, value, error);
     }
-    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, names.end_stream, op, value, error, NULL);
+    PyObject *done = PyObject_CallMethodObjArgs((PyObject *)self, hot->names.end_stream, op, value, error, NULL);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
@@ -102,17 +102,18 @@ static int end_stream(EpollTurns *self, PyObject *op, PyObject *value, PyObject 
 /* Receive once for a stream, and deliver that at once.  1 if there may be more, 0, or -1. */
 static int receive(EpollTurns *self, PyObject *op)
 {
-    PyObject *sock = SLOT(op, operation_slots.handle), *value; /* borrowed */
+    struct hot *hot = self->driver.hot;
+    PyObject *sock = SLOT(op, hot->operation.handle), *value; /* borrowed */
     struct piece piece;
     int failed = 0;
-    if (sock == NULL || !is_socket(sock))
-        return driver_call(&self->driver, names.receive_data, op);
-    switch (receive_for_stream(op, &self->expected, &piece)) {
+    if (sock == NULL || !is_socket(hot, sock))
+        return driver_call(&self->driver, hot->names.receive_data, op);
+    switch (receive_for_stream(hot, op, &self->expected, &piece)) {
     case NOTHING:
         return 0;
     case DATA:
         self->driver.delivered += (size_t)piece.size;
-        failed = complete_operation(op, piece.value, Py_None);
+        failed = complete_operation(hot, op, piece.value, Py_None);
         break;
     case END:
         failed = end_stream(self, op, piece.value, Py_None);
@@ -133,11 +134,12 @@ static int receive(EpollTurns *self, PyObject *op)
 
 static int receive_some(EpollTurns *self, PyObject *op)
 {
+    const struct hot *hot = self->driver.hot;
     /* Several times only where nobody else is waiting for his turn. */
     int more = 1;
     for (int left = self->count == 1 ? RECEIVES_IN_A_TURN : 1; left > 0 && more > 0; left--) {
         more = receive(self, op);
-        if (SLOT(op, operation_slots.paused) == Py_True || SLOT(op, operation_slots.state) != operation_slots.in_flight)
+        if (SLOT(op, hot->operation.paused) == Py_True || SLOT(op, hot->operation.state) != hot->states.in_flight)
             break;
     }
     return more < 0 ? -1 : 0;
@@ -146,22 +148,73 @@ static int receive_some(EpollTurns *self, PyObject *op)
 /* Tell a ReadinessStream what holds, unless the event is that of an earlier file with the same number. */
 static int tell(EpollTurns *self, PyObject *op, unsigned held)
 {
+    const struct hot *hot = self->driver.hot;
     /* A hang-up or an error counts as each of the two. */
     held = (held & ~(unsigned)EPOLLOUT ? EPOLLIN : 0) | (held & ~(unsigned)EPOLLIN ? EPOLLOUT : 0);
-    unsigned events = held & (unsigned)PyLong_AsUnsignedLong(SLOT(op, operation_slots.events));
-    int fresh = PySet_Contains(self->fresh, SLOT(op, operation_slots.fd));
+    unsigned events = held & (unsigned)PyLong_AsUnsignedLong(SLOT(op, hot->operation.events));
+    int fresh = PySet_Contains(self->fresh, SLOT(op, hot->operation.fd));
     if (fresh || !events)
         return fresh < 0 ? -1 : 0;
     PyObject *value = PyLong_FromUnsignedLong(events);
     self->driver.completions++;
-    int failed = value == NULL ? -1 : complete_operation(op, value, Py_None);
+    int failed = value == NULL ? -1 : complete_operation(hot, op, value, Py_None);
     Py_XDECREF(value);
+    return failed;
+}
+
+/* How many connections `op` may accept now: one, and twice as many in each turn that finds more left; what one process leaves,
+ * others that share the listener may take.  It is noted for the next turn in one number, as the driver in Python does.  0 with
+ * an exception. */
+static int burst_of(EpollTurns *self, PyObject *op)
+{
+    enum { ACCEPTS_IN_A_TURN = 16 };
+    const struct hot *hot = self->driver.hot;
+    PyObject *before = SLOT(op, hot->operation.driver_data); /* borrowed */
+    unsigned long long known = before == NULL || before == Py_None ? 0 : PyLong_AsUnsignedLongLong(before);
+    int burst = known / 2 / ACCEPTS_IN_A_TURN == self->driver.waits ? (int)(known % (2 * ACCEPTS_IN_A_TURN)) : 1;
+    unsigned long long more = 2 * burst < ACCEPTS_IN_A_TURN ? 2 * (unsigned)burst : ACCEPTS_IN_A_TURN;
+    PyObject *next = PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong((self->driver.waits + 1) * 2 * ACCEPTS_IN_A_TURN + more);
+    if (next == NULL)
+        return 0;
+    put_reference(op, &SLOT(op, hot->operation.driver_data), next);
+    return burst;
+}
+
+static int accept_some(EpollTurns *self, PyObject *op)
+{
+    struct hot *hot = self->driver.hot;
+    PyObject *listener = SLOT(op, hot->operation.handle), *error; /* the first is borrowed */
+    if (listener == NULL || !is_socket(hot, listener) || !is_stream_socket(listener))
+        return driver_call(&self->driver, hot->names.accept_some, op);
+    int burst = burst_of(self, op), failed = burst > 0 ? 0 : -1;
+    for (; !failed && burst > 0 && SLOT(op, hot->operation.state) != hot->states.done; burst--)
+        switch (accept_for_stream(hot, op)) {
+        case NONE_LEFT:
+            put_reference(op, &SLOT(op, hot->operation.driver_data), Py_NewRef(Py_None));
+            return 0;
+        case ABORTED:
+            return 0;
+        case UNHEARD:
+            failed = driver_go_on(&self->driver);
+        /* fall through */
+        case ACCEPTED:
+            self->driver.completions++;
+            break;
+        case NOT_ACCEPTED:
+            if (ends_the_loop())
+                return -1;
+            error = take_exception();
+            failed = end_stream(self, op, Py_None, error);
+            Py_DECREF(error);
+            return failed;
+        }
     return failed;
 }
 
 static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event event)
 {
-    PyObject *stream = watch_stream_of(watch), *alone;
+    const struct hot *hot = self->driver.hot;
+    PyObject *stream = watch_stream_of(hot, watch), *alone;
     int failed;
     if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
         self->driver.completions++;
@@ -170,11 +223,11 @@ static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event even
         return failed;
     }
     Py_XDECREF(stream);
-    alone = lone_operation(watch);
-    if (alone != NULL && (PyObject *)Py_TYPE(alone) == operation_slots.readiness_stream)
+    alone = lone_operation(hot, watch);
+    if (alone != NULL && (PyObject *)Py_TYPE(alone) == hot->kinds.readiness_stream)
         failed = tell(self, alone, event.events);
-    else if (alone != NULL && (PyObject *)Py_TYPE(alone) == operation_slots.accept_stream)
-        failed = driver_call(&self->driver, names.accept_some, alone);
+    else if (alone != NULL && (PyObject *)Py_TYPE(alone) == hot->kinds.accept_stream)
+        failed = accept_some(self, alone);
     else
         failed = epoll_dispatch_other(self, watch, event);
     Py_XDECREF(alone);
@@ -199,7 +252,7 @@ int epoll_deliver(Driver *driver)
 {
     EpollTurns *self = (EpollTurns *)driver;
     while (self->next < self->count && driver->delivered < DELIVER_MOST) {
-        if (self->next >= self->looked_at)
+        if (self->next >= self->looked_at && self->count > 1) /* one has nobody to be fetched beside */
             look_at_watches(self);
         if (deliver(self, self->events[self->next++]) < 0 && driver_go_on(driver) < 0)
             return -1;
@@ -274,11 +327,12 @@ static PyMethodDef epoll_turns_methods[] = {
     {"receive_stream", (PyCFunction)(void (*)(void))epoll_receive_stream, METH_FASTCALL, NULL},
     {"readiness_stream", (PyCFunction)epoll_readiness_stream, METH_VARARGS, NULL},
     {"_cancel_alone", (PyCFunction)cancel_alone, METH_O, NULL},
+    {"drop", (PyCFunction)drop_alone, METH_O, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},
     {"_forget_socket_waits", (PyCFunction)forget_socket_waits, METH_NOARGS, "The driver is closed."},
-    {"_use_watch", use_watch, METH_O | METH_STATIC, "Look up the slots of what the driver keeps for a descriptor."},
+    {"_use_watch", use_watch, METH_O | METH_CLASS, "Look up the slots of what the driver keeps for a descriptor."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -308,10 +362,10 @@ static PyType_Spec epoll_turns_spec = {
     .slots = epoll_turns_slots,
 };
 
-int add_epoll(PyObject *module)
+int add_epoll(struct hot *hot)
 {
-    EpollTurns_type = add_driver_type(module, &epoll_turns_spec, NULL);
-    return EpollTurns_type == NULL ? -1 : 0;
+    hot->EpollTurns_type = add_driver_type(hot, &epoll_turns_spec, NULL);
+    return hot->EpollTurns_type == NULL ? -1 : 0;
 }
 
 #endif

@@ -35,8 +35,6 @@ typedef struct EpollTurns {
     struct epoll_event events[BATCH];
 } EpollTurns;
 
-extern PyTypeObject *EpollTurns_type;
-
 /* epoll.c.  Take the events that there are, without waiting; the number, or -1 with errno.  `more`: some may hold still when
  * they have been dispatched. */
 int epoll_take(EpollTurns *self, int *more);
@@ -52,13 +50,14 @@ PyObject *epoll_new(PyTypeObject *type, const struct verbs *verbs);
 int epoll_turns_traverse(EpollTurns *self, visitproc visit, void *arg);
 int epoll_turns_clear(EpollTurns *self);
 void epoll_turns_free(EpollTurns *self);
-int add_epoll(PyObject *module);
+int add_epoll(struct hot *hot);
 
 /* epoll_watches.c.  The watch of a descriptor, NULL where there is none, or with an exception; and what it has. */
 PyObject *watch_of(EpollTurns *self, descriptor fd);
-PyObject *watch_stream_of(PyObject *watch); /* the one stream that receives there, or None */
-PyObject *lone_operation(PyObject *watch);  /* the operation that waits there alone, in one direction; NULL if none does */
-void look_at_watches(EpollTurns *self);     /* fetch what the next events will touch */
+/* The one stream that receives there, or None; the operation that waits there alone, in one direction, or NULL. */
+PyObject *watch_stream_of(const struct hot *hot, PyObject *watch);
+PyObject *lone_operation(const struct hot *hot, PyObject *watch);
+void look_at_watches(EpollTurns *self); /* fetch what the next events will touch */
 /* Whatever is not done here: self._dispatch_other(fd, watch, events). */
 int epoll_dispatch_other(EpollTurns *self, PyObject *watch, struct epoll_event event);
 /* receive_stream(sock, deliver, get_buffer): submit a ReceiveStream on a plain socket on which nothing else waits; None for
@@ -71,6 +70,7 @@ PyObject *cancelled_error(void);
  * waits on that descriptor, which is for the way in Python; -1: error. */
 int land_alone(EpollTurns *self, PyObject *op);
 PyObject *cancel_alone(EpollTurns *self, PyObject *op);
+PyObject *drop_alone(EpollTurns *self, PyObject *op);
 PyObject *epoll_busy_method(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
 PyObject *use_watch(PyObject *ignored, PyObject *type);
 /* Verbs. */
@@ -91,7 +91,7 @@ PyObject *socket_waits(EpollTurns *self, PyObject *ignored);
 PyObject *forget_socket_waits(EpollTurns *self, PyObject *ignored);
 
 /* uring.c */
-int add_uring(PyObject *module);
+int add_uring(struct hot *hot);
 
 #endif
 #endif

@@ -49,6 +49,7 @@ static int arm_once(EpollTurns *self, int fd)
 
 PyObject *waiting_on(EpollTurns *self, int fd, int take)
 {
+    const struct hot *hot = self->driver.hot;
     PyObject *op = NULL;
     Py_BEGIN_CRITICAL_SECTION(self);
     if (fd >= 0 && fd < self->sockets_room) {
@@ -59,7 +60,7 @@ PyObject *waiting_on(EpollTurns *self, int fd, int take)
             Py_XINCREF(op);
     }
     Py_END_CRITICAL_SECTION();
-    if (op != NULL && SLOT(op, operation_slots.state) != operation_slots.in_flight)
+    if (op != NULL && SLOT(op, hot->operation.state) != hot->states.in_flight)
         Py_CLEAR(op);
     return op;
 }
@@ -81,9 +82,9 @@ int waits_receive(EpollTurns *self, int fd)
     PyObject *op = waiting_on(self, fd, 1);
     if (op == NULL)
         return 0; /* nobody waits: the next who does looks first */
-    PyObject *data = receive_for(op);
+    PyObject *data = receive_for(self->driver.hot, op);
     if (data == Py_None) { /* somebody else was faster: wait again, as the driver waits for whatever is not plain */
-        int failed = driver_call(&self->driver, names.wait_again, op);
+        int failed = driver_call(&self->driver, self->driver.hot->names.wait_again, op);
         Py_DECREF(data);
         Py_DECREF(op);
         return failed;

@@ -10,21 +10,16 @@
 #include <errno.h>
 #include <sys/socket.h>
 
-/* The slots of the driver's _Watch. */
-static struct {
-    PyObject *type;
-    Py_ssize_t events, readers, stream, writers;
-} at;
-
-PyObject *use_watch(PyObject *ignored, PyObject *type)
+PyObject *use_watch(PyObject *turns, PyObject *kind)
 {
-    at.events = slot_offset(type, "events");
-    at.readers = slot_offset(type, "readers");
-    at.stream = slot_offset(type, "stream");
-    at.writers = slot_offset(type, "writers");
+    struct hot *hot = driver_hot((PyTypeObject *)turns);
+    hot->watch.events = slot_offset(kind, "events");
+    hot->watch.readers = slot_offset(kind, "readers");
+    hot->watch.stream = slot_offset(kind, "stream");
+    hot->watch.writers = slot_offset(kind, "writers");
     if (PyErr_Occurred())
         return NULL;
-    Py_XSETREF(at.type, Py_NewRef(type));
+    Py_XSETREF(hot->kinds.watch, Py_NewRef(kind));
     Py_RETURN_NONE;
 }
 
@@ -36,22 +31,23 @@ PyObject *watch_of(EpollTurns *self, descriptor fd)
     return watch;
 }
 
-PyObject *lone_operation(PyObject *watch)
+PyObject *lone_operation(const struct hot *hot, PyObject *watch)
 {
-    PyObject *readers = SLOT(watch, at.readers), *writers = SLOT(watch, at.writers); /* borrowed */
+    PyObject *readers = SLOT(watch, hot->watch.readers), *writers = SLOT(watch, hot->watch.writers); /* borrowed */
     if (readers == NULL || writers == NULL || PyTuple_GET_SIZE(readers) + PyTuple_GET_SIZE(writers) != 1)
         return NULL;
     return Py_NewRef(PyTuple_GET_ITEM(PyTuple_GET_SIZE(readers) ? readers : writers, 0));
 }
 
-PyObject *watch_stream_of(PyObject *watch)
+PyObject *watch_stream_of(const struct hot *hot, PyObject *watch)
 {
-    return take_reference(watch, &SLOT(watch, at.stream));
+    return take_reference(watch, &SLOT(watch, hot->watch.stream));
 }
 
 int epoll_busy(Driver *driver, descriptor fd, int writing)
 {
     EpollTurns *self = (EpollTurns *)driver;
+    const struct hot *hot = driver->hot;
     PyObject *op = writing ? NULL : waiting_on(self, fd, 0), *watch;
     if (op != NULL) {
         Py_DECREF(op);
@@ -60,7 +56,7 @@ int epoll_busy(Driver *driver, descriptor fd, int writing)
     watch = watch_of(self, fd);
     if (watch == NULL)
         return PyErr_Occurred() ? -1 : 0;
-    PyObject *queue = take_reference(watch, &SLOT(watch, writing ? at.writers : at.readers));
+    PyObject *queue = take_reference(watch, &SLOT(watch, writing ? hot->watch.writers : hot->watch.readers));
     int busy = has_items(queue);
     Py_XDECREF(queue);
     Py_DECREF(watch);
@@ -97,7 +93,7 @@ int epoll_submit_receive(Driver *driver, PyObject *op, descriptor fd, size_t siz
     }
     int busy = epoll_busy(driver, fd, 0);
     if (busy > 0) /* since the question: it waits behind */
-        return launch(driver, op) < 0 || driver_call(driver, names.wait_again, op) < 0 ? -1 : 1;
+        return launch(driver, op) < 0 || driver_call(driver, driver->hot->names.wait_again, op) < 0 ? -1 : 1;
     return busy < 0 || waits_add(self, op, fd) < 0 ? -1 : 1;
 }
 
@@ -123,17 +119,18 @@ static int is_free(EpollTurns *self, int fd)
 
 PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t count, int *fd)
 {
+    struct hot *hot = self->driver.hot;
     if (count != 3) {
         PyErr_SetString(PyExc_TypeError, "receive_stream() takes a socket and two callables");
         return NULL;
     }
-    *fd = is_socket(args[0]) && is_stream_socket(args[0]) ? socket_descriptor(args[0]) : NO_DESCRIPTOR;
+    *fd = is_socket(hot, args[0]) && is_stream_socket(args[0]) ? socket_descriptor(args[0]) : NO_DESCRIPTOR;
     if (*fd == NO_DESCRIPTOR || !is_free(self, *fd))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-    PyObject *op = new_operation(operation_slots.receive_stream, args[0], *fd, args[1]);
+    PyObject *op = new_operation(hot, hot->kinds.receive_stream, args[0], *fd, args[1]);
     if (op != NULL) {
-        SLOT(op, operation_slots.get_buffer) = Py_NewRef(args[2]);
-        SLOT(op, operation_slots.paused) = Py_NewRef(Py_False);
+        SLOT(op, hot->operation.get_buffer) = Py_NewRef(args[2]);
+        SLOT(op, hot->operation.paused) = Py_NewRef(Py_False);
     }
     return op;
 }
@@ -141,17 +138,18 @@ PyObject *epoll_new_stream(EpollTurns *self, PyObject *const *args, Py_ssize_t c
 /* The watch of a new stream, in the table. */
 static int add_watch(EpollTurns *self, PyObject *op, PyObject *number, unsigned events)
 {
-    PyTypeObject *type = (PyTypeObject *)at.type;
+    const struct hot *hot = self->driver.hot;
+    PyTypeObject *type = (PyTypeObject *)hot->kinds.watch;
     PyObject *watch = type->tp_alloc(type, 0);
     if (watch == NULL)
         return -1;
-    int receives = (PyObject *)Py_TYPE(op) == operation_slots.receive_stream;
-    SLOT(watch, at.events) = PyLong_FromUnsignedLong(events);
-    SLOT(watch, at.readers) = events & EPOLLIN ? PyTuple_Pack(1, op) : PyTuple_New(0);
-    SLOT(watch, at.writers) = events & EPOLLOUT ? PyTuple_Pack(1, op) : PyTuple_New(0);
-    SLOT(watch, at.stream) = Py_NewRef(receives ? op : Py_None);
-    int failed = SLOT(watch, at.events) == NULL || SLOT(watch, at.readers) == NULL || SLOT(watch, at.writers) == NULL
-                 || PySet_Add(self->fresh, number) < 0 || PyDict_SetItem(self->watches, number, watch) < 0;
+    int receives = (PyObject *)Py_TYPE(op) == hot->kinds.receive_stream;
+    SLOT(watch, hot->watch.events) = PyLong_FromUnsignedLong(events);
+    SLOT(watch, hot->watch.readers) = events & EPOLLIN ? PyTuple_Pack(1, op) : PyTuple_New(0);
+    SLOT(watch, hot->watch.writers) = events & EPOLLOUT ? PyTuple_Pack(1, op) : PyTuple_New(0);
+    SLOT(watch, hot->watch.stream) = Py_NewRef(receives ? op : Py_None);
+    int failed = SLOT(watch, hot->watch.events) == NULL || SLOT(watch, hot->watch.readers) == NULL
+                 || SLOT(watch, hot->watch.writers) == NULL || PySet_Add(self->fresh, number) < 0 || PyDict_SetItem(self->watches, number, watch) < 0;
     Py_DECREF(watch);
     return failed ? -1 : 0;
 }
@@ -167,7 +165,7 @@ static PyObject *watch_stream(EpollTurns *self, PyObject *op, int fd, unsigned e
         Py_RETURN_NONE;
     }
     if (launch(&self->driver, op) < 0
-        || add_watch(self, op, SLOT(op, operation_slots.fd), events) < 0) {
+        || add_watch(self, op, SLOT(op, self->driver.hot->operation.fd), events) < 0) {
         epoll_ctl(self->fd, EPOLL_CTL_DEL, fd, NULL);
         Py_CLEAR(op);
     }
@@ -186,6 +184,7 @@ PyObject *epoll_receive_stream(EpollTurns *self, PyObject *const *args, Py_ssize
 /* readiness_stream(handle, fd, events, deliver): submit a ReadinessStream, as receive_stream does its kind. */
 PyObject *epoll_readiness_stream(EpollTurns *self, PyObject *args)
 {
+    struct hot *hot = self->driver.hot;
     PyObject *handle, *deliver;
     int fd;
     unsigned events;
@@ -193,11 +192,11 @@ PyObject *epoll_readiness_stream(EpollTurns *self, PyObject *args)
         return NULL;
     if (self->fd < 0 || self->unarmed || !is_free(self, fd))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-    PyObject *op = new_operation(operation_slots.readiness_stream, handle, fd, deliver);
+    PyObject *op = new_operation(hot, hot->kinds.readiness_stream, handle, fd, deliver);
     if (op == NULL)
         return NULL;
-    SLOT(op, operation_slots.events) = PyLong_FromUnsignedLong(events);
-    if (SLOT(op, operation_slots.events) == NULL) {
+    SLOT(op, hot->operation.events) = PyLong_FromUnsignedLong(events);
+    if (SLOT(op, hot->operation.events) == NULL) {
         Py_DECREF(op);
         return NULL;
     }
@@ -215,9 +214,9 @@ PyObject *cancelled_error(void)
 }
 
 /* Whether `op` is all that waits on a descriptor, in one direction or both. */
-static int is_alone(PyObject *watch, PyObject *op)
+static int is_alone(const struct hot *hot, PyObject *watch, PyObject *op)
 {
-    PyObject *queues[] = {SLOT(watch, at.readers), SLOT(watch, at.writers)}; /* borrowed */
+    PyObject *queues[] = {SLOT(watch, hot->watch.readers), SLOT(watch, hot->watch.writers)}; /* borrowed */
     Py_ssize_t found = 0;
     for (int n = 0; n < 2; n++) {
         Py_ssize_t size = queues[n] == NULL ? 0 : PyTuple_GET_SIZE(queues[n]);
@@ -230,18 +229,19 @@ static int is_alone(PyObject *watch, PyObject *op)
 
 int land_alone(EpollTurns *self, PyObject *op)
 {
-    PyObject *number = SLOT(op, operation_slots.fd); /* borrowed */
+    const struct hot *hot = self->driver.hot;
+    PyObject *number = SLOT(op, hot->operation.fd); /* borrowed */
     PyObject *watch = number == NULL || self->fd < 0 ? NULL : watch_of(self, (descriptor)PyLong_AsLong(number));
-    if (watch == NULL || SLOT(op, operation_slots.state) != operation_slots.in_flight || !is_alone(watch, op)) {
+    if (watch == NULL || SLOT(op, hot->operation.state) != hot->states.in_flight || !is_alone(hot, watch, op)) {
         Py_XDECREF(watch);
         return PyErr_Occurred() ? -1 : 0;
     }
     int failed = land(&self->driver, op);
     /* Whoever is being served by this watch looks at it once more. */
-    Py_XSETREF(SLOT(watch, at.readers), PyTuple_New(0));
-    Py_XSETREF(SLOT(watch, at.writers), PyTuple_New(0));
-    Py_XSETREF(SLOT(watch, at.events), PyLong_FromLong(0));
-    Py_XSETREF(SLOT(watch, at.stream), Py_NewRef(Py_None));
+    Py_XSETREF(SLOT(watch, hot->watch.readers), PyTuple_New(0));
+    Py_XSETREF(SLOT(watch, hot->watch.writers), PyTuple_New(0));
+    Py_XSETREF(SLOT(watch, hot->watch.events), PyLong_FromLong(0));
+    Py_XSETREF(SLOT(watch, hot->watch.stream), Py_NewRef(Py_None));
     Py_DECREF(watch);
     epoll_ctl(self->fd, EPOLL_CTL_DEL, (int)PyLong_AsLong(number), NULL); /* it fails where the file was closed */
     return failed < 0 || PyDict_DelItem(self->watches, number) < 0 ? -1 : 1;
@@ -255,12 +255,20 @@ PyObject *cancel_alone(EpollTurns *self, PyObject *op)
     Py_XDECREF(error);
     int landed = completion == NULL ? -1 : land_alone(self, op);
     if (landed > 0)
-        done = PyObject_CallMethodOneArg(self->driver.ready, names.append, completion);
+        done = PyObject_CallMethodOneArg(self->driver.ready, self->driver.hot->names.append, completion);
     Py_XDECREF(completion);
     if (landed < 0 || (landed && done == NULL))
         return NULL;
     Py_XDECREF(done);
     return PyBool_FromLong(landed);
+}
+
+/* drop(op): the same, where nobody needs to be told of it. */
+PyObject *drop_alone(EpollTurns *self, PyObject *op)
+{
+    int landed = land_alone(self, op);
+    self->driver.completions += landed > 0;
+    return landed < 0 ? NULL : PyBool_FromLong(landed);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +278,7 @@ PyObject *cancel_alone(EpollTurns *self, PyObject *op)
 /* Fetch what the next events will touch.  What is found here is not kept: they may change what stands on a descriptor. */
 void look_at_watches(EpollTurns *self)
 {
+    const struct hot *hot = self->driver.hot;
     PyObject *ops[AHEAD], *watches[AHEAD]; /* borrowed */
     int events = self->count - self->next < AHEAD ? self->count - self->next : AHEAD, found = 0, count = 0;
     for (int n = 0; n < events; n++) {
@@ -278,16 +287,16 @@ void look_at_watches(EpollTurns *self)
             PyErr_Clear();
         else {
             watches[found++] = watch;
-            fetch(watch, (size_t)at.stream + sizeof(PyObject *));
+            fetch(watch, (size_t)hot->watch.stream + sizeof(PyObject *));
             Py_DECREF(watch); /* the table has it */
         }
     }
     for (int n = 0; n < found; n++) {
-        PyObject *stream = SLOT(watches[n], at.stream);
+        PyObject *stream = SLOT(watches[n], hot->watch.stream);
         if (stream != NULL && stream != Py_None)
             ops[count++] = stream;
     }
-    look_ahead(ops, count);
+    look_ahead(hot, ops, count);
     self->looked_at = self->next + events;
 }
 

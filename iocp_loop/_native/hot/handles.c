@@ -20,40 +20,32 @@
 
 #include "handles.h"
 
-PyTypeObject *Handle_type, *TimerHandle_type, *Turns_type;
-
-/* Where the slots of asyncio.Handle are; of asyncio.TimerHandle the last two. */
-static struct {
-    Py_ssize_t callback, args, cancelled, loop, source_traceback, repr, context, scheduled, when;
-} at;
-
-Py_ssize_t timer_place_offset; /* of our own field in a TimerHandle, behind asyncio's slots */
-
 enum { SPARE_LIMIT = 1024 };
 
-struct spares {
-    PyObject *objects[SPARE_LIMIT];
-    int count;
-};
-
-static struct spares spare_handles, spare_timers;
-
-void timer_set_scheduled(PyObject *timer, int scheduled)
+void timer_set_scheduled(const struct hot *hot, PyObject *timer, int scheduled)
 {
-    put_reference(timer, &SLOT(timer, at.scheduled), Py_NewRef(scheduled ? Py_True : Py_False));
+    put_reference(timer, &SLOT(timer, hot->handle.scheduled), Py_NewRef(scheduled ? Py_True : Py_False));
 }
 
-int handle_is_cancelled(PyObject *handle) { return SLOT(handle, at.cancelled) == Py_True; }
+int handle_is_cancelled(const struct hot *hot, PyObject *handle)
+{
+    return SLOT(handle, hot->handle.cancelled) == Py_True;
+}
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * Making and freeing
  * ------------------------------------------------------------------------------------------------------------------ */
 
-static PyObject *allocate(PyTypeObject *type, struct spares *spares)
+static PyObject *allocate(const struct hot *hot, PyTypeObject *type, struct spares *spares)
 {
-    if (spares->count > 0)
-        return PyObject_Init(spares->objects[--spares->count], type);
-    PyObject *self = PyType_GenericAlloc(type, 0);
+    PyObject *self = spares->first;
+    if (self != NULL) {
+        spares->count--;
+        spares->first = SLOT(self, hot->handle.callback);
+        SLOT(self, hot->handle.callback) = NULL;
+        return PyObject_Init(self, type);
+    }
+    self = PyType_GenericAlloc(type, 0);
 #ifndef Py_GIL_DISABLED
     if (self != NULL)
         PyObject_GC_UnTrack(self);
@@ -61,43 +53,54 @@ static PyObject *allocate(PyTypeObject *type, struct spares *spares)
     return self;
 }
 
+/* The slots of asyncio's class beneath ours. */
+static const PyTypeObject *slots_of(PyObject *self) { return Py_TYPE(self)->tp_base; }
+
 /* What is left of a spare object is its memory: every slot is NULL. */
-static int keep(PyObject *self, struct spares *spares)
+static int keep(PyObject *self)
 {
 #ifdef Py_GIL_DISABLED
     return 0;
 #else
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject *module = ((PyHeapTypeObject *)type)->ht_module; /* NULL if the garbage collector has cleared the type */
+    if (module == NULL)
+        return 0;
+    struct hot *hot = hot_in(module);
+    struct spares *spares = type == hot->TimerHandle_type ? &hot->spare_timers : &hot->spare_handles;
     if (spares->count == SPARE_LIMIT)
         return 0;
-    spares->objects[spares->count++] = self;
+    spares->count++;
+    SLOT(self, hot->handle.callback) = spares->first;
+    spares->first = self;
     return 1;
 #endif
 }
 
-static void clear_slots(PyObject *self, int timed)
+static void free_spares(const struct hot *hot, struct spares *spares)
 {
-    Py_CLEAR(SLOT(self, at.callback));
-    Py_CLEAR(SLOT(self, at.args));
-    Py_CLEAR(SLOT(self, at.cancelled));
-    Py_CLEAR(SLOT(self, at.loop));
-    Py_CLEAR(SLOT(self, at.source_traceback));
-    Py_CLEAR(SLOT(self, at.repr));
-    Py_CLEAR(SLOT(self, at.context));
-    if (timed) {
-        Py_CLEAR(SLOT(self, at.scheduled));
-        Py_CLEAR(SLOT(self, at.when));
+    while (spares->first != NULL) {
+        PyObject *self = spares->first;
+        spares->first = SLOT(self, hot->handle.callback);
+        Py_TYPE(self)->tp_free(self);
     }
+    spares->count = 0;
+}
+
+void free_spare_handles(struct hot *hot)
+{
+    free_spares(hot, &hot->spare_handles);
+    free_spares(hot, &hot->spare_timers);
 }
 
 static void handle_dealloc(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
-    int timed = type == TimerHandle_type;
     PyObject_GC_UnTrack(self);
     if (SLOT(self, type->tp_weaklistoffset) != NULL)
         PyObject_ClearWeakRefs(self);
-    clear_slots(self, timed);
-    if (!keep(self, timed ? &spare_timers : &spare_handles))
+    clear_slots(self, slots_of(self));
+    if (!keep(self))
         type->tp_free(self);
     Py_DECREF(type);
 }
@@ -115,68 +118,62 @@ static int visit_arguments(PyObject *args, visitproc visit, void *arg)
     return 0;
 }
 
-int handle_visit(PyObject *self, visitproc visit, void *arg)
+int handle_visit(const struct hot *hot, PyObject *self, visitproc visit, void *arg)
 {
-    if (!is_own_handle(self) || PyObject_GC_IsTracked(self)) {
+    if (!is_own_handle(hot, self) || PyObject_GC_IsTracked(self)) {
         Py_VISIT(self);
         return 0;
     }
-    int stop = visit_arguments(SLOT(self, at.args), visit, arg);
+    int stop = visit_arguments(SLOT(self, hot->handle.args), visit, arg);
     if (stop)
         return stop;
-    Py_VISIT(SLOT(self, at.callback));
-    Py_VISIT(SLOT(self, at.loop));
-    Py_VISIT(SLOT(self, at.context));
+    Py_VISIT(SLOT(self, hot->handle.callback));
+    Py_VISIT(SLOT(self, hot->handle.loop));
+    Py_VISIT(SLOT(self, hot->handle.context));
     return 0;
 }
 
-void handle_track(PyObject *self)
+void handle_track(const struct hot *hot, PyObject *self)
 {
-    if (!is_own_handle(self) || PyObject_GC_IsTracked(self))
+    if (!is_own_handle(hot, self) || PyObject_GC_IsTracked(self))
         return;
-    PyObject *args = SLOT(self, at.args); /* borrowed */
+    PyObject *args = SLOT(self, hot->handle.args); /* borrowed */
     if (args != NULL && PyTuple_CheckExact(args) && PyTuple_GET_SIZE(args) > 0 && !PyObject_GC_IsTracked(args))
         PyObject_GC_Track(args);
     PyObject_GC_Track(self);
 }
 
-void handle_release(PyObject *self)
+void handle_release(const struct hot *hot, PyObject *self)
 {
     if (Py_REFCNT(self) > 1)
-        handle_track(self);
+        handle_track(hot, self);
     Py_DECREF(self);
 }
 
 static int handle_traverse(PyObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(SLOT(self, at.callback));
-    Py_VISIT(SLOT(self, at.args));
-    Py_VISIT(SLOT(self, at.loop));
-    Py_VISIT(SLOT(self, at.source_traceback));
-    Py_VISIT(SLOT(self, at.context));
-    if (Py_IS_TYPE(self, TimerHandle_type))
-        Py_VISIT(SLOT(self, at.when)); /* any number */
-    return 0;
+    return visit_slots(self, slots_of(self), visit, arg);
 }
 
 static int handle_clear(PyObject *self)
 {
-    clear_slots(self, Py_IS_TYPE(self, TimerHandle_type));
+    clear_slots(self, slots_of(self));
     return 0;
 }
 
 /* Fill the slots that both kinds have.  `context` NULL or None: a copy of the current one. */
-static int fill(PyObject *self, PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count,
+static int fill(PyObject *self, struct loop_head *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count,
                 PyObject *context)
 {
+    const struct hot *hot = loop->hot;
     if (context == NULL || context == Py_None)
         context = PyContext_CopyCurrent();
     else
         Py_INCREF(context);
     if (context == NULL)
         return -1;
-    SLOT(self, at.context) = context;
+    SLOT(self, hot->handle.context) = context;
     PyObject *arguments = PyTuple_New(count);
     if (arguments == NULL)
         return -1;
@@ -186,18 +183,19 @@ static int fill(PyObject *self, PyObject *loop, PyObject *callback, PyObject *co
     if (count > 0)
         PyObject_GC_UnTrack(arguments);
 #endif
-    SLOT(self, at.args) = arguments;
-    SLOT(self, at.callback) = Py_NewRef(callback);
-    SLOT(self, at.loop) = Py_NewRef(loop);
-    SLOT(self, at.cancelled) = Py_NewRef(Py_False);
-    SLOT(self, at.repr) = Py_NewRef(Py_None);
-    SLOT(self, at.source_traceback) = Py_NewRef(Py_None);
+    SLOT(self, hot->handle.args) = arguments;
+    SLOT(self, hot->handle.callback) = Py_NewRef(callback);
+    SLOT(self, hot->handle.loop) = Py_NewRef(loop);
+    SLOT(self, hot->handle.cancelled) = Py_NewRef(Py_False);
+    SLOT(self, hot->handle.repr) = Py_NewRef(Py_None);
+    SLOT(self, hot->handle.source_traceback) = Py_NewRef(Py_None);
     return 0;
 }
 
-PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context)
+PyObject *handle_new(struct loop_head *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context)
 {
-    PyObject *self = allocate(Handle_type, &spare_handles);
+    struct hot *hot = loop->hot;
+    PyObject *self = allocate(hot, hot->Handle_type, &hot->spare_handles);
     if (self == NULL)
         return NULL;
     if (fill(self, loop, callback, args, count, context) < 0)
@@ -205,15 +203,16 @@ PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, 
     return self;
 }
 
-PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
+PyObject *timer_new(struct loop_head *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
                     PyObject *context)
 {
-    PyObject *self = allocate(TimerHandle_type, &spare_timers);
+    struct hot *hot = loop->hot;
+    PyObject *self = allocate(hot, hot->TimerHandle_type, &hot->spare_timers);
     if (self == NULL)
         return NULL;
-    SLOT(self, at.when) = Py_NewRef(when);
-    SLOT(self, at.scheduled) = Py_NewRef(Py_False);
-    *timer_place(self) = NOWHERE;
+    SLOT(self, hot->handle.when) = Py_NewRef(when);
+    SLOT(self, hot->handle.scheduled) = Py_NewRef(Py_False);
+    *timer_place(hot, self) = NOWHERE;
     if (fill(self, loop, callback, args, count, context) < 0)
         Py_CLEAR(self);
     return self;
@@ -222,9 +221,10 @@ PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject
 /* For timers that are made from Python, in debug mode: nowhere, until they are scheduled. */
 static PyObject *timer_tp_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    PyObject *self = PyType_GenericNew(type, args, kwargs);
+    const struct hot *hot = PyType_GetModuleState(type);
+    PyObject *self = hot == NULL ? NULL : PyType_GenericNew(type, args, kwargs);
     if (self != NULL)
-        *timer_place(self) = NOWHERE;
+        *timer_place(hot, self) = NOWHERE;
     return self;
 }
 
@@ -233,15 +233,15 @@ static PyObject *timer_tp_new(PyTypeObject *type, PyObject *args, PyObject *kwar
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* As asyncio.Handle._run, unless it was cancelled: 0, or -1 with an exception that is to end the loop. */
-int handle_run(PyObject *handle)
+int handle_run(const struct hot *hot, PyObject *handle)
 {
     PyObject *callback, *args, *context, *result = NULL;
     int cancelled;
     Py_BEGIN_CRITICAL_SECTION(handle);
-    cancelled = handle_is_cancelled(handle);
-    callback = Py_XNewRef(SLOT(handle, at.callback));
-    args = Py_XNewRef(SLOT(handle, at.args));
-    context = Py_XNewRef(SLOT(handle, at.context));
+    cancelled = handle_is_cancelled(hot, handle);
+    callback = Py_XNewRef(SLOT(handle, hot->handle.callback));
+    args = Py_XNewRef(SLOT(handle, hot->handle.args));
+    context = Py_XNewRef(SLOT(handle, hot->handle.context));
     Py_END_CRITICAL_SECTION();
     if (cancelled)
         result = Py_NewRef(Py_None);
@@ -259,15 +259,15 @@ int handle_run(PyObject *handle)
     if (ends_the_loop())
         return -1;
     PyObject *exception = take_exception();
-    result = PyObject_CallFunctionObjArgs(helpers.report_error, handle, exception, NULL);
+    result = PyObject_CallFunctionObjArgs(hot->helpers.report_error, handle, exception, NULL);
     Py_XDECREF(exception);
     Py_XDECREF(result);
     return result == NULL ? -1 : 0;
 }
 
-int loop_in_debug(PyObject *loop)
+int loop_in_debug(const struct hot *hot, PyObject *loop)
 {
-    if (PyObject_TypeCheck(loop, Turns_type))
+    if (PyObject_TypeCheck(loop, hot->Turns_type))
         return ((struct loop_head *)loop)->debug;
     PyObject *answer = PyObject_CallMethod(loop, "get_debug", NULL);
     int debug = answer == NULL ? -1 : PyObject_IsTrue(answer);
@@ -277,48 +277,52 @@ int loop_in_debug(PyObject *loop)
     return debug == 1;
 }
 
-void timer_leave(PyObject *loop, PyObject *timer)
+void timer_leave(struct loop_head *loop, PyObject *timer)
 {
-    struct timers *timers = &((struct loop_head *)loop)->timers;
+    const struct hot *hot = loop->hot;
+    struct timers *timers = &loop->timers;
     int found;
     Py_BEGIN_CRITICAL_SECTION(loop);
-    size_t place = *timer_place(timer);
+    size_t place = *timer_place(hot, timer);
     found = place < timers->count && timers->heap[place].handle == timer;
     if (found)
         timers_take(timers, place);
     Py_END_CRITICAL_SECTION();
     if (found) {
-        timer_set_scheduled(timer, 0);
-        handle_release(timer); /* the heap's; whoever cancels has another */
+        timer_set_scheduled(hot, timer, 0);
+        handle_release(hot, timer); /* the heap's; whoever cancels has another */
     }
 }
 
-static int leave_heap(PyObject *timer, PyObject *loop)
+static int leave_heap(const struct hot *hot, PyObject *timer, PyObject *loop)
 {
-    if (PyObject_TypeCheck(loop, Turns_type)) {
-        timer_leave(loop, timer);
+    if (PyObject_TypeCheck(loop, hot->Turns_type)) {
+        timer_leave((struct loop_head *)loop, timer);
         return 0;
     }
-    PyObject *told = PyObject_CallMethodOneArg(loop, names.timer_handle_cancelled, timer);
+    PyObject *told = PyObject_CallMethodOneArg(loop, hot->names.timer_handle_cancelled, timer);
     Py_XDECREF(told);
     return told == NULL ? -1 : 0;
 }
 
 static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
 {
+    const struct hot *hot = PyType_GetModuleState(Py_TYPE(self));
     PyObject *loop, *text = NULL;
     int cancelled, failed = 0;
+    if (hot == NULL)
+        return NULL;
     Py_BEGIN_CRITICAL_SECTION(self);
-    cancelled = handle_is_cancelled(self);
-    loop = cancelled ? NULL : Py_XNewRef(SLOT(self, at.loop));
+    cancelled = handle_is_cancelled(hot, self);
+    loop = cancelled ? NULL : Py_XNewRef(SLOT(self, hot->handle.loop));
     Py_END_CRITICAL_SECTION();
     if (cancelled)
         Py_RETURN_NONE;
-    if (Py_IS_TYPE(self, TimerHandle_type) && loop != NULL)
-        failed = leave_heap(self, loop);
+    if (Py_IS_TYPE(self, hot->TimerHandle_type) && loop != NULL)
+        failed = leave_heap(hot, self, loop);
     if (!failed) {
-        put_reference(self, &SLOT(self, at.cancelled), Py_NewRef(Py_True));
-        if (loop != NULL && loop_in_debug(loop)) {
+        put_reference(self, &SLOT(self, hot->handle.cancelled), Py_NewRef(Py_True));
+        if (loop != NULL && loop_in_debug(hot, loop)) {
             /* Before what it shows is gone: "Executing <Handle ...> took 2.5 seconds". */
             text = PyObject_Repr(self);
             failed = text == NULL;
@@ -328,9 +332,9 @@ static PyObject *handle_cancel(PyObject *self, PyObject *ignored)
     if (failed)
         return NULL;
     if (text != NULL)
-        put_reference(self, &SLOT(self, at.repr), text);
-    put_reference(self, &SLOT(self, at.callback), Py_NewRef(Py_None));
-    put_reference(self, &SLOT(self, at.args), Py_NewRef(Py_None));
+        put_reference(self, &SLOT(self, hot->handle.repr), text);
+    put_reference(self, &SLOT(self, hot->handle.callback), Py_NewRef(Py_None));
+    put_reference(self, &SLOT(self, hot->handle.args), Py_NewRef(Py_None));
     Py_RETURN_NONE;
 }
 
@@ -343,7 +347,7 @@ static PyMethodDef handle_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyTypeObject *make_type(PyObject *module, PyObject *base, const char *name, Py_ssize_t more, newfunc make)
+static PyTypeObject *make_type(struct hot *hot, PyObject *base, const char *name, Py_ssize_t more, newfunc make)
 {
     PyType_Slot slots[] = {
         {Py_tp_dealloc, handle_dealloc},
@@ -360,13 +364,15 @@ static PyTypeObject *make_type(PyObject *module, PyObject *base, const char *nam
         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
         .slots = slots,
     };
+    if (check_slots((PyTypeObject *)base) < 0)
+        return NULL;
     PyObject *bases = PyTuple_Pack(1, base);
-    PyObject *type = bases == NULL ? NULL : PyType_FromModuleAndSpec(module, &spec, bases);
+    PyObject *type = bases == NULL ? NULL : PyType_FromModuleAndSpec(hot->module, &spec, bases);
     Py_XDECREF(bases);
     return (PyTypeObject *)type;
 }
 
-int add_handles(PyObject *module)
+int add_handles(struct hot *hot)
 {
     PyObject *asyncio = PyImport_ImportModule("asyncio.events");
     if (asyncio == NULL)
@@ -375,27 +381,27 @@ int add_handles(PyObject *module)
     PyObject *timer = PyObject_GetAttrString(asyncio, "TimerHandle");
     Py_DECREF(asyncio);
     if (handle != NULL && timer != NULL) {
-        at.callback = slot_offset(handle, "_callback");
-        at.args = slot_offset(handle, "_args");
-        at.cancelled = slot_offset(handle, "_cancelled");
-        at.loop = slot_offset(handle, "_loop");
-        at.source_traceback = slot_offset(handle, "_source_traceback");
-        at.repr = slot_offset(handle, "_repr");
-        at.context = slot_offset(handle, "_context");
-        at.scheduled = slot_offset(timer, "_scheduled");
-        at.when = slot_offset(timer, "_when");
-        timer_place_offset = ((PyTypeObject *)timer)->tp_basicsize;
+        hot->handle.callback = slot_offset(handle, "_callback");
+        hot->handle.args = slot_offset(handle, "_args");
+        hot->handle.cancelled = slot_offset(handle, "_cancelled");
+        hot->handle.loop = slot_offset(handle, "_loop");
+        hot->handle.source_traceback = slot_offset(handle, "_source_traceback");
+        hot->handle.repr = slot_offset(handle, "_repr");
+        hot->handle.context = slot_offset(handle, "_context");
+        hot->handle.scheduled = slot_offset(timer, "_scheduled");
+        hot->handle.when = slot_offset(timer, "_when");
+        hot->timer_place = ((PyTypeObject *)timer)->tp_basicsize;
     }
     if (!PyErr_Occurred()) {
-        Handle_type = make_type(module, handle, "iocp_loop._hot.Handle", 0, NULL);
-        TimerHandle_type = make_type(module, timer, "iocp_loop._hot.TimerHandle", sizeof(size_t), timer_tp_new);
+        hot->Handle_type = make_type(hot, handle, "iocp_loop._hot.Handle", 0, NULL);
+        hot->TimerHandle_type = make_type(hot, timer, "iocp_loop._hot.TimerHandle", sizeof(size_t), timer_tp_new);
     }
     Py_XDECREF(handle);
     Py_XDECREF(timer);
-    if (Handle_type == NULL || TimerHandle_type == NULL)
+    if (hot->Handle_type == NULL || hot->TimerHandle_type == NULL)
         return -1;
-    return PyModule_AddObjectRef(module, "Handle", (PyObject *)Handle_type) < 0
-                   || PyModule_AddObjectRef(module, "TimerHandle", (PyObject *)TimerHandle_type) < 0
+    return PyModule_AddObjectRef(hot->module, "Handle", (PyObject *)hot->Handle_type) < 0
+                   || PyModule_AddObjectRef(hot->module, "TimerHandle", (PyObject *)hot->TimerHandle_type) < 0
                ? -1
                : 0;
 }

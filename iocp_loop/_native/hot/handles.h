@@ -30,37 +30,45 @@ int timers_crowded(const struct timers *self, double end);
 /* How a loop of ours begins (turns.h). */
 struct loop_head {
     PyObject_HEAD
+    struct hot *hot;
     struct timers timers;
+    PyObject *transport_refs, *forget_transport; /* what is in loop._transports, and what its references call */
     char debug;
 };
-extern PyTypeObject *Turns_type;
+/* `loop`, borrowed, if it is one of ours; else NULL. */
+static inline struct loop_head *own_loop(const struct hot *hot, PyObject *loop)
+{
+    return PyObject_TypeCheck(loop, hot->Turns_type) ? (struct loop_head *)loop : NULL;
+}
 /* Whether `loop`, of whatever type, is in debug mode. */
-int loop_in_debug(PyObject *loop);
+int loop_in_debug(const struct hot *hot, PyObject *loop);
 
-extern PyTypeObject *Handle_type, *TimerHandle_type;
-PyObject *handle_new(PyObject *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context);
-PyObject *timer_new(PyObject *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
+PyObject *handle_new(struct loop_head *loop, PyObject *callback, PyObject *const *args, Py_ssize_t count, PyObject *context);
+PyObject *timer_new(struct loop_head *loop, PyObject *when, PyObject *callback, PyObject *const *args, Py_ssize_t count,
                     PyObject *context);
 /* For the traverse of the loop that has `handle`; and the end of its having it: gives the reference back. */
-int handle_visit(PyObject *handle, visitproc visit, void *arg);
-void handle_release(PyObject *handle);
+int handle_visit(const struct hot *hot, PyObject *handle, visitproc visit, void *arg);
+void handle_release(const struct hot *hot, PyObject *handle);
 /* Let the garbage collector see `handle` from now on, of whatever type it is. */
-void handle_track(PyObject *handle);
-int handle_is_cancelled(PyObject *handle);
-int handle_run(PyObject *handle);
-extern Py_ssize_t timer_place_offset;
+void handle_track(const struct hot *hot, PyObject *handle);
+int handle_is_cancelled(const struct hot *hot, PyObject *handle);
+int handle_run(const struct hot *hot, PyObject *handle);
 /* Where it stands in the heap of its loop. */
-static inline size_t *timer_place(PyObject *timer) { return (size_t *)((char *)timer + timer_place_offset); }
-void timer_set_scheduled(PyObject *timer, int scheduled);
+static inline size_t *timer_place(const struct hot *hot, PyObject *timer)
+{
+    return (size_t *)((char *)timer + hot->timer_place);
+}
+void timer_set_scheduled(const struct hot *hot, PyObject *timer, int scheduled);
 /* `timer` is being cancelled, or has come into the ready queue: let it leave the heap of `loop`, if it is there. */
-void timer_leave(PyObject *loop, PyObject *timer);
+void timer_leave(struct loop_head *loop, PyObject *timer);
 
 /* Whether `object` was made by handles.c, whose types have no subclasses. */
-static inline int is_own_handle(PyObject *object)
+static inline int is_own_handle(const struct hot *hot, PyObject *object)
 {
-    return Py_IS_TYPE(object, Handle_type) || Py_IS_TYPE(object, TimerHandle_type);
+    return Py_IS_TYPE(object, hot->Handle_type) || Py_IS_TYPE(object, hot->TimerHandle_type);
 }
 
-int add_handles(PyObject *module);
+int add_handles(struct hot *hot);
+void free_spare_handles(struct hot *hot);
 
 #endif

@@ -32,7 +32,7 @@
 static long gather(Driver *driver, int64_t limit)
 {
     IocpTurns *self = (IocpTurns *)driver;
-    self->code = iocp_functions.wait(self->port, limit);
+    self->code = driver->hot->iocp_functions.wait(self->port, limit);
     return 0;
 }
 
@@ -65,11 +65,12 @@ static int wait(Driver *driver, int64_t limit)
 /* One completion, of a request or of what has waited for this dispatch without one. */
 static int finish(IocpTurns *self, PyObject *sub, unsigned long count, long code)
 {
-    PyObject *op = Py_XNewRef(SLOT(sub, iocp_slots.op));
-    set_slot(sub, iocp_slots.armed, Py_False);
+    const struct hot *hot = self->driver.hot;
+    PyObject *op = Py_XNewRef(SLOT(sub, hot->iocp.op));
+    set_slot(sub, hot->iocp.armed, Py_False);
     int failed = op == NULL || code ? NOT_PLAIN : iocp_finish(self, op, sub, (Py_ssize_t)count);
     if (failed == NOT_PLAIN) {
-        PyObject *callable = Py_NewRef(SLOT(sub, iocp_slots.finish));
+        PyObject *callable = Py_NewRef(SLOT(sub, hot->iocp.finish));
         PyObject *args[] = {sub, PyLong_FromUnsignedLong(count), PyLong_FromLong(code)};
         PyObject *done = args[1] == NULL || args[2] == NULL ? NULL : PyObject_Vectorcall(callable, args, 3, NULL);
         Py_XDECREF(args[1]);
@@ -100,7 +101,7 @@ static int deliver_one(IocpTurns *self, uintptr_t address, unsigned long count, 
 static int deliver_at_once(IocpTurns *self)
 {
     for (Py_ssize_t left = Py_SIZE(self->at_once); left > 0 && has_items(self->at_once); left--) {
-        PyObject *entry = PyObject_CallMethodNoArgs(self->at_once, names.popleft), *sub;
+        PyObject *entry = PyObject_CallMethodNoArgs(self->at_once, self->driver.hot->names.popleft), *sub;
         unsigned long count;
         long code;
         int failed = entry == NULL || !PyArg_ParseTuple(entry, "Okl", &sub, &count, &code) ? -1 : 0;
@@ -232,7 +233,7 @@ static void iocp_turns_dealloc(IocpTurns *self)
 
 static PyMethodDef iocp_turns_methods[] = {
     {"_take_reaped", (PyCFunction)take_reaped, METH_NOARGS, NULL},
-    {"_use_requests", iocp_use_requests, METH_VARARGS | METH_STATIC, "Look up the slots of what the driver keeps."},
+    {"_use_requests", iocp_use_requests, METH_VARARGS | METH_CLASS, "Look up the slots of what the driver keeps."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -269,9 +270,9 @@ static PyType_Spec iocp_turns_spec = {
     .slots = iocp_turns_slots,
 };
 
-int add_iocp(PyObject *module)
+int add_iocp(struct hot *hot)
 {
-    PyTypeObject *type = add_driver_type(module, &iocp_turns_spec, NULL);
+    PyTypeObject *type = add_driver_type(hot, &iocp_turns_spec, NULL);
     Py_XDECREF(type); /* the module has it */
     return type == NULL ? -1 : 0;
 }

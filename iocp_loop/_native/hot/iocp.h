@@ -20,29 +20,13 @@ typedef struct {
     long code; /* what iocp_wait has returned */
 } IocpTurns;
 
-/* The functions of the binding that are called here. */
-typedef long (*request_function)(uintptr_t socket, iocp_submission *sub, void *buffer, unsigned long size);
-extern struct iocp_functions {
-    long (*wait)(iocp_port *port, long long timeout_ns);
-    request_function receive, receive_from;
-} iocp_functions;
-
-/* The slots of the classes of ports/iocp/, and what else comes from there. */
-extern struct iocp_slots {
-    PyObject *submission, *nobody;
-    Py_ssize_t address, armed, association, finish, keep, op, slot; /* of a Submission */
-    Py_ssize_t emulated, handle, reading, skips, small, writing;    /* of an Association */
-    Py_ssize_t free;                                                /* of a SlotPool */
-    Py_ssize_t slot_size;
-} iocp_slots;
-
 static inline void set_slot(PyObject *object, Py_ssize_t offset, PyObject *value)
 {
     Py_XSETREF(SLOT(object, offset), Py_NewRef(value));
 }
 
-/* iocp_sockets.c.  Its method that fills in both. */
-PyObject *iocp_use_requests(PyObject *ignored, PyObject *args);
+/* iocp_sockets.c.  A class method: what comes from ports/iocp/. */
+PyObject *iocp_use_requests(PyObject *turns, PyObject *args);
 /* Finish the request of `sub` for the operation `op`, which has brought `count` bytes: 0, -1, or NOT_PLAIN
  * for the `finish` in Python. */
 int iocp_finish(IocpTurns *self, PyObject *op, PyObject *sub, Py_ssize_t count);
@@ -51,7 +35,7 @@ int iocp_busy(Driver *driver, descriptor fd, int writing);
 int iocp_takes_receive(Driver *driver, PyObject *op, descriptor fd, size_t size);
 PyObject *iocp_receive_for(Driver *driver, PyObject *op, descriptor fd, size_t size, size_t *expected);
 
-int add_iocp(PyObject *module);
+int add_iocp(struct hot *hot);
 
 #endif
 #endif

@@ -1,5 +1,6 @@
 /* The module iocp_loop._hot: puts the files together.  hot.h tells what is where. */
 
+#include "accepting.h"
 #include "epoll.h"
 #include "iocp.h"
 #include "sockets.h"
@@ -17,46 +18,90 @@ static PyMethodDef module_methods[] = {
     {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
 #endif
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
-    {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
+    {"stream_type", make_stream_type, METH_VARARGS,
+     "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
+    {"use_reader", use_reader, METH_O, "use_reader(class): the class in Python above Reader."},
     {NULL, NULL, 0, NULL},
+};
+
+static int fill_module(PyObject *module)
+{
+    struct hot *hot = hot_in(module);
+    hot->module = module;
+    if (intern_names(hot) < 0 || check_sockets(hot) < 0 || find_asyncio_methods(hot) < 0 || add_handles(hot) < 0
+        || add_turns(hot) < 0 || add_driver(hot) < 0 || add_sockets(hot) < 0 || add_datagrams(hot) < 0
+        || add_accepting(hot) < 0 || add_requests(hot) < 0 || add_readers(hot) < 0)
+        return -1;
+#ifdef __linux__
+    if (add_epoll(hot) < 0 || add_uring(hot) < 0)
+        return -1;
+#endif
+#ifdef _WIN32
+    if (add_iocp(hot) < 0)
+        return -1;
+#endif
+    return 0;
+}
+
+/* The owned references but those of the methods, which have a number among them. */
+static PyObject **first_reference(struct hot *hot) { return (PyObject **)&hot->names; }
+
+static int visit_method(struct asyncio_method *method, visitproc visit, void *arg)
+{
+    Py_VISIT(method->type);
+    Py_VISIT(method->name);
+    Py_VISIT(method->globals);
+    return 0;
+}
+
+static void clear_method(struct asyncio_method *method)
+{
+    Py_CLEAR(method->type);
+    Py_CLEAR(method->name);
+    Py_CLEAR(method->globals);
+}
+
+static int traverse_module(PyObject *module, visitproc visit, void *arg)
+{
+    struct hot *hot = hot_in(module);
+    for (PyObject **place = first_reference(hot); place < &hot->last; place++)
+        Py_VISIT(*place);
+    int stop = visit_method(&hot->handle_run_method, visit, arg);
+    return stop ? stop : visit_method(&hot->create_task_method, visit, arg);
+}
+
+/* Not before: hot.h tells why there is no m_clear. */
+static void free_module(void *module)
+{
+    struct hot *hot = hot_in(module);
+    free_spare_handles(hot);
+    for (PyObject **place = first_reference(hot); place < &hot->last; place++)
+        Py_CLEAR(*place);
+    clear_method(&hot->handle_run_method);
+    clear_method(&hot->create_task_method);
+    free(hot->scratch);
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, fill_module},
+#ifdef Py_MOD_PER_INTERPRETER_GIL_SUPPORTED
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#if defined(Py_GIL_DISABLED) && !defined(_WIN32) /* where iocp.c was not tried without */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED}, /* hot.h tells how */
+#endif
+    {0, NULL},
 };
 
 static struct PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "iocp_loop._hot",
     .m_doc = "The native tier of iocp_loop; see iocp_loop/native.py.",
-    .m_size = 0, /* not -1: a second interpreter is to ask PyInit__hot, too */
+    .m_size = sizeof(struct hot),
     .m_methods = module_methods,
+    .m_slots = module_slots,
+    .m_traverse = traverse_module,
+    .m_free = free_module,
 };
 
-PyMODINIT_FUNC PyInit__hot(void)
-{
-    static PyObject *first; /* what it keeps is static: one for the process */
-    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
-        PyErr_SetString(PyExc_ImportError, "the native tier works in the main interpreter only");
-        return NULL;
-    }
-    if (first != NULL)
-        return Py_NewRef(first);
-    PyObject *module = PyModule_Create(&module_definition);
-    if (module == NULL)
-        return NULL;
-    if (intern_names() < 0 || check_sockets() < 0 || find_asyncio_methods() < 0 || add_handles(module) < 0 || add_turns(module) < 0
-        || add_driver(module) < 0
-        || add_sockets(module) < 0 || add_datagrams(module) < 0
-#ifdef __linux__
-        || add_epoll(module) < 0 || add_uring(module) < 0
-#endif
-#ifdef _WIN32
-        || add_iocp(module) < 0
-#endif
-    ) {
-        Py_DECREF(module);
-        return NULL;
-    }
-#if defined(Py_GIL_DISABLED) && !defined(_WIN32) /* where iocp.c was not tried without */
-    PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED); /* hot.h tells how */
-#endif
-    first = Py_NewRef(module);
-    return module;
-}
+PyMODINIT_FUNC PyInit__hot(void) { return PyModuleDef_Init(&module_definition); }

@@ -5,8 +5,6 @@
 
 #include "turns.h"
 
-static PyTypeObject *Queue_type;
-
 static int grow(Turns *self)
 {
     size_t room = self->room ? 2 * self->room : 64;
@@ -68,9 +66,10 @@ static Py_ssize_t queue_length(Queue *self) { return (Py_ssize_t)self->loop->cou
 /* A timer that somebody puts here, because it is due, is none any more. */
 static PyObject *queue_append(Queue *self, PyObject *handle)
 {
-    if (Py_IS_TYPE(handle, TimerHandle_type))
-        timer_leave((PyObject *)self->loop, handle);
-    handle_track(handle);
+    struct loop_head *head = &self->loop->head;
+    if (Py_IS_TYPE(handle, head->hot->TimerHandle_type))
+        timer_leave(head, handle);
+    handle_track(head->hot, handle);
     if (ready_push(self->loop, Py_NewRef(handle)) < 0)
         return NULL;
     Py_RETURN_NONE;
@@ -83,7 +82,7 @@ static PyObject *queue_popleft(Queue *self, PyObject *ignored)
         PyErr_SetString(PyExc_IndexError, "nothing is ready");
         return NULL;
     }
-    handle_release(Py_NewRef(handle));
+    handle_release(self->loop->head.hot, Py_NewRef(handle));
     return handle;
 }
 
@@ -91,7 +90,7 @@ static PyObject *queue_clear(Queue *self, PyObject *ignored)
 {
     PyObject *handle;
     while ((handle = ready_pop(self->loop)) != NULL)
-        handle_release(handle);
+        handle_release(self->loop->head.hot, handle);
     Py_RETURN_NONE;
 }
 
@@ -167,7 +166,7 @@ static PyType_Spec queue_spec = {
 
 PyObject *ready_get(Turns *self, void *ignored)
 {
-    Queue *queue = PyObject_GC_New(Queue, Queue_type);
+    Queue *queue = PyObject_GC_New(Queue, self->head.hot->Queue_type);
     if (queue == NULL)
         return NULL;
     queue->loop = (Turns *)Py_NewRef(self);
@@ -175,8 +174,8 @@ PyObject *ready_get(Turns *self, void *ignored)
     return (PyObject *)queue;
 }
 
-int add_ready(PyObject *module)
+int add_ready(struct hot *hot)
 {
-    Queue_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &queue_spec, NULL);
-    return Queue_type == NULL ? -1 : 0;
+    hot->Queue_type = (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, &queue_spec, NULL);
+    return hot->Queue_type == NULL ? -1 : 0;
 }

@@ -16,12 +16,12 @@ enum { NO_BUFFER = -2 };
 
 /* recv at most `most` bytes, as many as are to be expected after those before; the number, 0 at the end, -1 with errno,
  * or NO_BUFFER with an exception.  `data` is set if there are some. */
-static Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, PyObject **data)
+static Py_ssize_t receive_bytes(struct hot *hot, descriptor fd, size_t most, size_t *expected, PyObject **data)
 {
     Py_ssize_t count;
     *data = NULL;
     if (*expected < DIRECT_FROM) {
-        char *memory = scratch();
+        char *memory = scratch(hot);
         if (memory == NULL)
             return NO_BUFFER;
         count = recv(fd, memory, CALL_SIZE(most < SCRATCH_SIZE ? most : SCRATCH_SIZE), MSG_DONTWAIT);
@@ -54,12 +54,12 @@ static Py_ssize_t receive_bytes(descriptor fd, size_t most, size_t *expected, Py
     return *data == NULL ? NO_BUFFER : count;
 }
 
-PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
+PyObject *receive_now(struct hot *hot, descriptor fd, size_t size, size_t *expected)
 {
     PyObject *data;
     Py_ssize_t count;
     do
-        count = receive_bytes(fd, size, expected, &data);
+        count = receive_bytes(hot, fd, size, expected, &data);
     while (count == -1 && was_interrupted());
     if (count > 0)
         return data;
@@ -72,16 +72,16 @@ PyObject *receive_now(descriptor fd, size_t size, size_t *expected)
 
 /* recv for the stream `op` into what its owner provides, who may do anything when asked: end the stream, close its socket.
  * -1 with errno; NO_BUFFER if nothing is to be received now, with an exception or without.  `filled`: the buffer is full. */
-static Py_ssize_t receive_into(PyObject *op, int *filled)
+static Py_ssize_t receive_into(const struct hot *hot, PyObject *op, int *filled)
 {
-    PyObject *sock = Py_NewRef(SLOT(op, operation_slots.handle));
-    PyObject *get_buffer = Py_NewRef(SLOT(op, operation_slots.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
+    PyObject *sock = Py_NewRef(SLOT(op, hot->operation.handle));
+    PyObject *get_buffer = Py_NewRef(SLOT(op, hot->operation.get_buffer)), *buffer = PyObject_CallNoArgs(get_buffer);
     Py_buffer view;
     Py_ssize_t count = NO_BUFFER;
     int code = 0;
     *filled = 0;
     if (buffer != NULL && buffer != Py_None && PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
-        if (SLOT(op, operation_slots.state) == operation_slots.in_flight) {
+        if (SLOT(op, hot->operation.state) == hot->states.in_flight) {
             count = recv(socket_descriptor(sock), view.buf, CALL_SIZE((size_t)view.len), MSG_DONTWAIT);
             code = last_error();
             *filled = count > 0 && count == view.len;
@@ -95,16 +95,17 @@ static Py_ssize_t receive_into(PyObject *op, int *filled)
     return count;
 }
 
-enum outcome receive_for_stream(PyObject *op, size_t *expected, struct piece *piece)
+enum outcome receive_for_stream(struct hot *hot, PyObject *op, size_t *expected, struct piece *piece)
 {
-    PyObject *get_buffer = SLOT(op, operation_slots.get_buffer); /* borrowed */
+    PyObject *get_buffer = SLOT(op, hot->operation.get_buffer); /* borrowed */
     int lent = get_buffer != NULL && get_buffer != Py_None;
     piece->filled = 0;
     piece->value = NULL;
     if (lent)
-        piece->size = receive_into(op, &piece->filled);
+        piece->size = receive_into(hot, op, &piece->filled);
     else
-        piece->size = receive_bytes(socket_descriptor(SLOT(op, operation_slots.handle)), SIZE_MAX, expected, &piece->value);
+        piece->size = receive_bytes(hot, socket_descriptor(SLOT(op, hot->operation.handle)), SIZE_MAX, expected,
+                                    &piece->value);
     if (piece->size == -1) {
         if (would_wait())
             return NOTHING;

@@ -17,12 +17,12 @@ struct piece {
 };
 /* Receive once, without blocking, for the stream `op`, which the caller holds and whose handle is a plain socket.  `expected`,
  * bytes in a piece, begins with 0 and is kept between calls. */
-enum outcome receive_for_stream(PyObject *op, size_t *expected, struct piece *piece);
+enum outcome receive_for_stream(struct hot *hot, PyObject *op, size_t *expected, struct piece *piece);
 
 /* As long as its buffers come back full, a stream may receive so often in one turn: the others are not to starve. */
 enum { RECEIVES_IN_A_TURN = 8 };
 
 /* Receive at most `size` bytes: bytes, or None if there is nothing just now. */
-PyObject *receive_now(descriptor fd, size_t size, size_t *expected);
+PyObject *receive_now(struct hot *hot, descriptor fd, size_t size, size_t *expected);
 
 #endif

@@ -6,8 +6,6 @@
 
 #include <math.h>
 
-static PyObject *monotonic; /* time.monotonic */
-
 /* The arguments of a call like call_later(delay, callback, *args, context=None), all borrowed. */
 struct call {
     PyObject *named[2]; /* those before *args, which may come as keywords too */
@@ -22,8 +20,8 @@ static int is_name(PyObject *given, PyObject *name)
 }
 
 /* Sort the arguments of a vectorcall.  `wanted` are the names of those before *args, `most` of them. */
-static int parse_call(const char *function, PyObject *const *wanted, Py_ssize_t most, PyObject *const *args,
-                      Py_ssize_t count, PyObject *kwnames, struct call *call)
+static int parse_call(const struct hot *hot, const char *function, PyObject *const *wanted, Py_ssize_t most,
+                      PyObject *const *args, Py_ssize_t count, PyObject *kwnames, struct call *call)
 {
     Py_ssize_t placed = count < most ? count : most;
     for (Py_ssize_t n = 0; n < most; n++)
@@ -34,7 +32,7 @@ static int parse_call(const char *function, PyObject *const *wanted, Py_ssize_t 
     for (Py_ssize_t n = 0; kwnames != NULL && n < PyTuple_GET_SIZE(kwnames); n++) {
         PyObject *name = PyTuple_GET_ITEM(kwnames, n), *value = args[count + n];
         Py_ssize_t which = 0;
-        if (is_name(name, names.context)) {
+        if (is_name(name, hot->names.context)) {
             call->context = value;
             continue;
         }
@@ -60,9 +58,10 @@ static int parse_call(const char *function, PyObject *const *wanted, Py_ssize_t 
 /* What BaseEventLoop looks at before it takes a callback. */
 static int check(Turns *self, PyObject *callback, const char *method, int any_thread)
 {
+    const struct hot *hot = self->head.hot;
     PyObject *done;
     if (self->closed) {
-        done = PyObject_CallMethodNoArgs((PyObject *)self, names.check_closed);
+        done = PyObject_CallMethodNoArgs((PyObject *)self, hot->names.check_closed);
         if (done == NULL)
             return -1;
         Py_DECREF(done);
@@ -70,7 +69,7 @@ static int check(Turns *self, PyObject *callback, const char *method, int any_th
     if (!self->head.debug)
         return 0;
     if (!any_thread) {
-        done = PyObject_CallMethodNoArgs((PyObject *)self, names.check_thread);
+        done = PyObject_CallMethodNoArgs((PyObject *)self, hot->names.check_thread);
         if (done == NULL)
             return -1;
         Py_DECREF(done);
@@ -78,7 +77,7 @@ static int check(Turns *self, PyObject *callback, const char *method, int any_th
     PyObject *name = PyUnicode_FromString(method);
     done = name == NULL
                ? NULL
-               : PyObject_CallMethodObjArgs((PyObject *)self, names.check_callback, callback, name, NULL);
+               : PyObject_CallMethodObjArgs((PyObject *)self, hot->names.check_callback, callback, name, NULL);
     Py_XDECREF(name);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
@@ -105,12 +104,10 @@ static PyObject *make_by_asyncio(Turns *self, PyObject *type, PyObject *when, Py
 
 /* Since Python 3.14 asyncio has a handle of its own for callbacks from other threads: its cancel() waits while it runs.  It
  * is written in Python, and one in ours would do nothing else. */
-static PyObject *threadsafe_type; /* NULL before */
-
 static PyObject *make_threadsafe(Turns *self, const struct call *call)
 {
     PyObject *handle =
-        make_by_asyncio(self, threadsafe_type, NULL, call->named[0], call->args, call->count, call->context);
+        make_by_asyncio(self, self->head.hot->threadsafe_type, NULL, call->named[0], call->args, call->count, call->context);
     PyObject *stack = handle == NULL ? NULL : PyObject_GetAttrString(handle, "_source_traceback");
     /* Its last line is that of the constructor, which is of no interest. */
     if (stack != NULL && PyList_Check(stack) && PyList_GET_SIZE(stack) > 0) {
@@ -127,18 +124,19 @@ static PyObject *make_threadsafe(Turns *self, const struct call *call)
 static PyObject *schedule_soon(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames,
                                const char *method, int any_thread)
 {
+    const struct hot *hot = self->head.hot;
     PyObject *handle;
     struct call call;
-    if (parse_call(method, &names.callback, 1, args, count, kwnames, &call) < 0
+    if (parse_call(hot, method, &hot->names.callback, 1, args, count, kwnames, &call) < 0
         || check(self, call.named[0], method, any_thread) < 0)
         return NULL;
-    if (any_thread && threadsafe_type != NULL)
+    if (any_thread && hot->threadsafe_type != NULL)
         handle = make_threadsafe(self, &call);
     else if (self->head.debug)
-        handle = make_by_asyncio(self, (PyObject *)Handle_type, NULL, call.named[0], call.args, call.count,
+        handle = make_by_asyncio(self, (PyObject *)hot->Handle_type, NULL, call.named[0], call.args, call.count,
                                  call.context);
     else
-        handle = handle_new((PyObject *)self, call.named[0], call.args, call.count, call.context);
+        handle = handle_new(&self->head, call.named[0], call.args, call.count, call.context);
     if (handle != NULL && ready_push(self, Py_NewRef(handle)) < 0)
         Py_CLEAR(handle);
     return handle;
@@ -153,7 +151,7 @@ PyObject *turns_call_soon_threadsafe(Turns *self, PyObject *const *args, Py_ssiz
 {
     PyObject *handle = schedule_soon(self, args, count, kwnames, "call_soon_threadsafe", 1);
     if (handle != NULL) {
-        PyObject *woken = PyObject_CallMethodNoArgs((PyObject *)self, names.write_to_self);
+        PyObject *woken = PyObject_CallMethodNoArgs((PyObject *)self, self->head.hot->names.write_to_self);
         if (woken == NULL)
             Py_CLEAR(handle);
         Py_XDECREF(woken);
@@ -163,6 +161,7 @@ PyObject *turns_call_soon_threadsafe(Turns *self, PyObject *const *args, Py_ssiz
 
 static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *call, const char *method)
 {
+    const struct hot *hot = self->head.hot;
     PyObject *handle, *callback = call->named[1];
     double seconds = PyFloat_AsDouble(when);
     if (seconds == -1.0 && PyErr_Occurred())
@@ -174,13 +173,13 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
     if (check(self, callback, method, 0) < 0)
         return NULL;
     if (self->head.debug)
-        handle = make_by_asyncio(self, (PyObject *)TimerHandle_type, when, callback, call->args, call->count,
+        handle = make_by_asyncio(self, (PyObject *)hot->TimerHandle_type, when, callback, call->args, call->count,
                                  call->context);
     else
-        handle = timer_new((PyObject *)self, when, callback, call->args, call->count, call->context);
+        handle = timer_new(&self->head, when, callback, call->args, call->count, call->context);
     if (handle == NULL)
         return NULL;
-    timer_set_scheduled(handle, 1);
+    timer_set_scheduled(hot, handle, 1);
     int failed;
     Py_BEGIN_CRITICAL_SECTION(self);
     failed = timers_add(&self->head.timers, handle, seconds);
@@ -192,9 +191,10 @@ static PyObject *schedule_at(Turns *self, PyObject *when, const struct call *cal
 
 PyObject *turns_call_at(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    PyObject *const wanted[] = {names.when, names.callback};
+    const struct hot *hot = self->head.hot;
+    PyObject *const wanted[] = {hot->names.when, hot->names.callback};
     struct call call;
-    if (parse_call("call_at", wanted, 2, args, count, kwnames, &call) < 0)
+    if (parse_call(hot, "call_at", wanted, 2, args, count, kwnames, &call) < 0)
         return NULL;
     if (call.named[0] == Py_None) {
         PyErr_SetString(PyExc_TypeError, "when cannot be None");
@@ -206,7 +206,7 @@ PyObject *turns_call_at(Turns *self, PyObject *const *args, Py_ssize_t count, Py
 /* loop.time() as a double; -1 with an exception. */
 double turns_now(Turns *self)
 {
-    PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, names.time);
+    PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, self->head.hot->names.time);
     double seconds = time == NULL ? -1.0 : PyFloat_AsDouble(time);
     Py_XDECREF(time);
     return seconds;
@@ -214,15 +214,16 @@ double turns_now(Turns *self)
 
 PyObject *turns_call_later(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)
 {
-    PyObject *const wanted[] = {names.delay, names.callback};
+    const struct hot *hot = self->head.hot;
+    PyObject *const wanted[] = {hot->names.delay, hot->names.callback};
     struct call call;
-    if (parse_call("call_later", wanted, 2, args, count, kwnames, &call) < 0)
+    if (parse_call(hot, "call_later", wanted, 2, args, count, kwnames, &call) < 0)
         return NULL;
     if (call.named[0] == Py_None) {
         PyErr_SetString(PyExc_TypeError, "delay must not be None");
         return NULL;
     }
-    PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, names.time), *when, *handle;
+    PyObject *time = PyObject_CallMethodNoArgs((PyObject *)self, hot->names.time), *when, *handle;
     if (time == NULL)
         return NULL;
     when = PyNumber_Add(time, call.named[0]);
@@ -234,12 +235,13 @@ PyObject *turns_call_later(Turns *self, PyObject *const *args, Py_ssize_t count,
     return handle;
 }
 
-PyObject *turns_time(Turns *self, PyObject *ignored) { return PyObject_CallNoArgs(monotonic); }
+PyObject *turns_time(Turns *self, PyObject *ignored) { return PyObject_CallNoArgs(self->head.hot->monotonic); }
 
 PyObject *turns_add_callback(Turns *self, PyObject *handle)
 {
-    if (is_own_handle(handle)) {
-        if (handle_is_cancelled(handle))
+    const struct hot *hot = self->head.hot;
+    if (is_own_handle(hot, handle)) {
+        if (handle_is_cancelled(hot, handle))
             Py_RETURN_NONE;
     } else {
         PyObject *cancelled = PyObject_GetAttrString(handle, "_cancelled");
@@ -250,16 +252,16 @@ PyObject *turns_add_callback(Turns *self, PyObject *handle)
         if (skip)
             Py_RETURN_NONE;
     }
-    handle_track(handle);
+    handle_track(hot, handle);
     if (ready_push(self, Py_NewRef(handle)) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
 
-int add_schedule(void)
+int add_schedule(struct hot *hot)
 {
-    threadsafe_type = attribute_of("asyncio.events", "_ThreadSafeHandle");
+    hot->threadsafe_type = attribute_of("asyncio.events", "_ThreadSafeHandle");
     PyErr_Clear();
-    monotonic = attribute_of("time", "monotonic");
-    return monotonic == NULL ? -1 : 0;
+    hot->monotonic = attribute_of("time", "monotonic");
+    return hot->monotonic == NULL ? -1 : 0;
 }

@@ -5,15 +5,9 @@
 #ifdef _WIN32
 #include <winsock2.h>
 #else
+#include <netinet/in.h>
 #include <sys/socket.h>
 #endif
-
-struct names names;
-struct helpers helpers;
-struct operation_slots operation_slots;
-
-/* socket.socket, and _socket.socket beneath it; NULL where a socket's descriptor can't be read in place. */
-static PyTypeObject *socket_class, *socket_type;
 
 Py_ssize_t slot_offset(PyObject *type, const char *name)
 {
@@ -28,6 +22,52 @@ Py_ssize_t slot_offset(PyObject *type, const char *name)
     Py_ssize_t offset = ((PyMemberDescrObject *)member)->d_member->offset;
     Py_DECREF(member);
     return offset;
+}
+
+/* How many slots the classes have that instances of `class` take theirs from; -1 with an exception. */
+static Py_ssize_t count_slots(PyTypeObject *class)
+{
+    PyObject *mro = class->tp_mro, *key, *value; /* borrowed */
+    Py_ssize_t count = 0;
+    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(mro); n++) {
+        PyObject *dict = PyObject_GetAttrString(PyTuple_GET_ITEM(mro, n), "__dict__"), *copy;
+        copy = dict == NULL ? NULL : PyObject_CallMethod(dict, "copy", NULL);
+        Py_XDECREF(dict);
+        if (copy == NULL)
+            return -1;
+        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
+            count += Py_IS_TYPE(value, &PyMemberDescr_Type) && ((PyMemberDescrObject *)value)->d_member->type == T_OBJECT_EX;
+        Py_DECREF(copy);
+    }
+    return count;
+}
+
+int check_slots(PyTypeObject *class)
+{
+    Py_ssize_t count = count_slots(class);
+    if (count < 0)
+        return -1;
+    count += class->tp_weaklistoffset > 0;
+    Py_ssize_t words = (class->tp_basicsize - (Py_ssize_t)sizeof(PyObject)) / (Py_ssize_t)sizeof(PyObject *);
+    if (class->tp_dictoffset == 0 && words == count)
+        return 0;
+    PyErr_Format(PyExc_ImportError, "%R has more than slots", class);
+    return -1;
+}
+
+int visit_slots(PyObject *self, const PyTypeObject *class, visitproc visit, void *arg)
+{
+    for (Py_ssize_t at = sizeof(PyObject); at < class->tp_basicsize; at += (Py_ssize_t)sizeof(PyObject *))
+        if (at != class->tp_weaklistoffset)
+            Py_VISIT(SLOT(self, at));
+    return 0;
+}
+
+void clear_slots(PyObject *self, const PyTypeObject *class)
+{
+    for (Py_ssize_t at = sizeof(PyObject); at < class->tp_basicsize; at += (Py_ssize_t)sizeof(PyObject *))
+        if (at != class->tp_weaklistoffset)
+            Py_CLEAR(SLOT(self, at));
 }
 
 PyObject *attribute_of(const char *module, const char *name)
@@ -59,44 +99,41 @@ int ends_the_loop(void)
     return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
 }
 
-int fail(PyObject *self, PyObject *method, const char *message)
+int fail(PyObject *self, const char *method, const char *message)
 {
     if (ends_the_loop())
         return -1;
     PyObject *exception = take_exception(), *before = PyErr_GetHandledException();
-    PyObject *text = PyUnicode_FromString(message);
     PyErr_SetHandledException(exception);
-    PyObject *done =
-        text == NULL ? NULL : PyObject_CallMethodObjArgs(self, method, exception, text, NULL);
+    PyObject *done = PyObject_CallMethod(self, method, "Os", exception, message);
     PyErr_SetHandledException(before);
     Py_XDECREF(before);
-    Py_XDECREF(text);
     Py_DECREF(exception);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
 
-PyObject *new_operation(PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete)
+PyObject *new_operation(struct hot *hot, PyObject *kind, PyObject *handle, descriptor fd, PyObject *complete)
 {
     PyTypeObject *type = (PyTypeObject *)kind;
     PyObject *op = type->tp_alloc(type, 0);
     if (op == NULL)
         return NULL;
-    SLOT(op, operation_slots.handle) = Py_NewRef(handle);
-    SLOT(op, operation_slots.fd) = PyLong_FromLongLong((long long)fd);
-    SLOT(op, operation_slots.key) = Py_NewRef(Py_None);
-    SLOT(op, operation_slots.state) = Py_NewRef(operation_slots.new);
-    SLOT(op, operation_slots.token) = PyLong_FromLong(0);
-    SLOT(op, operation_slots.complete) = Py_NewRef(complete);
-    SLOT(op, operation_slots.driver_data) = Py_NewRef(Py_None);
-    if (SLOT(op, operation_slots.fd) == NULL || SLOT(op, operation_slots.token) == NULL)
+    SLOT(op, hot->operation.handle) = Py_NewRef(handle);
+    SLOT(op, hot->operation.fd) = PyLong_FromLongLong((long long)fd);
+    SLOT(op, hot->operation.key) = Py_NewRef(Py_None);
+    SLOT(op, hot->operation.state) = Py_NewRef(hot->states.new);
+    SLOT(op, hot->operation.token) = PyLong_FromLong(0);
+    SLOT(op, hot->operation.complete) = Py_NewRef(complete);
+    SLOT(op, hot->operation.driver_data) = Py_NewRef(Py_None);
+    if (SLOT(op, hot->operation.fd) == NULL || SLOT(op, hot->operation.token) == NULL)
         Py_CLEAR(op);
     return op;
 }
 
-int complete_operation(PyObject *op, PyObject *value, PyObject *error)
+int complete_operation(const struct hot *hot, PyObject *op, PyObject *value, PyObject *error)
 {
-    PyObject *complete = Py_XNewRef(SLOT(op, operation_slots.complete)), *args[] = {value, error};
+    PyObject *complete = Py_XNewRef(SLOT(op, hot->operation.complete)), *args[] = {value, error};
     if (complete == NULL) {
         PyErr_SetString(PyExc_AttributeError, "complete");
         return -1;
@@ -126,7 +163,7 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
             Py_CLEAR(result);
         return result;
     }
-    PyObject *run = PyObject_GetAttr(context, names.run);
+    PyObject *run = PyObject_GetAttrString(context, "run");
     if (run == NULL)
         return NULL;
     PyObject **more = PyMem_Malloc((count + 1) * sizeof(PyObject *));
@@ -152,20 +189,17 @@ struct socket_object {
     int64_t timeout; /* ns; negative for ever */
 };
 
-/* The slots of socket.socket; -1 where objects are made by its constructor. */
-static Py_ssize_t socket_references = -1, socket_closed = -1;
-
-int is_socket(PyObject *object)
+int is_socket(const struct hot *hot, PyObject *object)
 {
-    return socket_type != NULL && (Py_IS_TYPE(object, socket_class) || Py_IS_TYPE(object, socket_type));
+    return Py_IS_TYPE(object, hot->socket_class) || Py_IS_TYPE(object, hot->socket_type);
 }
 
 int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
 #ifdef _WIN32
-int never_waits(PyObject *sock)
+int never_waits(const struct hot *hot, PyObject *sock)
 {
-    PyObject *timeout = PyObject_CallMethodNoArgs(sock, names.gettimeout);
+    PyObject *timeout = PyObject_CallMethodNoArgs(sock, hot->names.gettimeout);
     int never = timeout != NULL && PyFloat_Check(timeout) && PyFloat_AS_DOUBLE(timeout) == 0;
     Py_XDECREF(timeout);
     PyErr_Clear();
@@ -175,21 +209,45 @@ int never_waits(PyObject *sock)
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
-#ifdef __linux__
-PyObject *make_stream_socket(PyObject *like, int fd)
+int is_tcp_socket(PyObject *sock)
 {
+    const struct socket_object *read = (struct socket_object *)sock;
+    return (read->family == AF_INET || read->family == AF_INET6) && (read->proto == 0 || read->proto == IPPROTO_TCP);
+}
+
+/* What socket.close does, without its frames; while somebody has a file of the socket's (makefile), that is the last to close. */
+int close_socket(const struct hot *hot, PyObject *sock)
+{
+    PyObject *done;
+    if (!Py_IS_TYPE(sock, hot->socket_class) || hot->socket_closed < 0)
+        done = PyObject_CallMethodNoArgs(sock, hot->names.close);
+    else {
+        put_reference(sock, &SLOT(sock, hot->socket_closed), Py_NewRef(Py_True));
+        PyObject *references = SLOT(sock, hot->socket_references); /* borrowed */
+        if (references != NULL && PyLong_Check(references) && PyLong_AsLong(references) > 0)
+            return 0;
+        done = PyObject_CallOneArg(hot->socket_close, sock);
+    }
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+#ifdef __linux__
+PyObject *make_stream_socket(struct hot *hot, PyObject *like, int fd)
+{
+    PyTypeObject *class = hot->socket_class;
     const struct socket_object *model = (struct socket_object *)like;
-    if (socket_closed < 0) /* with SOCK_NONBLOCK in its type the object knows that it is non-blocking */
-        return PyObject_CallFunction((PyObject *)socket_class, "iiii", model->family, SOCK_STREAM | SOCK_NONBLOCK,
+    if (hot->socket_closed < 0) /* with SOCK_NONBLOCK in its type the object knows that it is non-blocking */
+        return PyObject_CallFunction((PyObject *)class, "iiii", model->family, SOCK_STREAM | SOCK_NONBLOCK,
                                      model->proto, fd);
-    PyObject *none = PyTuple_New(0), *sock = none == NULL ? NULL : socket_class->tp_new(socket_class, none, NULL);
+    PyObject *none = PyTuple_New(0), *sock = none == NULL ? NULL : class->tp_new(class, none, NULL);
     Py_XDECREF(none);
     if (sock == NULL || PySys_Audit("socket.__new__", "Oiii", sock, model->family, SOCK_STREAM, model->proto) < 0) {
         Py_XDECREF(sock);
         return NULL;
     }
-    SLOT(sock, socket_references) = PyLong_FromLong(0);
-    SLOT(sock, socket_closed) = Py_NewRef(Py_False);
+    SLOT(sock, hot->socket_references) = PyLong_FromLong(0);
+    SLOT(sock, hot->socket_closed) = Py_NewRef(Py_False);
     struct socket_object *made = (struct socket_object *)sock;
     made->family = model->family;
     made->type = SOCK_STREAM;
@@ -210,21 +268,21 @@ static long long number_of(PyObject *object, const char *name)
 }
 
 /* Where the slots of socket.socket are, if all else that make_stream_socket writes is where it is thought to be. */
-static void find_socket_slots(PyObject *sock)
+static void find_socket_slots(struct hot *hot, PyObject *sock)
 {
     const struct socket_object *read = (struct socket_object *)sock;
     PyObject *done = PyObject_CallMethod(sock, "settimeout", "d", 1.5);
     int right = done != NULL && read->timeout == 1500000000 && read->proto == number_of(sock, "proto");
     Py_XDECREF(done);
     if (right) {
-        socket_references = slot_offset((PyObject *)Py_TYPE(sock), "_io_refs");
-        socket_closed = PyErr_Occurred() ? -1 : slot_offset((PyObject *)Py_TYPE(sock), "_closed");
+        hot->socket_references = slot_offset((PyObject *)Py_TYPE(sock), "_io_refs");
+        hot->socket_closed = PyErr_Occurred() ? -1 : slot_offset((PyObject *)Py_TYPE(sock), "_closed");
     }
     PyErr_Clear();
 }
 
 /* Whether what we read of an open socket is what it says of itself, and that it is closed when it is. */
-static int reads_right(PyObject *sock)
+static int reads_right(struct hot *hot, PyObject *sock)
 {
     const struct socket_object *read = (struct socket_object *)sock;
     PyObject *fd = PyObject_CallMethod(sock, "fileno", NULL), *closed;
@@ -232,7 +290,7 @@ static int reads_right(PyObject *sock)
                 && read->type == number_of(sock, "type");
     Py_XDECREF(fd);
     PyErr_Clear();
-    find_socket_slots(sock);
+    find_socket_slots(hot, sock);
     closed = PyObject_CallMethod(sock, "close", NULL);
     Py_XDECREF(closed);
     return right && closed != NULL && read->fd == NO_DESCRIPTOR;
@@ -240,8 +298,9 @@ static int reads_right(PyObject *sock)
 
 /* Make sure that a socket's descriptor is where we look for it.  If it is not, or no socket can be made here to try it,
  * no object passes for a socket, and everything goes by the methods of socket objects. */
-int check_sockets(void)
+int check_sockets(struct hot *hot)
 {
+    hot->socket_references = hot->socket_closed = -1;
     PyObject *module = PyImport_ImportModule("socket"), *beneath = PyImport_ImportModule("_socket");
     PyObject *class = module == NULL ? NULL : PyObject_GetAttrString(module, "socket");
     PyObject *type = beneath == NULL ? NULL : PyObject_GetAttrString(beneath, "socket");
@@ -254,9 +313,10 @@ int check_sockets(void)
     }
     PyObject *sock = PyObject_CallNoArgs(class);
     if (sock != NULL && PyType_Check(type) && PyObject_TypeCheck(sock, (PyTypeObject *)type)
-        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(sock)) {
-        socket_class = (PyTypeObject *)Py_NewRef(class);
-        socket_type = (PyTypeObject *)Py_NewRef(type);
+        && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(hot, sock)) {
+        hot->socket_class = (PyTypeObject *)Py_NewRef(class);
+        hot->socket_type = (PyTypeObject *)Py_NewRef(type);
+        hot->socket_close = PyObject_GetAttr(type, hot->names.close);
     }
     PyErr_Clear();
     Py_XDECREF(sock);
@@ -269,14 +329,15 @@ int check_sockets(void)
  * What is received into
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* With a GIL one is enough for all threads: each copies out of it before another can have the GIL. */
 #ifndef Py_GIL_DISABLED
-#define OF_THREAD
-static int free_at_exit(char *memory) { return 0; }
+/* One is enough for all threads of an interpreter: each copies out of it before another can have the GIL. */
+#define MEMORY hot->scratch
+static int free_at_exit(char *made) { return 0; } /* the module does */
 #elif defined(_WIN32)
-#define OF_THREAD __declspec(thread)
-static void NTAPI free_memory(void *memory) { free(memory); }
-static int free_at_exit(char *memory)
+#define MEMORY memory
+static __declspec(thread) char *memory;
+static void NTAPI free_memory(void *made) { free(made); }
+static int free_at_exit(char *made)
 {
     static LONG key_made; /* index + 1, once there is one */
     if (key_made == 0) {
@@ -284,41 +345,39 @@ static int free_at_exit(char *memory)
         if (key == FLS_OUT_OF_INDEXES || InterlockedCompareExchange(&key_made, (LONG)key + 1, 0) != 0)
             FlsFree(key);
     }
-    return key_made == 0 || !FlsSetValue((DWORD)key_made - 1, memory) ? -1 : 0;
+    return key_made == 0 || !FlsSetValue((DWORD)key_made - 1, made) ? -1 : 0;
 }
 #else
 #include <pthread.h>
-#define OF_THREAD _Thread_local
+#define MEMORY memory
+static _Thread_local char *memory;
 static pthread_key_t key;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void make_key(void) { pthread_key_create(&key, free); }
-static int free_at_exit(char *memory)
+static int free_at_exit(char *made)
 {
     pthread_once(&once, make_key);
-    return pthread_setspecific(key, memory) == 0 ? 0 : -1;
+    return pthread_setspecific(key, made) == 0 ? 0 : -1;
 }
 #endif
 
-char *scratch(void)
+char *scratch(struct hot *hot)
 {
-    static OF_THREAD char *memory;
-    if (memory == NULL) {
+    if (MEMORY == NULL) {
         char *made = malloc(SCRATCH_SIZE);
         if (made == NULL || free_at_exit(made) < 0) {
             free(made);
             PyErr_NoMemory();
             return NULL;
         }
-        memory = made;
+        MEMORY = made;
     }
-    return memory;
+    return MEMORY;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * What of asyncio's was replaced
  * ------------------------------------------------------------------------------------------------------------------ */
-
-struct asyncio_method handle_run_method, create_task_method;
 
 static int find_method(struct asyncio_method *self, const char *module, const char *type, const char *name)
 {
@@ -333,10 +392,10 @@ static int find_method(struct asyncio_method *self, const char *module, const ch
     return class == NULL || self->name == NULL ? -1 : 0;
 }
 
-int find_asyncio_methods(void)
+int find_asyncio_methods(struct hot *hot)
 {
-    return find_method(&handle_run_method, "asyncio.events", "Handle", "_run") < 0
-                   || find_method(&create_task_method, "asyncio.base_events", "BaseEventLoop", "create_task") < 0
+    return find_method(&hot->handle_run_method, "asyncio.events", "Handle", "_run") < 0
+                   || find_method(&hot->create_task_method, "asyncio.base_events", "BaseEventLoop", "create_task") < 0
                ? -1
                : 0;
 }
@@ -362,54 +421,56 @@ int look_at_method(struct asyncio_method *self)
 
 PyObject *set_helpers(PyObject *module, PyObject *args)
 {
+    struct hot *hot = hot_in(module);
     PyObject *report_error, *run_by_method;
     if (!PyArg_ParseTuple(args, "OO", &report_error, &run_by_method))
         return NULL;
-    Py_XSETREF(helpers.report_error, Py_NewRef(report_error));
-    Py_XSETREF(helpers.run_by_method, Py_NewRef(run_by_method));
+    Py_XSETREF(hot->helpers.report_error, Py_NewRef(report_error));
+    Py_XSETREF(hot->helpers.run_by_method, Py_NewRef(run_by_method));
     Py_RETURN_NONE;
 }
 
-/* use_operations(operations): where its classes have their slots. */
+/* use_operations(operations): its classes, and where these have their slots. */
 PyObject *use_operations(PyObject *module, PyObject *operations)
 {
     static const struct {
         const char *type, *slot;
         size_t where;
     } table[] = {
-        {"Operation", "complete", offsetof(struct operation_slots, complete)},
-        {"Operation", "driver_data", offsetof(struct operation_slots, driver_data)},
-        {"Operation", "fd", offsetof(struct operation_slots, fd)},
-        {"Operation", "handle", offsetof(struct operation_slots, handle)},
-        {"Operation", "key", offsetof(struct operation_slots, key)},
-        {"Operation", "state", offsetof(struct operation_slots, state)},
-        {"Operation", "token", offsetof(struct operation_slots, token)},
-        {"ReceiveStream", "get_buffer", offsetof(struct operation_slots, get_buffer)},
-        {"ReceiveStream", "paused", offsetof(struct operation_slots, paused)},
-        {"ReadinessStream", "events", offsetof(struct operation_slots, events)},
-        {"Receive", "size", offsetof(struct operation_slots, size)},
-        {"ReceiveFromStream", "paused", offsetof(struct operation_slots, from_paused)},
-        {"ReceiveFromStream", "size", offsetof(struct operation_slots, from_size)},
-        {"SendAll", "buffers", offsetof(struct operation_slots, all_buffers)},
-        {"SendAll", "sent", offsetof(struct operation_slots, all_sent)},
-        {"SendAll", "size", offsetof(struct operation_slots, all_size)},
+        {"Operation", "complete", offsetof(struct hot, operation.complete)},
+        {"Operation", "driver_data", offsetof(struct hot, operation.driver_data)},
+        {"Operation", "fd", offsetof(struct hot, operation.fd)},
+        {"Operation", "handle", offsetof(struct hot, operation.handle)},
+        {"Operation", "key", offsetof(struct hot, operation.key)},
+        {"Operation", "state", offsetof(struct hot, operation.state)},
+        {"Operation", "token", offsetof(struct hot, operation.token)},
+        {"ReceiveStream", "get_buffer", offsetof(struct hot, operation.get_buffer)},
+        {"ReceiveStream", "paused", offsetof(struct hot, operation.paused)},
+        {"ReadinessStream", "events", offsetof(struct hot, operation.events)},
+        {"Receive", "size", offsetof(struct hot, operation.size)},
+        {"ReceiveFromStream", "paused", offsetof(struct hot, operation.from_paused)},
+        {"ReceiveFromStream", "size", offsetof(struct hot, operation.from_size)},
+        {"SendAll", "buffers", offsetof(struct hot, operation.all_buffers)},
+        {"SendAll", "sent", offsetof(struct hot, operation.all_sent)},
+        {"SendAll", "size", offsetof(struct hot, operation.all_size)},
     };
     static const struct {
-        PyObject **where;
         const char *name;
+        size_t where;
     } objects[] = {
-        {&operation_slots.new, "NEW"},
-        {&operation_slots.in_flight, "IN_FLIGHT"},
-        {&operation_slots.cancelling, "CANCELLING"},
-        {&operation_slots.done, "DONE"},
-        {&operation_slots.receive_stream, "ReceiveStream"},
-        {&operation_slots.accept_stream, "AcceptStream"},
-        {&operation_slots.readiness_stream, "ReadinessStream"},
-        {&operation_slots.receive_from_stream, "ReceiveFromStream"},
-        {&operation_slots.send_all, "SendAll"},
-        {&operation_slots.receive, "Receive"}, /* the last: that it is there tells that all are */
+        {"NEW", offsetof(struct hot, states.new)},
+        {"IN_FLIGHT", offsetof(struct hot, states.in_flight)},
+        {"CANCELLING", offsetof(struct hot, states.cancelling)},
+        {"DONE", offsetof(struct hot, states.done)},
+        {"ReceiveStream", offsetof(struct hot, kinds.receive_stream)},
+        {"AcceptStream", offsetof(struct hot, kinds.accept_stream)},
+        {"ReadinessStream", offsetof(struct hot, kinds.readiness_stream)},
+        {"ReceiveFromStream", offsetof(struct hot, kinds.receive_from_stream)},
+        {"SendAll", offsetof(struct hot, kinds.send_all)},
+        {"Receive", offsetof(struct hot, kinds.receive)}, /* the last: that it is there tells that all are */
     };
-    if (operation_slots.receive != NULL)
+    struct hot *hot = hot_in(module);
+    if (hot->kinds.receive != NULL)
         Py_RETURN_NONE;
     for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
         PyObject *type = PyObject_GetAttrString(operations, table[n].type);
@@ -417,84 +478,22 @@ PyObject *use_operations(PyObject *module, PyObject *operations)
         Py_XDECREF(type);
         if (offset < 0)
             return NULL;
-        *(Py_ssize_t *)((char *)&operation_slots + table[n].where) = offset;
+        *(Py_ssize_t *)((char *)hot + table[n].where) = offset;
     }
     for (size_t n = 0; n < sizeof objects / sizeof *objects; n++) {
         PyObject *object = PyObject_GetAttrString(operations, objects[n].name);
         if (object == NULL)
             return NULL;
-        Py_XSETREF(*objects[n].where, object);
+        Py_XSETREF(SLOT(hot, objects[n].where), object);
     }
     Py_RETURN_NONE;
 }
 
-int intern_names(void)
+int intern_names(struct hot *hot)
 {
-    static const struct {
-        PyObject **where;
-        const char *text;
-    } table[] = {
-        {&names.abandon, "abandon"},
-        {&names.accept_some, "_accept_some"},
-        {&names.append, "append"},
-        {&names.arm, "_arm"},
-        {&names.arm_all, "_arm_all"},
-        {&names.arm_datagrams, "_arm_datagrams"},
-        {&names.buffer_updated, "buffer_updated"},
-        {&names.call_eof_received, "_call_eof_received"},
-        {&names.callback, "callback"},
-        {&names.check_callback, "_check_callback"},
-        {&names.check_closed, "_check_closed"},
-        {&names.check_thread, "_check_thread"},
-        {&names.context, "context"},
-        {&names.control_app_writing, "_control_app_writing"},
-        {&names.control_ssl_reading, "_control_ssl_reading"},
-        {&names.create_future, "create_future"},
-        {&names.data_received, "data_received"},
-        {&names.delay, "delay"},
-        {&names.do_write, "_do_write"},
-        {&names.done, "done"},
-        {&names.drain_ready, "_drain_ready"},
-        {&names.end, "_end"},
-        {&names.end_stream, "_end_stream"},
-        {&names.end_with, "_end_with"},
-        {&names.fatal_error, "_fatal_error"},
-        {&names.future_blocking, "_asyncio_future_blocking"},
-        {&names.get_buffer, "get_buffer"},
-        {&names.gettimeout, "gettimeout"},
-        {&names.go_on, "_go_on"},
-        {&names.hand_over, "_hand_over"},
-        {&names.keep_value, "keep_value"},
-        {&names.leave_line, "_leave_line"},
-        {&names.open_ring, "_open_ring"},
-        {&names.pending, "pending"},
-        {&names.popleft, "popleft"},
-        {&names.queue_leftovers, "_queue_leftovers"},
-        {&names.read, "read"},
-        {&names.reap, "_reap"},
-        {&names.receive_by_ring, "_receive_by_ring"},
-        {&names.receive_data, "_receive_data"},
-        {&names.receive_ended, "_receive_ended"},
-        {&names.receive_once, "_receive_once"},
-        {&names.receiving_failed, "_receiving_failed"},
-        {&names.report, "report"},
-        {&names.run, "run"},
-        {&names.set_result, "set_result"},
-        {&names.ssl_protocol, "_ssl_protocol"},
-        {&names.start_shutdown, "_start_shutdown"},
-        {&names.take, "take"},
-        {&names.time, "time"},
-        {&names.timer_handle_cancelled, "_timer_handle_cancelled"},
-        {&names.wait_again, "_wait_again"},
-        {&names.when, "when"},
-        {&names.write, "write"},
-        {&names.write_otherwise, "_write_otherwise"},
-        {&names.write_to_self, "_write_to_self"},
-    };
-    for (size_t n = 0; n < sizeof(table) / sizeof(*table); n++) {
-        *table[n].where = PyUnicode_InternFromString(table[n].text);
-        if (*table[n].where == NULL)
-            return -1;
-    }
+#define INTERN_NAME(name, text) \
+    if ((hot->names.name = PyUnicode_InternFromString(text)) == NULL) \
+        return -1;
+    NAMES(INTERN_NAME)
     return 0;
 }

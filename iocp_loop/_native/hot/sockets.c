@@ -18,6 +18,7 @@
 
 typedef struct {
     PyObject_HEAD
+    struct hot *hot;
     PyObject *loop, *proactor;
     Driver *driver;
     PyObject *unclaimed, *lines, *transports; /* dicts; a socket in one of them is not for the quick way */
@@ -26,48 +27,46 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
+    struct hot *hot;
     SocketCalls *calls;
     PyObject *sock, *op, *future, *value, *error;
     size_t size;
     char begun;
 } SocketWait;
 
-PyTypeObject *SocketWait_type;
-static PyTypeObject *Calls_type;
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * Receiving
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* What `op` counts with: its loop's; NULL once nobody awaits it any more. */
-static size_t *expected_by(PyObject *op)
+static size_t *expected_by(const struct hot *hot, PyObject *op)
 {
-    PyObject *complete = SLOT(op, operation_slots.complete); /* borrowed */
-    if (complete == NULL || !Py_IS_TYPE(complete, SocketWait_type) || ((SocketWait *)complete)->calls == NULL)
+    PyObject *complete = SLOT(op, hot->operation.complete); /* borrowed */
+    if (complete == NULL || !Py_IS_TYPE(complete, hot->SocketWait_type) || ((SocketWait *)complete)->calls == NULL)
         return NULL;
     return &((SocketWait *)complete)->calls->expected;
 }
 
 /* The slots of an operation are open to everybody, so they are looked at again. */
-PyObject *receive_for(PyObject *op)
+PyObject *receive_for(struct hot *hot, PyObject *op)
 {
-    size_t unknown = 0, *expected = expected_by(op);
-    PyObject *sock = SLOT(op, operation_slots.handle), *size; /* both are borrowed */
-    size = (PyObject *)Py_TYPE(op) == operation_slots.receive ? SLOT(op, operation_slots.size) : NULL;
-    if (sock == NULL || !is_socket(sock) || size == NULL || !PyLong_CheckExact(size)) {
+    size_t unknown = 0, *expected = expected_by(hot, op);
+    PyObject *sock = SLOT(op, hot->operation.handle), *size; /* both are borrowed */
+    size = (PyObject *)Py_TYPE(op) == hot->kinds.receive ? SLOT(op, hot->operation.size) : NULL;
+    if (sock == NULL || !is_socket(hot, sock) || size == NULL || !PyLong_CheckExact(size)) {
         PyErr_SetString(PyExc_TypeError, "the socket or the size of a receive in flight has been replaced");
         return NULL;
     }
     size_t most = PyLong_AsSize_t(size);
     if (most == (size_t)-1 && PyErr_Occurred())
         return NULL;
-    return receive_now(socket_descriptor(sock), most, expected == NULL ? &unknown : expected);
+    return receive_now(hot, socket_descriptor(sock), most, expected == NULL ? &unknown : expected);
 }
 
 /* Whether `sock` can be served quickly: its descriptor, or NO_DESCRIPTOR. */
-static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
+static descriptor plain_descriptor(const SocketCalls *self, PyObject *sock)
 {
-    if (!is_socket(sock) || loop_in_debug(loop) || !never_waits(sock))
+    if (!is_socket(self->hot, sock) || loop_in_debug(self->hot, self->loop) || !never_waits(self->hot, sock))
         return NO_DESCRIPTOR;
     return socket_descriptor(sock);
 }
@@ -79,9 +78,11 @@ static descriptor plain_descriptor(PyObject *loop, PyObject *sock)
 /* A new wait for `sock`. */
 static SocketWait *new_wait(SocketCalls *calls, PyObject *sock, size_t size)
 {
-    SocketWait *self = PyObject_GC_New(SocketWait, SocketWait_type);
+    SocketWait *self = PyObject_GC_New(SocketWait, calls->hot->SocketWait_type);
     if (self == NULL)
         return NULL;
+    self->hot = calls->hot;
+    Py_INCREF(self->hot->module);
     self->calls = (SocketCalls *)Py_NewRef(calls);
     self->sock = Py_NewRef(sock);
     self->op = self->future = self->value = self->error = NULL;
@@ -94,8 +95,9 @@ static SocketWait *new_wait(SocketCalls *calls, PyObject *sock, size_t size)
 /* Its operation, not submitted yet. */
 static PyObject *make_receive(SocketWait *self, descriptor fd)
 {
-    PyObject *op = new_operation(operation_slots.receive, self->sock, fd, (PyObject *)self);
-    if (op != NULL && (SLOT(op, operation_slots.size) = PyLong_FromSize_t(self->size)) == NULL)
+    struct hot *hot = self->hot;
+    PyObject *op = new_operation(hot, hot->kinds.receive, self->sock, fd, (PyObject *)self);
+    if (op != NULL && (SLOT(op, hot->operation.size) = PyLong_FromSize_t(self->size)) == NULL)
         Py_CLEAR(op);
     return op;
 }
@@ -130,7 +132,7 @@ static int keep_value(SocketWait *self, PyObject *op, PyObject *value)
 {
     if (self->calls == NULL || self->calls->proactor == NULL || op == NULL)
         return 0; /* the garbage collector has been here: nobody will ask */
-    PyObject *done = PyObject_CallMethodObjArgs(self->calls->proactor, names.keep_value, op, value, NULL);
+    PyObject *done = PyObject_CallMethodObjArgs(self->calls->proactor, self->hot->names.keep_value, op, value, NULL);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
@@ -158,13 +160,14 @@ static int leave_line(SocketWait *self)
 /* The operation has ended: `value` or `error`, the other None. */
 static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
 {
+    const struct hot *hot = self->hot;
     /* Both may leave `self` while something is called. */
     PyObject *op = Py_XNewRef(self->op), *future = Py_XNewRef(self->future), *done = NULL;
     int cancelled = 0, failed = 0;
     if (op != NULL) /* part the two, which refer to each other */
-        Py_XSETREF(SLOT(op, operation_slots.complete), Py_NewRef(Py_None));
+        Py_XSETREF(SLOT(op, hot->operation.complete), Py_NewRef(Py_None));
     if (future != NULL) {
-        done = PyObject_CallMethodNoArgs(future, names.done);
+        done = PyObject_CallMethodNoArgs(future, hot->names.done);
         cancelled = done == NULL ? -1 : PyObject_IsTrue(done); /* and its task has not run yet */
         Py_CLEAR(done);
     }
@@ -176,7 +179,7 @@ static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
         Py_XSETREF(self->value, error == Py_None ? Py_NewRef(value) : NULL);
         Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
         if (future != NULL) {
-            done = PyObject_CallMethodOneArg(future, names.set_result, Py_None);
+            done = PyObject_CallMethodOneArg(future, hot->names.set_result, Py_None);
             failed = done == NULL || (error == Py_None && stand_in_line(self) < 0) ? -1 : 0;
             Py_XDECREF(done);
         }
@@ -195,11 +198,11 @@ static PyObject *wait_call(PyObject *self, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-int complete_receive(PyObject *op, PyObject *value, PyObject *error)
+static int complete_receive(const struct hot *hot, PyObject *op, PyObject *value, PyObject *error)
 {
-    PyObject *complete = SLOT(op, operation_slots.complete); /* borrowed */
-    if (complete == NULL || !Py_IS_TYPE(complete, SocketWait_type))
-        return complete_operation(op, value, error);
+    PyObject *complete = SLOT(op, hot->operation.complete); /* borrowed */
+    if (complete == NULL || !Py_IS_TYPE(complete, hot->SocketWait_type))
+        return complete_operation(hot, op, value, error);
     Py_INCREF(complete);
     int failed = end_wait((SocketWait *)complete, value, error);
     Py_DECREF(complete);
@@ -216,7 +219,7 @@ int deliver_received(Driver *driver, PyObject *op, PyObject *data)
     }
     int failed = land(driver, op);
     if (!failed)
-        failed = complete_receive(op, data == NULL ? Py_None : data, error == NULL ? Py_None : error);
+        failed = complete_receive(driver->hot, op, data == NULL ? Py_None : data, error == NULL ? Py_None : error);
     Py_XDECREF(error);
     return failed;
 }
@@ -251,9 +254,9 @@ static int abandon(SocketWait *self)
         ;
     else if (value != NULL)
         failed = keep_value(self, op, value);
-    else if (op != NULL && SLOT(op, operation_slots.complete) == (PyObject *)self && self->calls != NULL
+    else if (op != NULL && SLOT(op, self->hot->operation.complete) == (PyObject *)self && self->calls != NULL
              && self->calls->proactor != NULL) {
-        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, names.abandon, op);
+        PyObject *done = PyObject_CallMethodOneArg(self->calls->proactor, self->hot->names.abandon, op);
         failed = done == NULL ? -1 : 0;
         Py_XDECREF(done);
     }
@@ -275,6 +278,7 @@ static void abandon_failing(SocketWait *self)
 
 static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **result)
 {
+    const struct hot *hot = self->hot;
     *result = NULL;
     if (self->begun)
         return answer(self, result);
@@ -289,10 +293,10 @@ static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **re
     if (done == 0)
         PyErr_SetString(PyExc_RuntimeError, "the driver refused what it has accepted before");
     else if (done == 1) {
-        future = PyObject_CallMethodNoArgs(calls->loop, names.create_future);
+        future = PyObject_CallMethodNoArgs(calls->loop, hot->names.create_future);
         Py_XSETREF(self->future, Py_XNewRef(future));
         /* What a Future does when it is awaited: its task asks for this. */
-        if (future == NULL || PyObject_SetAttr(future, names.future_blocking, Py_True) < 0) {
+        if (future == NULL || PyObject_SetAttr(future, hot->names.future_blocking, Py_True) < 0) {
             abandon_failing(self);
             done = -1;
         }
@@ -358,7 +362,7 @@ static int wait_traverse(SocketWait *self, visitproc visit, void *arg)
     Py_VISIT(self->future);
     Py_VISIT(self->value);
     Py_VISIT(self->error);
-    return 0;
+    return visit_hot(self->hot, visit, arg);
 }
 
 static int wait_clear(SocketWait *self)
@@ -374,11 +378,9 @@ static int wait_clear(SocketWait *self)
 
 static void wait_dealloc(SocketWait *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     wait_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_with_hot((PyObject *)self, self->hot);
 }
 
 static PyMethodDef wait_methods[] = {
@@ -439,7 +441,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     PyObject *sock = args[0];
     if (self->loop == NULL) /* the garbage collector has been here */
         Py_RETURN_NONE;
-    descriptor fd = plain_descriptor(self->loop, sock);
+    descriptor fd = plain_descriptor(self, sock);
     /* What is not a stream has messages, which must not be cut to what receive_bytes expects. */
     if (fd == NO_DESCRIPTOR || !is_stream_socket(sock) || !PyLong_CheckExact(args[1])
         || PyDict_GET_SIZE(self->unclaimed) > 0)
@@ -459,7 +461,7 @@ static PyObject *calls_receive(SocketCalls *self, PyObject *const *args, Py_ssiz
     if (busy) /* first come, first served */
         return busy < 0 ? NULL : Py_NewRef(Py_None);
     if (verbs->receive == NULL) {
-        PyObject *data = receive_now(fd, (size_t)size, &self->expected);
+        PyObject *data = receive_now(self->hot, fd, (size_t)size, &self->expected);
         if (data != Py_None)
             return data;
         Py_DECREF(data);
@@ -479,7 +481,7 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "send() takes a socket and data");
         return NULL;
     }
-    descriptor fd = self->loop == NULL ? NO_DESCRIPTOR : plain_descriptor(self->loop, args[0]);
+    descriptor fd = self->loop == NULL ? NO_DESCRIPTOR : plain_descriptor(self, args[0]);
     if (fd == NO_DESCRIPTOR || !PyBytes_CheckExact(args[1]))
         Py_RETURN_NONE;
     int busy = self->driver->verbs->busy(self->driver, fd, 1);
@@ -503,7 +505,7 @@ static int calls_traverse(SocketCalls *self, visitproc visit, void *arg)
     Py_VISIT(self->unclaimed);
     Py_VISIT(self->lines);
     Py_VISIT(self->transports);
-    return 0;
+    return visit_hot(self->hot, visit, arg);
 }
 
 static int calls_clear(SocketCalls *self)
@@ -519,11 +521,9 @@ static int calls_clear(SocketCalls *self)
 
 static void calls_dealloc(SocketCalls *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     calls_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_with_hot((PyObject *)self, self->hot);
 }
 
 static PyMethodDef calls_methods[] = {
@@ -558,16 +558,19 @@ static PyType_Spec calls_spec = {
  * quick way. */
 PyObject *make_socket_calls(PyObject *module, PyObject *args)
 {
+    struct hot *hot = hot_in(module);
     PyObject *loop, *proactor, *driver, *unclaimed, *lines, *transports;
     if (!PyArg_ParseTuple(args, "OOOO!O!O!", &loop, &proactor, &driver, &PyDict_Type, &unclaimed, &PyDict_Type, &lines,
                           &PyDict_Type, &transports))
         return NULL;
-    Driver *native = native_driver(driver);
-    if (native == NULL || operation_slots.receive == NULL)
+    Driver *native = native_driver(hot, driver);
+    if (native == NULL || hot->kinds.receive == NULL)
         Py_RETURN_NONE;
-    SocketCalls *self = PyObject_GC_New(SocketCalls, Calls_type);
+    SocketCalls *self = PyObject_GC_New(SocketCalls, hot->Calls_type);
     if (self == NULL)
         return NULL;
+    self->hot = hot;
+    Py_INCREF(module);
     self->loop = Py_NewRef(loop);
     self->proactor = Py_NewRef(proactor);
     self->driver = (Driver *)Py_NewRef(driver);
@@ -579,13 +582,13 @@ PyObject *make_socket_calls(PyObject *module, PyObject *args)
     return (PyObject *)self;
 }
 
-int add_sockets(PyObject *module)
+int add_sockets(struct hot *hot)
 {
     /* glibc's malloc gives the top of its heap back to the system when 128 KiB of it are free, and a loop that makes and
      * drops large messages would have it give and take with each.  Its limits grow with the largest block that was ever
      * mapped and freed (mallopt(3), M_MMAP_THRESHOLD): after this it keeps up to 2 MiB. */
     PyMem_RawFree(PyMem_RawMalloc(1 << 20));
-    SocketWait_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &wait_spec, NULL);
-    Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &calls_spec, NULL);
-    return SocketWait_type == NULL || Calls_type == NULL ? -1 : 0;
+    hot->SocketWait_type = (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, &wait_spec, NULL);
+    hot->Calls_type = (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, &calls_spec, NULL);
+    return hot->SocketWait_type == NULL || hot->Calls_type == NULL ? -1 : 0;
 }

@@ -1,12 +1,10 @@
 /*
  * The two functions that every message goes through, for a stream transport: _received, which gives the protocol what
- * has come, and write, which tries to send at once.  All that is rare (an error, the end, a full socket) is left to the
- * class in Python above it, by calling a method of that.
- *
- * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
+ * has come, and write, which tries to send at once.  All that is rare (an error, a full socket) is left to the
+ * class in Python above it, by calling a method of that; the end is for connections.c.
  */
 
-#include "hot.h"
+#include "streams.h"
 
 #ifdef _WIN32
 #include <winsock2.h>
@@ -15,24 +13,12 @@
 #include <sys/socket.h>
 #endif
 
-struct stream {
-    PyObject *sock, *protocol, *context;
-    char direct;  /* write may send at once: nothing is queued, nothing has ended */
-    char paused, closing;
-    char by_call; /* `sock` is a plain socket, so that its descriptor can be used */
-};
-
-static PyTypeObject *Stream_type;
-static Py_ssize_t stream_offset; /* of `struct stream` in an instance */
-
-static struct stream *stream_of(PyObject *self) { return (struct stream *)((char *)self + stream_offset); }
-
 /* ---------------------------------------------------------------------------------------------------------------------
  * What the system says
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef _WIN32
-/* As _MOST_AT_ONCE in transports.py. */
+/* As in streams.py. */
 enum { MOST_AT_ONCE = 256 * 1024 };
 #endif
 
@@ -63,15 +49,21 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
  * The methods
  * ------------------------------------------------------------------------------------------------------------------ */
 
-static PyObject *stream_write(PyObject *self, PyObject *data)
+static PyObject *write_otherwise(PyObject *self, PyObject *data)
+{
+    const struct hot *hot = hot_of_stream(self);
+    return hot == NULL ? NULL : PyObject_CallMethodOneArg(self, hot->names.write_otherwise, data);
+}
+
+PyObject *stream_write(PyObject *self, PyObject *data)
 {
     struct stream *stream = stream_of(self);
     if (!stream->direct || !PyBytes_CheckExact(data))
-        return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+        return write_otherwise(self, data);
     PyObject *sock = take_reference(self, &stream->sock);
     if (sock == NULL || !stream->by_call) {
         Py_XDECREF(sock);
-        return PyObject_CallMethodOneArg(self, names.write_otherwise, data);
+        return write_otherwise(self, data);
     }
     Py_ssize_t size = PyBytes_GET_SIZE(data);
     Py_ssize_t sent = try_to_send(socket_descriptor(sock), PyBytes_AS_STRING(data), (size_t)size);
@@ -79,7 +71,7 @@ static PyObject *stream_write(PyObject *self, PyObject *data)
     if (sent == size)
         Py_RETURN_NONE;
     if (sent < 0) {
-        if (fail(self, names.fatal_error, "Fatal write error on socket transport") < 0)
+        if (fail(self, "_fatal_error", "Fatal write error on socket transport") < 0)
             return NULL;
         Py_RETURN_NONE;
     }
@@ -95,8 +87,7 @@ static PyObject *stream_write(PyObject *self, PyObject *data)
     Py_RETURN_NONE;
 }
 
-/* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
-static int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
+int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
 {
     struct stream *stream = stream_of(self);
     Py_BEGIN_CRITICAL_SECTION(self);
@@ -112,18 +103,18 @@ static int find_protocol(PyObject *self, PyObject **context, PyObject **protocol
 }
 
 /* protocol.data_received(data) in the context of the connection. */
-static PyObject *give(PyObject *self, PyObject *data)
+static PyObject *give(const struct hot *hot, PyObject *self, PyObject *data)
 {
     PyObject *context, *protocol, *result = NULL;
     if (!find_protocol(self, &context, &protocol))
         return NULL;
     int entered = enter_context(context);
     if (entered > 0) {
-        result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
+        result = PyObject_CallMethodOneArg(protocol, hot->names.data_received, data);
         if (PyContext_Exit(context) < 0)
             Py_CLEAR(result);
     } else if (entered == 0) {
-        PyObject *method = PyObject_GetAttr(protocol, names.data_received);
+        PyObject *method = PyObject_GetAttr(protocol, hot->names.data_received);
         if (method != NULL)
             result = call_in_context(context, method, &data, 1);
         Py_XDECREF(method);
@@ -133,25 +124,28 @@ static PyObject *give(PyObject *self, PyObject *data)
     return result;
 }
 
-static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
     }
+    const struct hot *hot = hot_of_stream(self);
+    if (hot == NULL)
+        return NULL;
     int some = PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) > 0 : PyObject_IsTrue(args[0]);
     if (some < 0)
         return NULL;
     if (!some)
-        return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
+        return PyObject_CallMethodOneArg(self, hot->names.receive_ended, args[1]);
     if (stream_of(self)->context == NULL || stream_of(self)->protocol == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
         return NULL;
     }
-    PyObject *result = give(self, args[0]);
+    PyObject *result = give(hot, self, args[0]);
     if (result != NULL)
         Py_DECREF(result);
-    else if (fail(self, names.receiving_failed, "Fatal error: protocol.data_received() call failed.") < 0)
+    else if (fail(self, "_receiving_failed", "Fatal error: protocol.data_received() call failed.") < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -177,11 +171,11 @@ static PyObject *ask(PyObject *self, PyObject *method, PyObject *argument)
 
 /* Get a buffer of the protocol for `hint` bytes.  1: here it is, `view` of `buffer`, both to be released; 0: there is none,
  * as the protocol has closed or been replaced meanwhile, or has failed to give one, and was told; -1: error. */
-static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
+static int get_buffer(const struct hot *hot, PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buffer *view)
 {
     struct stream *stream = stream_of(self);
     PyObject *size = PyLong_FromSsize_t(hint), *protocol = take_reference(self, &stream->protocol);
-    *buffer = size == NULL ? NULL : ask(self, names.get_buffer, size);
+    *buffer = size == NULL ? NULL : ask(self, hot->names.get_buffer, size);
     int wanted = !stream->closing && stream->protocol == protocol;
     Py_XDECREF(size);
     Py_XDECREF(protocol);
@@ -201,16 +195,19 @@ static int get_buffer(PyObject *self, Py_ssize_t hint, PyObject **buffer, Py_buf
     if (!failed)
         return 1;
     Py_CLEAR(*buffer);
-    return fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.");
+    return fail(self, "_receiving_failed", "Fatal error: protocol.get_buffer() call failed.");
 }
 
 /* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
-static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
+    const struct hot *hot = hot_of_stream(self);
     struct stream *stream = stream_of(self);
     Py_ssize_t hint = -1;
     PyObject *buffer;
     Py_buffer view;
+    if (hot == NULL)
+        return NULL;
     if (count > 0) {
         hint = PyLong_AsSsize_t(args[0]);
         if (hint == -1 && PyErr_Occurred())
@@ -218,7 +215,7 @@ static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssi
     }
     if (stream->paused || stream->closing || stream->context == NULL || stream->protocol == NULL)
         Py_RETURN_NONE;
-    int got = get_buffer(self, hint, &buffer, &view);
+    int got = get_buffer(hot, self, hint, &buffer, &view);
     if (got < 0)
         return NULL;
     if (got == 0)
@@ -232,20 +229,20 @@ static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssi
             Py_SETREF(memory, PyObject_CallMethod(memory, "cast", "s", "B"));
     }
     if (memory == NULL) {
-        if (fail(self, names.receiving_failed, "Fatal error: protocol.get_buffer() call failed.") < 0)
+        if (fail(self, "_receiving_failed", "Fatal error: protocol.get_buffer() call failed.") < 0)
             return NULL;
         Py_RETURN_NONE;
     }
     return memory;
 }
 
-static int buffer_updated(PyObject *self, Py_ssize_t count)
+static int buffer_updated(const struct hot *hot, PyObject *self, Py_ssize_t count)
 {
     PyObject *number = PyLong_FromSsize_t(count);
-    PyObject *done = number == NULL ? NULL : ask(self, names.buffer_updated, number);
+    PyObject *done = number == NULL ? NULL : ask(self, hot->names.buffer_updated, number);
     Py_XDECREF(number);
     Py_XDECREF(done);
-    return done == NULL ? fail(self, names.receiving_failed, "Fatal error: protocol.buffer_updated() call failed.") : 0;
+    return done == NULL ? fail(self, "_receiving_failed", "Fatal error: protocol.buffer_updated() call failed.") : 0;
 }
 
 /* What is left of `data` from `count` on: to be given bit by bit, or, with an exception on its way that ends the loop's run,
@@ -268,25 +265,28 @@ static int go_on_with_rest(PyObject *self, PyObject *data, Py_ssize_t count)
 }
 
 /* Copy what has come into the protocol's buffer; what does not fit in, or is not taken now, goes the slower way. */
-static int copy_to_protocol(PyObject *self, PyObject *data)
+static int copy_to_protocol(const struct hot *hot, PyObject *self, PyObject *data)
 {
     PyObject *buffer;
     Py_buffer view;
     Py_ssize_t size = PyBytes_GET_SIZE(data), count = 0;
-    int got = get_buffer(self, size, &buffer, &view), failed = got < 0 ? -1 : 0;
+    int got = get_buffer(hot, self, size, &buffer, &view), failed = got < 0 ? -1 : 0;
     if (got > 0) {
         count = size < view.len ? size : view.len;
         memcpy(view.buf, PyBytes_AS_STRING(data), (size_t)count);
         PyBuffer_Release(&view);
         Py_DECREF(buffer);
-        failed = buffer_updated(self, count);
+        failed = buffer_updated(hot, self, count);
     }
     return count < size ? go_on_with_rest(self, data, count) : failed;
 }
 
-static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
+    const struct hot *hot = hot_of_stream(self);
     struct stream *stream = stream_of(self);
+    if (hot == NULL)
+        return NULL;
     if (count != 2 || stream->context == NULL || stream->protocol == NULL) {
         PyErr_SetString(PyExc_TypeError, "_received_into() takes a value and an error");
         return NULL;
@@ -295,13 +295,13 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
     if (some < 0)
         return NULL;
     if (!some)
-        return PyObject_CallMethodOneArg(self, names.receive_ended, args[1]);
+        return PyObject_CallMethodOneArg(self, hot->names.receive_ended, args[1]);
     if (PyLong_Check(args[0])) {
         Py_ssize_t size = PyLong_AsSsize_t(args[0]);
-        failed = size == -1 && PyErr_Occurred() ? -1 : buffer_updated(self, size);
+        failed = size == -1 && PyErr_Occurred() ? -1 : buffer_updated(hot, self, size);
     }
     else if (PyBytes_CheckExact(args[0]))
-        failed = copy_to_protocol(self, args[0]);
+        failed = copy_to_protocol(hot, self, args[0]);
     else {
         PyErr_SetString(PyExc_TypeError, "a completion of a stream is bytes or their number");
         failed = -1;
@@ -316,19 +316,27 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef __linux__
-int is_stream(PyObject *self) { return Stream_type != NULL && PyObject_TypeCheck(self, Stream_type); }
+int is_stream(const struct hot *hot, PyObject *self)
+{
+    return hot->Stream_type != NULL && PyObject_TypeCheck(self, hot->Stream_type);
+}
 
-void fetch_stream(PyObject *self)
+static struct stream *stream_at(const struct hot *hot, PyObject *self)
+{
+    return (struct stream *)((char *)self + hot->stream_offset);
+}
+
+void fetch_stream(const struct hot *hot, PyObject *self)
 {
     fetch(self, sizeof(PyObject));
-    fetch(stream_of(self), sizeof(struct stream));
+    fetch(stream_at(hot, self), sizeof(struct stream));
 }
 
 /* Sizes are guesses: what is used of a socket is its descriptor, of a context what PyContext_Enter uses, and of a protocol
  * the way to its attributes, which CPython up to 3.12 keeps before the object. */
-void fetch_stream_parts(PyObject *self)
+void fetch_stream_parts(const struct hot *hot, PyObject *self)
 {
-    const struct stream *stream = stream_of(self);
+    const struct stream *stream = stream_at(hot, self);
     if (stream->protocol != NULL)
         fetch((const char *)stream->protocol - 32, 32 + sizeof(PyObject));
     if (stream->context != NULL)
@@ -337,159 +345,3 @@ void fetch_stream_parts(PyObject *self)
         fetch(stream->sock, 32);
 }
 #endif
-
-/* ---------------------------------------------------------------------------------------------------------------------
- * The type
- * ------------------------------------------------------------------------------------------------------------------ */
-
-static PyObject *get_sock(PyObject *self, void *ignored)
-{
-    PyObject *sock = take_reference(self, &stream_of(self)->sock);
-    if (sock == NULL)
-        PyErr_SetString(PyExc_AttributeError, "_sock");
-    return sock;
-}
-
-static int set_sock(PyObject *self, PyObject *value, void *ignored)
-{
-    struct stream *stream = stream_of(self);
-    stream->by_call = value != NULL && is_socket(value);
-    put_reference(self, &stream->sock, Py_XNewRef(value));
-    return 0;
-}
-
-/* The slots of the classes in Python beneath us.  Their own functions can't be asked to see to them: those begin at the
- * type of the object, and would come back to ours. */
-static Py_ssize_t base_slots[32];
-static size_t base_slot_count;
-
-static int find_base_slots(PyTypeObject *base)
-{
-    PyObject *mro = base->tp_mro, *key, *value; /* borrowed */
-    base_slot_count = 0;
-    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(mro); n++) {
-        PyObject *dict = PyObject_GetAttrString(PyTuple_GET_ITEM(mro, n), "__dict__"), *copy;
-        copy = dict == NULL ? NULL : PyObject_CallMethod(dict, "copy", NULL);
-        Py_XDECREF(dict);
-        if (copy == NULL)
-            return -1;
-        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);) {
-            if (!Py_IS_TYPE(value, &PyMemberDescr_Type) || ((PyMemberDescrObject *)value)->d_member->type != T_OBJECT_EX)
-                continue;
-            if (base_slot_count == sizeof(base_slots) / sizeof(*base_slots)) {
-                Py_DECREF(copy);
-                PyErr_SetString(PyExc_ImportError, "more slots than streams.c has room for");
-                return -1;
-            }
-            base_slots[base_slot_count++] = ((PyMemberDescrObject *)value)->d_member->offset;
-        }
-        Py_DECREF(copy);
-    }
-    return 0;
-}
-
-static int stream_clear(PyObject *self)
-{
-    struct stream *stream = stream_of(self);
-    stream->direct = stream->by_call = 0;
-    Py_CLEAR(stream->sock);
-    Py_CLEAR(stream->protocol);
-    Py_CLEAR(stream->context);
-    for (size_t n = 0; n < base_slot_count; n++)
-        Py_CLEAR(SLOT(self, base_slots[n]));
-    return 0;
-}
-
-static int stream_traverse(PyObject *self, visitproc visit, void *arg)
-{
-    struct stream *stream = stream_of(self);
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(stream->sock);
-    Py_VISIT(stream->protocol);
-    Py_VISIT(stream->context);
-    for (size_t n = 0; n < base_slot_count; n++)
-        Py_VISIT(SLOT(self, base_slots[n]));
-    return 0;
-}
-
-static void stream_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    stream_clear(self);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)
-{
-    return PyBool_FromLong(stream_of(self)->closing);
-}
-
-static PyMethodDef stream_methods[] = {
-    {"is_closing", stream_is_closing, METH_NOARGS,
-     "is_closing($self)\n--\n\nTrue once ``close`` or ``abort`` was called, or the connection was lost."},
-    {"write", stream_write, METH_O,
-     "write($self, data)\n--\n\n"
-               "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."},
-    {"_received", (PyCFunction)(void (*)(void))stream_received, METH_FASTCALL,
-     "A completion for a Protocol: data, the end (empty), or an error."},
-    {"_received_into", (PyCFunction)(void (*)(void))stream_received_into, METH_FASTCALL,
-     "A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."},
-    {"_get_buffer_of_protocol", (PyCFunction)(void (*)(void))stream_get_buffer, METH_FASTCALL,
-     "A buffer to receive into; None if there must be none now, or the protocol failed to give one."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyGetSetDef stream_getset[] = {
-    {"_sock", get_sock, set_sock, NULL, NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
-PyObject *make_stream_type(PyObject *module, PyObject *base)
-{
-    if (Stream_type != NULL)
-        return Py_NewRef(Stream_type);
-    if (!PyType_Check(base) || !PyType_IS_GC((PyTypeObject *)base) || ((PyTypeObject *)base)->tp_dictoffset
-        || ((PyTypeObject *)base)->tp_weaklistoffset) {
-        PyErr_SetString(PyExc_TypeError, "the base must be a class with nothing but slots");
-        return NULL;
-    }
-    if (find_base_slots((PyTypeObject *)base) < 0)
-        return NULL;
-    stream_offset = ((PyTypeObject *)base)->tp_basicsize;
-    static PyMemberDef members[] = {
-        {"_protocol", T_OBJECT_EX, 0, 0, NULL},
-        {"_context", T_OBJECT_EX, 0, 0, NULL},
-        {"_direct", T_BOOL, 0, 0, NULL},
-        {"_paused", T_BOOL, 0, 0, NULL},
-        {"_closing", T_BOOL, 0, 0, NULL},
-        {NULL, 0, 0, 0, NULL},
-    };
-    members[0].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, protocol);
-    members[1].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, context);
-    members[2].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, direct);
-    members[3].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, paused);
-    members[4].offset = stream_offset + (Py_ssize_t)offsetof(struct stream, closing);
-    PyType_Slot slots[] = {
-        {Py_tp_dealloc, stream_dealloc},
-        {Py_tp_traverse, stream_traverse},
-        {Py_tp_clear, stream_clear},
-        {Py_tp_methods, stream_methods},
-        {Py_tp_members, members},
-        {Py_tp_getset, stream_getset},
-        {Py_tp_doc, (char *)"A stream transport's way of one message in and out."},
-        {0, NULL},
-    };
-    PyType_Spec spec = {
-        .name = "iocp_loop._hot.Stream",
-        .basicsize = (int)(stream_offset + (Py_ssize_t)sizeof(struct stream)),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-        .slots = slots,
-    };
-    PyObject *bases = PyTuple_Pack(1, base);
-    Stream_type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, bases);
-    Py_XDECREF(bases);
-    Py_XINCREF(Stream_type);
-    return (PyObject *)Stream_type;
-}

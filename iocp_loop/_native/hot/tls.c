@@ -26,6 +26,7 @@
 
 struct tls {
     PyObject_HEAD
+    struct hot *hot;
     PyObject *state, *sslobj, *incoming, *outgoing, *transport, *app_protocol, *app_get_buffer, *app_buffer_updated,
         *write_backlog;
     PyObject *read, *write; /* methods of `sslobj`, or of what it wraps; NULL until they are needed */
@@ -33,12 +34,6 @@ struct tls {
     char direct; /* they are those of OpenSSL's own object, which keeps nothing of what it is given */
     char app_protocol_is_buffer, app_reading_paused, app_writing_paused, ssl_reading_paused, ssl_writing_paused;
 };
-
-static PyTypeObject *Tls_type, *TlsTransport_type;
-
-/* What tls.py has set: states of the connection; the errors that mean "not now"; the class ssl.SSLObject, and that of the
- * object in C which it wraps. */
-static PyObject *wrapped, *flushing, *again, *sslobject_class, *wrapped_class;
 
 /* The plain text of a record, at most (RFC 8446, 5.1). */
 enum { RECORD = 1 << 14 };
@@ -62,12 +57,12 @@ static int find_methods(struct tls *self)
     PyObject *object = get(self, &self->sslobj, "_sslobj"), *beneath = NULL;
     if (object == NULL)
         return -1;
-    if (Py_IS_TYPE(object, (PyTypeObject *)sslobject_class)) {
+    if (Py_IS_TYPE(object, (PyTypeObject *)self->hot->tls.sslobject_class)) {
         beneath = PyObject_GetAttrString(object, "_sslobj");
         if (beneath == NULL)
             PyErr_Clear();
     }
-    int direct = beneath != NULL && Py_IS_TYPE(beneath, (PyTypeObject *)wrapped_class);
+    int direct = beneath != NULL && Py_IS_TYPE(beneath, (PyTypeObject *)self->hot->tls.wrapped_class);
     if (direct)
         Py_SETREF(object, Py_NewRef(beneath));
     Py_XDECREF(beneath);
@@ -87,7 +82,7 @@ static int find_methods(struct tls *self)
 /* How many bytes there are in the MemoryBIO that is `member`; -1 with an exception. */
 static Py_ssize_t pending_in(struct tls *self, PyObject **member, const char *name)
 {
-    PyObject *bio = get(self, member, name), *pending = bio == NULL ? NULL : PyObject_GetAttr(bio, names.pending);
+    PyObject *bio = get(self, member, name), *pending = bio == NULL ? NULL : PyObject_GetAttr(bio, self->hot->names.pending);
     Py_ssize_t size = pending == NULL ? -1 : PyLong_AsSsize_t(pending);
     Py_XDECREF(pending);
     Py_XDECREF(bio);
@@ -99,10 +94,10 @@ static Py_ssize_t pending_in(struct tls *self, PyObject **member, const char *na
 enum { NOT_NOW = -2 };
 
 /* The count, at most `most`, that a call of read or write has returned; NOT_NOW; or -1 with an exception. */
-static Py_ssize_t count_of(PyObject *result, Py_ssize_t most)
+static Py_ssize_t count_of(const struct hot *hot, PyObject *result, Py_ssize_t most)
 {
     if (result == NULL) {
-        if (!PyErr_ExceptionMatches(again))
+        if (!PyErr_ExceptionMatches(hot->tls.again))
             return -1;
         PyErr_Clear();
         return NOT_NOW;
@@ -125,7 +120,7 @@ static Py_ssize_t read_into(struct tls *self, PyObject *view, Py_ssize_t size)
         result = PyObject_Vectorcall(read, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     Py_XDECREF(args[1]);
     Py_XDECREF(read);
-    return count_of(result, size);
+    return count_of(self->hot, result, size);
 }
 
 /* Decrypt at most `size` bytes, of one record, into `memory`.  Returns what read_into does. */
@@ -152,6 +147,12 @@ static Py_ssize_t decrypt(struct tls *self, char *memory, Py_ssize_t size)
     Py_XDECREF(view);
     Py_XDECREF(lent);
     return count;
+}
+
+/* Whether there may be data for the protocol. */
+static int is_open(const struct tls *self)
+{
+    return self->state == self->hot->tls.wrapped || self->state == self->hot->tls.flushing;
 }
 
 enum filled { FAILED = -1, DRY, FULL, ENDED };
@@ -207,7 +208,7 @@ static enum filled read_for_protocol(struct tls *self)
     PyObject *error = filled == FAILED ? take_exception() : NULL; /* it comes after the data */
     PyObject *protocol = get(self, &self->app_protocol, "_app_protocol"), *result = NULL;
     if (protocol != NULL && _PyBytes_Resize(&data, count) == 0)
-        result = PyObject_CallMethodOneArg(protocol, names.data_received, data);
+        result = PyObject_CallMethodOneArg(protocol, self->hot->names.data_received, data);
     Py_XDECREF(protocol);
     Py_XDECREF(data);
     if (result == NULL) {
@@ -227,7 +228,7 @@ static enum filled read_for_buffered_protocol(struct tls *self)
     PyObject *protocol = take_reference((PyObject *)self, &self->app_protocol);
     if (get_buffer != NULL)
         buffer = PyObject_CallOneArg(get_buffer, hint);
-    int wanted = self->app_protocol == protocol && (self->state == wrapped || self->state == flushing);
+    int wanted = self->app_protocol == protocol && is_open(self);
     Py_XDECREF(protocol);
     Py_XDECREF(get_buffer);
     Py_XDECREF(hint);
@@ -277,35 +278,36 @@ static int process_outgoing(struct tls *self);
 /* Give the protocol what has come, until there is no more or it pauses; then see to what that has led to. */
 static int read_all(struct tls *self)
 {
+    const struct names *names = &self->hot->names;
     if (!self->app_reading_paused) {
         enum filled filled;
         do {
             filled = self->app_protocol_is_buffer ? read_for_buffered_protocol(self) : read_for_protocol(self);
-        } while (filled == FULL && !self->app_reading_paused && (self->state == wrapped || self->state == flushing));
+        } while (filled == FULL && !self->app_reading_paused && is_open(self));
         if (filled == FAILED
-            || (filled == ENDED && (call(self, names.call_eof_received) < 0 || call(self, names.start_shutdown) < 0))
-            || (has_items(self->write_backlog) ? call(self, names.do_write) : process_outgoing(self)) < 0)
+            || (filled == ENDED && (call(self, names->call_eof_received) < 0 || call(self, names->start_shutdown) < 0))
+            || (has_items(self->write_backlog) ? call(self, names->do_write) : process_outgoing(self)) < 0)
             return -1;
     }
     Py_ssize_t pending = pending_in(self, &self->incoming, "_incoming");
     if (pending < 0)
         return -1;
     if (self->ssl_reading_paused ? pending <= self->incoming_low_water : pending >= self->incoming_high_water)
-        return call(self, names.control_ssl_reading);
+        return call(self, names->control_ssl_reading);
     return 0;
 }
 
 /* self._fatal_error(exception, message) for an ordinary exception; any other goes on. */
 static int fail_connection(struct tls *self)
 {
-    return PyErr_ExceptionMatches(PyExc_Exception) ? fail((PyObject *)self, names.fatal_error, "Fatal error on SSL protocol")
+    return PyErr_ExceptionMatches(PyExc_Exception) ? fail((PyObject *)self, "_fatal_error", "Fatal error on SSL protocol")
                                                    : -1;
 }
 
 static PyObject *tls_do_read(PyObject *object, PyObject *unused)
 {
     struct tls *self = (struct tls *)object;
-    if (self->state != wrapped && self->state != flushing)
+    if (!is_open(self))
         Py_RETURN_NONE;
     if (self->read == NULL && find_methods(self) < 0)
         return NULL;
@@ -318,12 +320,13 @@ static PyObject *tls_data_received(PyObject *object, PyObject *data)
 {
     struct tls *self = (struct tls *)object;
     PyObject *incoming = get(self, &self->incoming, "_incoming");
-    PyObject *written = incoming == NULL ? NULL : PyObject_CallMethodOneArg(incoming, names.write, data);
+    PyObject *written = incoming == NULL ? NULL : PyObject_CallMethodOneArg(incoming, self->hot->names.write, data);
     Py_XDECREF(incoming);
     if (written == NULL)
         return NULL;
     Py_DECREF(written);
-    return self->state == wrapped ? tls_do_read(object, NULL) : PyObject_CallMethodNoArgs(object, names.go_on);
+    return self->state == self->hot->tls.wrapped ? tls_do_read(object, NULL)
+                                                 : PyObject_CallMethodNoArgs(object, self->hot->names.go_on);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -336,10 +339,10 @@ static int process_outgoing(struct tls *self)
     Py_ssize_t pending = pending_in(self, &self->outgoing, "_outgoing");
     if (pending > 0 && !self->ssl_writing_paused) {
         PyObject *outgoing = get(self, &self->outgoing, "_outgoing"), *written = NULL;
-        PyObject *data = outgoing == NULL ? NULL : PyObject_CallMethodNoArgs(outgoing, names.read);
+        PyObject *data = outgoing == NULL ? NULL : PyObject_CallMethodNoArgs(outgoing, self->hot->names.read);
         PyObject *transport = data == NULL ? NULL : get(self, &self->transport, "_transport");
         if (transport != NULL)
-            written = PyObject_CallMethodOneArg(transport, names.write, data);
+            written = PyObject_CallMethodOneArg(transport, self->hot->names.write, data);
         Py_XDECREF(transport);
         Py_XDECREF(data);
         Py_XDECREF(outgoing);
@@ -351,7 +354,7 @@ static int process_outgoing(struct tls *self)
     if (pending < 0)
         return -1;
     if (self->app_writing_paused || pending + self->write_buffer_size >= self->outgoing_high_water)
-        return call(self, names.control_app_writing);
+        return call(self, self->hot->names.control_app_writing);
     return 0;
 }
 
@@ -359,7 +362,7 @@ static int process_outgoing(struct tls *self)
 static int write_now(struct tls *self, PyObject *data)
 {
     PyObject *write = get(self, &self->write, "write"), *taken = write == NULL ? NULL : PyObject_CallOneArg(write, data);
-    Py_ssize_t size = PyBytes_GET_SIZE(data), count = count_of(taken, size);
+    Py_ssize_t size = PyBytes_GET_SIZE(data), count = count_of(self->hot, taken, size);
     Py_XDECREF(write);
     if (count == -1)
         return -1;
@@ -367,7 +370,7 @@ static int write_now(struct tls *self, PyObject *data)
         PyObject *rest = count == NOT_NOW ? Py_NewRef(data) : PySequence_GetSlice(data, count, size), *done = NULL;
         PyObject *backlog = rest == NULL ? NULL : get(self, &self->write_backlog, "_write_backlog");
         if (backlog != NULL)
-            done = PyObject_CallMethodOneArg(backlog, names.append, rest);
+            done = PyObject_CallMethodOneArg(backlog, self->hot->names.append, rest);
         Py_XDECREF(backlog);
         Py_XDECREF(rest);
         Py_XDECREF(done);
@@ -378,17 +381,24 @@ static int write_now(struct tls *self, PyObject *data)
     return process_outgoing(self);
 }
 
-static PyObject *transport_write(PyObject *transport, PyObject *data)
+static PyObject *transport_write(PyObject *transport, PyTypeObject *type, PyObject *const *args, size_t count,
+                                 PyObject *kwnames)
 {
-    PyObject *object = PyObject_GetAttr(transport, names.ssl_protocol);
+    const struct hot *hot = PyType_GetModuleState(type);
+    if (hot == NULL)
+        return NULL;
+    if (count != 1 || kwnames != NULL)
+        return PyErr_Format(PyExc_TypeError, "write() takes data and nothing else");
+    PyObject *data = args[0];
+    PyObject *object = PyObject_GetAttr(transport, hot->names.ssl_protocol);
     if (object == NULL)
         return NULL;
     struct tls *self = (struct tls *)object;
-    if (!PyObject_TypeCheck(object, Tls_type) || !PyBytes_CheckExact(data) || PyBytes_GET_SIZE(data) == 0
-        || self->state != wrapped || self->write_backlog == NULL || has_items(self->write_backlog)
+    if (!PyObject_TypeCheck(object, hot->Tls_type) || !PyBytes_CheckExact(data) || PyBytes_GET_SIZE(data) == 0
+        || self->state != hot->tls.wrapped || self->write_backlog == NULL || has_items(self->write_backlog)
         || self->outgoing == NULL || (self->write == NULL && find_methods(self) < 0)) {
         Py_DECREF(object);
-        return PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(transport, names.write_otherwise, data);
+        return PyErr_Occurred() ? NULL : PyObject_CallMethodOneArg(transport, hot->names.write_otherwise, data);
     }
     int failed = write_now(self, data) < 0 && fail_connection(self) < 0;
     Py_DECREF(object);
@@ -401,13 +411,26 @@ static PyObject *transport_write(PyObject *transport, PyObject *data)
  * The types
  * ------------------------------------------------------------------------------------------------------------------ */
 
+static void tls_dealloc(PyObject *object);
+
+static PyObject *tls_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    struct hot *hot = hot_of(type, tls_dealloc);
+    PyObject *self = hot == NULL ? NULL : PyType_GenericNew(type, args, kwargs);
+    if (self != NULL) {
+        ((struct tls *)self)->hot = hot;
+        Py_INCREF(hot->module);
+    }
+    return self;
+}
+
 static int tls_traverse(PyObject *object, visitproc visit, void *arg)
 {
     struct tls *self = (struct tls *)object;
     for (PyObject **field = &self->state; field <= &self->write; field++)
         Py_VISIT(*field);
     Py_VISIT(Py_TYPE(object));
-    return 0;
+    return visit_hot(self->hot, visit, arg);
 }
 
 static int tls_clear(PyObject *object)
@@ -420,11 +443,9 @@ static int tls_clear(PyObject *object)
 
 static void tls_dealloc(PyObject *object)
 {
-    PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
     tls_clear(object);
-    type->tp_free(object);
-    Py_DECREF(type);
+    free_with_hot(object, ((struct tls *)object)->hot);
 }
 
 static PyMethodDef tls_methods[] = {
@@ -457,6 +478,7 @@ static PyMemberDef tls_members[] = {
 };
 
 static PyType_Slot tls_slots[] = {
+    {Py_tp_new, tls_new},
     {Py_tp_dealloc, tls_dealloc},
     {Py_tp_traverse, tls_traverse},
     {Py_tp_clear, tls_clear},
@@ -474,7 +496,8 @@ static PyType_Spec tls_spec = {
 };
 
 static PyMethodDef transport_methods[] = {
-    {"write", transport_write, METH_O, "write($self, data, /)\n--\n\nEncrypt and send `data` without blocking."},
+    {"write", (PyCFunction)(void (*)(void))transport_write, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
+     "write($self, data, /)\n--\n\nEncrypt and send `data` without blocking."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -493,19 +516,20 @@ static PyType_Spec transport_spec = {
 /* tls_types(wrapped, flushing, again, sslobject_class, wrapped_class): the types Tls and TlsTransport. */
 PyObject *make_tls_types(PyObject *module, PyObject *args)
 {
+    struct hot *hot = hot_in(module);
     PyObject *given[5];
     if (!PyArg_ParseTuple(args, "OOOOO", &given[0], &given[1], &given[2], &given[3], &given[4]))
         return NULL;
-    Py_XSETREF(wrapped, Py_NewRef(given[0]));
-    Py_XSETREF(flushing, Py_NewRef(given[1]));
-    Py_XSETREF(again, Py_NewRef(given[2]));
-    Py_XSETREF(sslobject_class, Py_NewRef(given[3]));
-    Py_XSETREF(wrapped_class, Py_NewRef(given[4]));
-    if (Tls_type == NULL)
-        Tls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tls_spec, NULL);
-    if (Tls_type != NULL && TlsTransport_type == NULL)
-        TlsTransport_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &transport_spec, NULL);
-    if (TlsTransport_type == NULL)
+    Py_XSETREF(hot->tls.wrapped, Py_NewRef(given[0]));
+    Py_XSETREF(hot->tls.flushing, Py_NewRef(given[1]));
+    Py_XSETREF(hot->tls.again, Py_NewRef(given[2]));
+    Py_XSETREF(hot->tls.sslobject_class, Py_NewRef(given[3]));
+    Py_XSETREF(hot->tls.wrapped_class, Py_NewRef(given[4]));
+    if (hot->Tls_type == NULL)
+        hot->Tls_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tls_spec, NULL);
+    if (hot->Tls_type != NULL && hot->TlsTransport_type == NULL)
+        hot->TlsTransport_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &transport_spec, NULL);
+    if (hot->TlsTransport_type == NULL)
         return NULL;
-    return PyTuple_Pack(2, Tls_type, TlsTransport_type);
+    return PyTuple_Pack(2, hot->Tls_type, hot->TlsTransport_type);
 }

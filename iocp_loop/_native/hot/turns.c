@@ -41,7 +41,7 @@ static PyObject *take_timer(Turns *self, double end, int any)
         handle = timers_take(&self->head.timers, any ? self->head.timers.count - 1 : 0);
     Py_END_CRITICAL_SECTION();
     if (handle != NULL)
-        timer_set_scheduled(handle, 0);
+        timer_set_scheduled(self->head.hot, handle, 0);
     return handle;
 }
 
@@ -49,9 +49,9 @@ static void turns_forget_everything(Turns *self)
 {
     PyObject *handle;
     while ((handle = ready_pop(self)) != NULL)
-        handle_release(handle);
+        handle_release(self->head.hot, handle);
     while ((handle = take_timer(self, 0, 1)) != NULL)
-        handle_release(handle);
+        handle_release(self->head.hot, handle);
 }
 
 /* BaseEventLoop counts cancelled timers, to sweep them out some day; ours have left already. */
@@ -160,16 +160,17 @@ static int ripen(Turns *self)
 /* Run one entry of the ready queue; takes over its reference.  `by_method`: by its method _run, which may not be ours. */
 static int run(Turns *self, PyObject *handle, int by_method)
 {
+    const struct hot *hot = self->head.hot;
     int failed = 0;
     if (handle == self->completions)
         failed = dispatch(self);
-    else if (!is_own_handle(handle) || by_method || self->head.debug) {
-        PyObject *done = PyObject_CallFunctionObjArgs(helpers.run_by_method, self, handle, NULL);
+    else if (!is_own_handle(hot, handle) || by_method || self->head.debug) {
+        PyObject *done = PyObject_CallFunctionObjArgs(hot->helpers.run_by_method, self, handle, NULL);
         failed = done == NULL ? -1 : 0;
         Py_XDECREF(done);
     } else
-        failed = handle_run(handle);
-    handle_release(handle);
+        failed = handle_run(hot, handle);
+    handle_release(hot, handle);
     return failed;
 }
 
@@ -185,7 +186,7 @@ static int run_once(Turns *self)
     if (self->head.timers.count > 0 && ripen(self) < 0)
         return -1;
     /* What they schedule runs in the next turn, after another look at the port. */
-    int by_method = is_replaced(&handle_run_method);
+    int by_method = is_replaced(&self->head.hot->handle_run_method);
     PyObject *handle;
     for (size_t left = READ(self->count); left > 0 && (handle = ready_pop(self)) != NULL; left--)
         if (run(self, handle, by_method) < 0)
@@ -247,7 +248,7 @@ static PyObject *turns_use(Turns *self, PyObject *args)
         Py_XDECREF(dispatch);
         return NULL;
     }
-    self->native = native_driver(driver);
+    self->native = native_driver(self->head.hot, driver);
     Py_XSETREF(self->driver, Py_NewRef(driver));
     Py_XSETREF(self->wait, wait);
     Py_XSETREF(self->dispatch, dispatch);
@@ -309,11 +310,17 @@ static int set_debug(Turns *self, PyObject *value, void *ignored)
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
 
+static void turns_dealloc(Turns *self);
+
 static PyObject *turns_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Turns *self = (Turns *)PyType_GenericNew(type, args, kwargs);
-    if (self != NULL)
-        self->head.timers.place_offset = timer_place_offset;
+    struct hot *hot = hot_of(type, (destructor)turns_dealloc);
+    Turns *self = hot == NULL ? NULL : (Turns *)PyType_GenericNew(type, args, kwargs);
+    if (self != NULL) {
+        self->head.hot = hot;
+        Py_INCREF(hot->module);
+        self->head.timers.place_offset = hot->timer_place;
+    }
     return (PyObject *)self;
 }
 
@@ -326,11 +333,13 @@ static int turns_traverse(Turns *self, visitproc visit, void *arg)
     Py_VISIT(self->completions);
     Py_VISIT(self->select);
     Py_VISIT(self->task_factory);
-    int stop = 0;
+    Py_VISIT(self->head.transport_refs);
+    Py_VISIT(self->head.forget_transport);
+    int stop = visit_hot(self->head.hot, visit, arg);
     for (size_t n = 0; !stop && n < self->count; n++)
-        stop = handle_visit(self->ring[(self->first + n) & (self->room - 1)], visit, arg);
+        stop = handle_visit(self->head.hot, self->ring[(self->first + n) & (self->room - 1)], visit, arg);
     for (size_t n = 0; !stop && n < self->head.timers.count; n++)
-        stop = handle_visit(self->head.timers.heap[n].handle, visit, arg);
+        stop = handle_visit(self->head.hot, self->head.timers.heap[n].handle, visit, arg);
     return stop;
 }
 
@@ -341,6 +350,8 @@ static int turns_clear(Turns *self)
     Py_CLEAR(self->wait);
     Py_CLEAR(self->dispatch);
     Py_CLEAR(self->task_factory);
+    Py_CLEAR(self->head.transport_refs);
+    Py_CLEAR(self->head.forget_transport);
     turns_forget_everything(self);
     Py_CLEAR(self->completions);
     Py_CLEAR(self->select);
@@ -349,13 +360,11 @@ static int turns_clear(Turns *self)
 
 static void turns_dealloc(Turns *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     turns_clear(self);
     PyMem_Free(self->ring);
     PyMem_Free(self->head.timers.heap);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_with_hot((PyObject *)self, self->head.hot);
 }
 
 static PyMethodDef turns_methods[] = {
@@ -385,15 +394,15 @@ static PyMethodDef turns_methods[] = {
     {"_has_work", (PyCFunction)turns_has_work, METH_NOARGS, "Whether a callback is ready to run."},
     {"_next_timer", (PyCFunction)turns_next_timer, METH_NOARGS, "When the earliest timer is due; None if there is none."},
     {"_forget_callbacks", (PyCFunction)turns_forget, METH_NOARGS, "Drop what is ready and every timer."},
-    /* The signature is that of the running Python; see tasks.c. */
-    {"create_task", (PyCFunction)(void (*)(void))turns_create_task, METH_FASTCALL | METH_KEYWORDS, create_task_doc},
-    {NULL, NULL, 0, NULL},
+    {NULL, NULL, 0, NULL}, /* and create_task, see tasks.c */
 };
 
 static PyMemberDef turns_members[] = {
     {"_closed", T_BOOL, offsetof(Turns, closed), 0, NULL},
     {"_waited", T_BOOL, offsetof(Turns, waited), 0, NULL},
     {"_select", T_OBJECT, offsetof(Turns, select), 0, NULL},
+    {"_transport_refs", T_OBJECT_EX, offsetof(Turns, head.transport_refs), 0, NULL},
+    {"_forget_transport", T_OBJECT_EX, offsetof(Turns, head.forget_transport), 0, NULL},
     {"_task_factory", T_OBJECT, offsetof(Turns, task_factory), 0, NULL},
     {"_clock_resolution", T_DOUBLE, offsetof(Turns, resolution), 0, NULL},
     {NULL, 0, 0, 0, NULL},
@@ -426,10 +435,10 @@ static PyType_Spec turns_spec = {
     .slots = turns_slots,
 };
 
-int add_turns(PyObject *module)
+int add_turns(struct hot *hot)
 {
-    Turns_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &turns_spec, NULL);
-    if (Turns_type == NULL || add_ready(module) < 0 || add_schedule() < 0 || add_tasks() < 0)
+    hot->Turns_type = (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, &turns_spec, NULL);
+    if (hot->Turns_type == NULL || add_ready(hot) < 0 || add_schedule(hot) < 0 || add_tasks(hot) < 0)
         return -1;
-    return PyModule_AddObjectRef(module, "Turns", (PyObject *)Turns_type);
+    return PyModule_AddObjectRef(hot->module, "Turns", (PyObject *)hot->Turns_type);
 }

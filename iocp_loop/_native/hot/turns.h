@@ -28,7 +28,7 @@ typedef struct {
 int ready_push(Turns *self, PyObject *handle);
 PyObject *ready_pop(Turns *self);
 PyObject *ready_get(Turns *self, void *ignored); /* loop._ready */
-int add_ready(PyObject *module);
+int add_ready(struct hot *hot);
 
 /* schedule.c */
 double turns_now(Turns *self); /* loop.time(); -1 with an exception */
@@ -38,15 +38,14 @@ PyObject *turns_call_at(Turns *self, PyObject *const *args, Py_ssize_t count, Py
 PyObject *turns_call_later(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames);
 PyObject *turns_time(Turns *self, PyObject *ignored);
 PyObject *turns_add_callback(Turns *self, PyObject *handle);
-int add_schedule(void);
+int add_schedule(struct hot *hot);
 
 /* tasks.c */
 PyObject *turns_create_future(Turns *self, PyObject *ignored);
 PyObject *turns_create_task(Turns *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames);
-extern char create_task_doc[400]; /* its signature is that of the running Python */
-int add_tasks(void);
+int add_tasks(struct hot *hot);
 
 /* turns.c */
-int add_turns(PyObject *module);
+int add_turns(struct hot *hot);
 
 #endif

@@ -60,7 +60,7 @@ static int has_work(Driver *driver)
 
 static int open_ring(UringTurns *self)
 {
-    if (driver_call(&self->epoll.driver, names.open_ring, NULL) < 0)
+    if (driver_call(&self->epoll.driver, self->epoll.driver.hot->names.open_ring, NULL) < 0)
         return -1;
     if (self->ring == NULL && !self->without_ring) {
         PyErr_SetString(PyExc_RuntimeError, "no ring was opened");
@@ -156,7 +156,7 @@ static int reap(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, 
                         PyLong_FromLongLong(start)};
     PyObject *done = NULL;
     if (args[2] != NULL && args[3] != NULL && args[4] != NULL)
-        done = PyObject_VectorcallMethod(names.reap, args, 5, NULL);
+        done = PyObject_VectorcallMethod(self->epoll.driver.hot->names.reap, args, 5, NULL);
     for (int n = 2; n < 5; n++)
         Py_XDECREF(args[n]);
     Py_XDECREF(done);
@@ -164,14 +164,14 @@ static int reap(UringTurns *self, PyObject *op, int64_t result, uint32_t flags, 
 }
 
 /* Whether `result` is the plain end of a stream: the peer has sent all, or it was cancelled as we asked. */
-static int is_end(PyObject *op, int64_t result, uint32_t flags)
+static int is_end(const struct hot *hot, PyObject *op, int64_t result, uint32_t flags)
 {
-    if ((PyObject *)Py_TYPE(op) != operation_slots.receive_stream || flags & (URING_MORE | URING_DATA))
+    if ((PyObject *)Py_TYPE(op) != hot->kinds.receive_stream || flags & (URING_MORE | URING_DATA))
         return 0;
-    PyObject *state = SLOT(op, operation_slots.state); /* borrowed */
-    if (state == operation_slots.in_flight)
+    PyObject *state = SLOT(op, hot->operation.state); /* borrowed */
+    if (state == hot->states.in_flight)
         return result == 0;
-    return state == operation_slots.cancelling && result == -ECANCELED;
+    return state == hot->states.cancelling && result == -ECANCELED;
 }
 
 static int end_stream(UringTurns *self, PyObject *op, int64_t result)
@@ -181,7 +181,7 @@ static int end_stream(UringTurns *self, PyObject *op, int64_t result)
     PyObject *nothing = result == 0 ? PyBytes_FromStringAndSize(NULL, 0) : Py_NewRef(Py_None);
     PyObject *error = result == 0 ? Py_NewRef(Py_None)
                                   : cancelled_error();
-    int failed = nothing == NULL || error == NULL ? -1 : complete_operation(op, nothing, error);
+    int failed = nothing == NULL || error == NULL ? -1 : complete_operation(self->epoll.driver.hot, op, nothing, error);
     Py_XDECREF(nothing);
     Py_XDECREF(error);
     return failed;
@@ -192,12 +192,12 @@ static int deliver_one(UringTurns *self, PyObject *op, int64_t result, uint32_t 
 {
     if (flags & URING_DATA)
         self->epoll.driver.delivered += (size_t)(result - start);
-    if (is_end(op, result, flags))
+    if (is_end(self->epoll.driver.hot, op, result, flags))
         return end_stream(self, op, result);
     if (flags != (URING_MORE | URING_DATA))
         return reap(self, op, result, flags, start);
     PyObject *data = PyBytes_FromStringAndSize(self->ring->memory + start, (Py_ssize_t)(result - start));
-    int failed = data == NULL ? -1 : complete_operation(op, data, Py_None);
+    int failed = data == NULL ? -1 : complete_operation(self->epoll.driver.hot, op, data, Py_None);
     Py_XDECREF(data);
     return failed;
 }
@@ -223,7 +223,7 @@ static int look_up(UringTurns *self, const uring *ring)
         return -1;
     }
     PyErr_Clear(); /* it is time to complain when those before have been delivered */
-    look_ahead(self->ops, self->looked_up);
+    look_ahead(self->epoll.driver.hot, self->ops, self->looked_up);
     return 0;
 }
 
@@ -257,13 +257,13 @@ static int deliver(Driver *driver)
     UringTurns *self = (UringTurns *)driver;
     if (deliver_batch(self) < 0 || epoll_deliver(driver) < 0)
         return -1;
-    return has_work(driver) ? driver_call(driver, names.queue_leftovers, NULL) : 0;
+    return has_work(driver) ? driver_call(driver, driver->hot->names.queue_leftovers, NULL) : 0;
 }
 
 static int hand_over(Driver *driver)
 {
     UringTurns *self = (UringTurns *)driver;
-    return self->shared && self->ring != NULL ? driver_call(driver, names.hand_over, NULL) : 0;
+    return self->shared && self->ring != NULL ? driver_call(driver, driver->hot->names.hand_over, NULL) : 0;
 }
 
 static int is_behind(Driver *driver)
@@ -276,40 +276,37 @@ static int is_behind(Driver *driver)
  * Streams that are watched, because they receive large pieces
  * ------------------------------------------------------------------------------------------------------------------ */
 
-/* The slots of the driver's _Stream. */
-static struct {
-    PyObject *type;
-    Py_ssize_t armed, cookie, large, stopping, streak, watched;
-} at;
-
-static PyObject *use_stream(PyObject *ignored, PyObject *type)
+/* A class method: where the slots of the driver's _Stream are. */
+static PyObject *use_stream(PyObject *turns, PyObject *kind)
 {
-    at.armed = slot_offset(type, "armed");
-    at.cookie = slot_offset(type, "cookie");
-    at.large = slot_offset(type, "large");
-    at.stopping = slot_offset(type, "stopping");
-    at.streak = slot_offset(type, "streak");
-    at.watched = slot_offset(type, "watched");
+    struct hot *hot = driver_hot((PyTypeObject *)turns);
+    hot->stream.armed = slot_offset(kind, "armed");
+    hot->stream.cookie = slot_offset(kind, "cookie");
+    hot->stream.large = slot_offset(kind, "large");
+    hot->stream.stopping = slot_offset(kind, "stopping");
+    hot->stream.streak = slot_offset(kind, "streak");
+    hot->stream.watched = slot_offset(kind, "watched");
     if (PyErr_Occurred())
         return NULL;
-    Py_XSETREF(at.type, Py_NewRef(type)); /* when the driver is imported, and never again */
+    Py_XSETREF(hot->kinds.uring_stream, Py_NewRef(kind)); /* when the driver is imported, and never again */
     Py_RETURN_NONE;
 }
 
 /* What the driver keeps for a stream that is being armed. */
 static PyObject *new_stream(UringTurns *self, int fd)
 {
-    PyTypeObject *type = (PyTypeObject *)at.type;
+    const struct hot *hot = self->epoll.driver.hot;
+    PyTypeObject *type = (PyTypeObject *)hot->kinds.uring_stream;
     PyObject *stream = type->tp_alloc(type, 0);
     if (stream == NULL)
         return NULL;
-    SLOT(stream, at.armed) = Py_NewRef(Py_True);
-    SLOT(stream, at.stopping) = Py_NewRef(Py_False);
-    SLOT(stream, at.large) = Py_NewRef(Py_False);
-    SLOT(stream, at.watched) = Py_NewRef(Py_False);
-    SLOT(stream, at.streak) = PyLong_FromLong(0);
-    SLOT(stream, at.cookie) = PyLong_FromLongLong(self->cookie(fd));
-    if (SLOT(stream, at.streak) == NULL || SLOT(stream, at.cookie) == NULL)
+    SLOT(stream, hot->stream.armed) = Py_NewRef(Py_True);
+    SLOT(stream, hot->stream.stopping) = Py_NewRef(Py_False);
+    SLOT(stream, hot->stream.large) = Py_NewRef(Py_False);
+    SLOT(stream, hot->stream.watched) = Py_NewRef(Py_False);
+    SLOT(stream, hot->stream.streak) = PyLong_FromLong(0);
+    SLOT(stream, hot->stream.cookie) = PyLong_FromLongLong(self->cookie(fd));
+    if (SLOT(stream, hot->stream.streak) == NULL || SLOT(stream, hot->stream.cookie) == NULL)
         Py_CLEAR(stream);
     return stream;
 }
@@ -330,7 +327,7 @@ static PyObject *uring_receive_stream(UringTurns *self, PyObject *const *args, P
         Py_DECREF(op);
         return NULL;
     }
-    Py_XSETREF(SLOT(op, operation_slots.driver_data), stream);
+    Py_XSETREF(SLOT(op, self->epoll.driver.hot->operation.driver_data), stream);
     if (self->prepare(self->ring, fd, self->epoll.driver.tokens) < 0 && PyList_Append(self->unsubmitted, op) < 0)
         Py_CLEAR(op);
     return op;
@@ -339,15 +336,16 @@ static PyObject *uring_receive_stream(UringTurns *self, PyObject *const *args, P
 /* A watched stream has received so much: count the small pieces in a row, and let the driver know of the last. */
 static int received(EpollTurns *self, PyObject *op, size_t count)
 {
-    PyObject *stream = SLOT(op, operation_slots.driver_data); /* borrowed */
-    if (stream == NULL || (PyObject *)Py_TYPE(stream) != at.type)
+    const struct hot *hot = self->driver.hot;
+    PyObject *stream = SLOT(op, hot->operation.driver_data); /* borrowed */
+    if (stream == NULL || (PyObject *)Py_TYPE(stream) != hot->kinds.uring_stream)
         return 0;
-    long streak = count < URING_SMALL ? PyLong_AsLong(SLOT(stream, at.streak)) + 1 : 0;
+    long streak = count < URING_SMALL ? PyLong_AsLong(SLOT(stream, hot->stream.streak)) + 1 : 0;
     if (streak < URING_IN_A_ROW) {
-        Py_XSETREF(SLOT(stream, at.streak), PyLong_FromLong(streak));
-        return SLOT(stream, at.streak) == NULL ? -1 : 0;
+        Py_XSETREF(SLOT(stream, hot->stream.streak), PyLong_FromLong(streak));
+        return SLOT(stream, hot->stream.streak) == NULL ? -1 : 0;
     }
-    return driver_call(&self->driver, names.receive_by_ring, op);
+    return driver_call(&self->driver, hot->names.receive_by_ring, op);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +453,7 @@ static void uring_turns_dealloc(UringTurns *self)
 
 static PyMethodDef uring_turns_methods[] = {
     {"receive_stream", (PyCFunction)(void (*)(void))uring_receive_stream, METH_FASTCALL, NULL},
-    {"_use_stream", use_stream, METH_O | METH_STATIC, "Look up the slots of what the driver keeps for a stream."},
+    {"_use_stream", use_stream, METH_O | METH_CLASS, "Look up the slots of what the driver keeps for a stream."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -494,9 +492,9 @@ static PyType_Spec uring_turns_spec = {
     .slots = uring_turns_slots,
 };
 
-int add_uring(PyObject *module)
+int add_uring(struct hot *hot)
 {
-    PyTypeObject *type = add_driver_type(module, &uring_turns_spec, EpollTurns_type);
+    PyTypeObject *type = add_driver_type(hot, &uring_turns_spec, hot->EpollTurns_type);
     Py_XDECREF(type); /* the module has it */
     return type == NULL ? -1 : 0;
 }
