@@ -113,8 +113,10 @@ def prepare(name: str, suite: Mapping[str, Any], source: str | None, wheel: Path
         (stage / "conftest.py").write_text(suite["conftest"] + "\n")
     environment = WORK / "environments" / name
     python = environment / "bin/python"
-    if not python.exists():
-        must([sys.executable, "-m", "venv", environment])
+    made = environment / ".made"  # else a run was ended meanwhile
+    if not made.exists():
+        must([sys.executable, "-m", "venv", "--clear", environment])
+        made.touch()
     must([python, "-m", "pip", "install", "--quiet", f"{name}=={version}", "pytest-timeout", *suite["requirements"]])
     must([python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel])
     must([python, "-m", "pip", "install", "--quiet", "cffi"])
@@ -164,7 +166,8 @@ def run(suite: Mapping[str, Any], kind: str, stage: Path, python: Path, only: It
                     broken = f"exit code {code}"
             except subprocess.TimeoutExpired:
                 broken = f"not finished in {PATIENCE} s"
-        return read(outcomes.read_text(encoding="utf-8").splitlines(), broken)
+        lines = outcomes.read_text(encoding="utf-8").splitlines()
+        return read(lines, broken or ("" if lines else "no test ran"))
 
 
 def read(lines: Iterable[str], broken: str = "") -> Outcome:

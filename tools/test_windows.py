@@ -34,8 +34,8 @@ NOT_INSTALLABLE = ("blockbuster",)
 #: beside is named too, since pip judges markers by the Python that runs it.
 APPS = (
     "aiodns", "aiofastnet", "aiohttp", "aioquic", "aiosmtpd", "aiosmtplib", "aiosqlite", "anyio", "asyncssh", "debugpy",
-    "distributed", "fastapi", "granian", "grpcio", "h2", "httptools", "httpx", "hypercorn", "mcp", "nest_asyncio",
-    "opentelemetry-sdk", "pyside6-essentials", "pywin32", "pyzmq", "tornado", "trustme", "twisted", "uvicorn",
+    "distributed", "fastapi", "granian", "grpcio", "h2", "httptools", "httpx", "hypercorn", "nest_asyncio",
+    "opentelemetry-sdk", "pyzmq", "tornado", "trustme", "twisted", "uvicorn",
     "websockets",
 )  # fmt: skip
 

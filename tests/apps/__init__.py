@@ -40,11 +40,15 @@ class Case(NamedTuple):
     programs: tuple[str, ...]
     #: Why it is not for Windows.
     unix: str
+    #: The oldest Python that it works on.
+    python: tuple[int, int]
 
     def missing(self) -> str | None:
         """What of it is not here, or None."""
         if sys.platform == "win32" and self.unix:
             return self.unix
+        if sys.version_info < self.python:
+            return f"it needs Python {'.'.join(map(str, self.python))}"
         for module in self.modules:
             if not _is_here(module):
                 return f"{module} is not installed (make test-apps)"
@@ -65,7 +69,13 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    distributions: str, does: str, *, modules: Sequence[str] | None = None, programs: Sequence[str] = (), unix: str = ""
+    distributions: str,
+    does: str,
+    *,
+    modules: Sequence[str] | None = None,
+    programs: Sequence[str] = (),
+    unix: str = "",
+    python: tuple[int, int] = (3, 11),
 ) -> Callable[[Body], Body]:
     """Register a case; its name is that of the function."""
     names = tuple(distributions.split())
@@ -74,7 +84,8 @@ def case(
 
     def register(body: Body) -> Body:
         name: str = body.__name__
-        CASES[name] = Case(name, names, does, body, tuple(names if modules is None else modules), tuple(programs), unix)
+        needed = tuple(names if modules is None else modules)
+        CASES[name] = Case(name, names, does, body, needed, tuple(programs), unix, python)
         return body
 
     return register
