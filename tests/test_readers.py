@@ -297,6 +297,7 @@ async def test_a_call_that_nobody_awaits_is_warned_of(loop: iocp_loop.IocpEventL
         reader.read(1)
 
 
+@only_native
 async def test_a_call_that_is_dropped_while_it_waits_gives_its_place_up(loop: iocp_loop.IocpEventLoop) -> None:
     reader = make_reader()
     call = reader.read(1)
