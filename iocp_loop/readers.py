@@ -46,7 +46,9 @@ else:
             if connected is None or self._reject_connection:
                 return
             reader = self._stream_reader
-            writer = self._stream_writer = StreamWriter(transport, self, reader, self._loop)
+            writer = StreamWriter(transport, self, reader, self._loop)
+            if hasattr(self, "_stream_writer"):  # an older Python's, which keeps it: newer ones let it be collected
+                self._stream_writer = writer
             result = connected(reader, writer)
             if asyncio.iscoroutine(result):
                 self._task = self._loop.create_task(result)

@@ -244,13 +244,15 @@ async def test_a_reader_that_is_gone_takes_nothing(loop: iocp_loop.IocpEventLoop
 
 
 async def test_drain_waits_while_the_peer_does_not_read(loop: iocp_loop.IocpEventLoop) -> None:
-    go = asyncio.Event()
+    go, served = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: Any, writer: Any) -> None:
         await go.wait()
         while await reader.read(2**20):
             pass
         writer.close()
+        await turns(5)
+        served.set()
 
     async with connected(serve) as (_, writer):
         writer.write(b"x" * 2**24)
@@ -259,6 +261,8 @@ async def test_drain_waits_while_the_peer_does_not_read(loop: iocp_loop.IocpEven
         assert not draining.done()
         go.set()
         await asyncio.wait_for(draining, 30)
+        writer.close()
+        await asyncio.wait_for(served.wait(), 30)
 
 
 async def test_drain_tells_that_the_connection_is_lost(loop: iocp_loop.IocpEventLoop) -> None:
@@ -297,6 +301,7 @@ async def test_a_call_that_nobody_awaits_is_warned_of(loop: iocp_loop.IocpEventL
         reader.read(1)
 
 
+@only_native
 async def test_a_call_that_is_dropped_while_it_waits_gives_its_place_up(loop: iocp_loop.IocpEventLoop) -> None:
     reader = make_reader()
     call = reader.read(1)

@@ -15,7 +15,7 @@ copy=build/sanitize
 # What has to do with the native part.  Of the rest, the subprocesses of other programs and long random runs add nothing
 # but time.
 subjects=(
-    tests/test_native_tier.py tests/test_native_uring.py tests/test_socket_waits.py
+    tests/test_native_tier.py tests/test_readers.py tests/test_native_uring.py tests/test_socket_waits.py
     tests/test_bulk_receive.py tests/test_drivers*.py tests/test_transports*.py tests/test_sockets.py
     tests/test_datagrams.py tests/test_loop.py tests/test_start_tls.py tests/test_tls.py tests/test_debug_mode.py
     tests/test_contexts.py tests/test_servers.py tests/test_port.py
