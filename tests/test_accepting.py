@@ -116,18 +116,17 @@ async def test_an_accepted_socket_is_audited_as_any_other(loop: Loop, tmp_path: 
 async def test_connections_that_come_one_by_one_take_one_accept_each(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from iocp_loop.ports.poll import driver
+    from iocp_loop.ports.driver import accept_now
 
     accepts: list[bool] = []
-    really = driver._accept
 
-    def accept(op: Any) -> Any:
+    def accept(listener: Any) -> Any:
         accepts.append(False)
-        value = really(op)
+        value = accept_now(listener)
         accepts[-1] = True
         return value
 
-    monkeypatch.setattr(driver, "_accept", accept)
+    monkeypatch.setattr("iocp_loop.ports.poll.driver.accept_now", accept)
 
     async def serve(reader: Any, writer: Any) -> None:
         writer.close()

@@ -39,6 +39,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Set
 from typing import Any, ClassVar
 
+from ..native import hot
 from ..operations import CANCELLING, DONE, IN_FLIGHT, NEW, HandleLike, Operation
 
 __all__ = ["Driver", "DriverUnavailable", "cancelled_error"]
@@ -268,8 +269,24 @@ class Driver(ABC):
             self._complete(op, value, error)
 
 
+#: The native tier's ways, None where they do not apply.
+_accept_natively: Any = getattr(hot, "accept", None)
+_adopt_natively: Any = getattr(hot, "adopt", None)
+
+
+def accept_now(listener: socket.socket) -> tuple[socket.socket, Any]:
+    """A connection that waits, non-blocking, and its address.  BlockingIOError: there is none."""
+    if _accept_natively is not None and (accepted := _accept_natively(listener)) is not None:
+        return accepted  # type: ignore[no-any-return]  # it is one
+    sock, address = listener.accept()
+    sock.setblocking(False)
+    return sock, address
+
+
 def adopt_accepted(listener: socket.socket, fd: int) -> socket.socket:
     """The socket object for a descriptor that the kernel accepted on `listener`; non-blocking."""
+    if _adopt_natively is not None and (adopted := _adopt_natively(listener, fd)) is not None:
+        return adopted  # type: ignore[no-any-return]  # it is one
     sock = socket.socket(listener.family, listener.type, listener.proto, fileno=fd)
     sock.setblocking(False)
     return sock

@@ -27,8 +27,10 @@ PyObject *make_tuple(const struct sockaddr_storage *address)
     char host[INET6_ADDRSTRLEN];
     if (address->ss_family == AF_INET) {
         const struct sockaddr_in *four = (const struct sockaddr_in *)address;
-        inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
-        return Py_BuildValue("si", host, ntohs(four->sin_port));
+        const unsigned char *part = (const unsigned char *)&four->sin_addr;
+        snprintf(host, sizeof host, "%u.%u.%u.%u", part[0], part[1], part[2], part[3]);
+        part = (const unsigned char *)&four->sin_port; /* by hand: functions for this are calls into Windows */
+        return Py_BuildValue("si", host, part[0] << 8 | part[1]);
     }
     if (address->ss_family == AF_INET6) {
         const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)address;
@@ -133,8 +135,8 @@ static Py_ssize_t size_wanted(PyObject *op)
     return wanted < LARGEST ? wanted : LARGEST;
 }
 
-/* One datagram for `op`, as its value.  None if there is none just now. */
-static PyObject *receive_datagram(PyObject *sock, size_t wanted)
+/* One datagram, (bytes, address).  None if there is none just now. */
+static PyObject *receive_one(PyObject *sock, size_t wanted)
 {
     struct sockaddr_storage from;
     socklen_t length = sizeof from;
@@ -163,7 +165,7 @@ int receive_datagrams_for(PyObject *driver, PyObject *op, int most)
         Py_ssize_t wanted = size_wanted(op);
         if (sock == NULL || !is_socket(sock) || !never_waits(sock) || wanted < 0)
             return NOT_PLAIN;
-        PyObject *value = receive_datagram(sock, (size_t)wanted);
+        PyObject *value = receive_one(sock, (size_t)wanted);
         int failed = value == NULL
                      || (value != Py_None && complete_operation(op, value, Py_None) < 0
                          && fail(driver, names.report, COMPLETE_FAILED) < 0);
@@ -193,6 +195,26 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
     if (count == NOT_PLAIN)
         Py_RETURN_NONE;
     return count < 0 ? NULL : PyLong_FromLong(count);
+}
+
+/* receive_datagram(sock, size): (bytes, address), or False if there is nothing just now, None if the socket or the size is not
+ * plain, for the way in Python.  OSError if receiving fails. */
+PyObject *receive_datagram_now(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "receive_datagram() takes a socket and a size");
+        return NULL;
+    }
+    Py_ssize_t wanted = PyLong_CheckExact(args[1]) ? PyLong_AsSsize_t(args[1]) : -1;
+    if (wanted < 0 || !is_socket(args[0]) || !is_internet_socket(args[0]) || !never_waits(args[0])) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    PyObject *value = receive_one(args[0], (size_t)(wanted < LARGEST ? wanted : LARGEST));
+    if (value != Py_None)
+        return value;
+    Py_DECREF(value);
+    Py_RETURN_FALSE;
 }
 
 /* send_datagram(sock, family, data, address): True if it was sent, False if there is no room just now, None if this is not

@@ -12,8 +12,8 @@
  *   streams.c   the write and the receive of a stream transport                  (transports.py)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
- *   connections.c accepting                                                      (ports/poll/driver.py)
- *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
+ *   connections.c accepting                                                      (ports/driver.py)
+ *   datagrams.c receiving and sending datagrams           (ports/receiving.py, endpoints/datagrams.py, methods/sockets.py)
  *   receiving.c one receive from a stream socket                             (ports/receiving.py)
  *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
@@ -198,9 +198,10 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
 int enter_context(PyObject *context);
 
 /* Whether `object` is a socket, and not of a subclass, whose methods may do something else.  Only for such: its
- * descriptor, read in place (-1 if it is closed), and whether it is of type SOCK_STREAM. */
+ * descriptor, read in place (-1 if it is closed), whether it is of type SOCK_STREAM, and of IPv4 or IPv6. */
 int is_socket(PyObject *object);
 int is_stream_socket(PyObject *sock);
+int is_internet_socket(PyObject *sock);
 #ifdef _WIN32
 typedef uintptr_t descriptor; /* a SOCKET */
 #define NO_DESCRIPTOR ((descriptor)-1)
@@ -209,10 +210,14 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
-#ifdef __linux__
+#if defined(__linux__) || defined(_WIN32)
+#define HAS_ACCEPT
 /* A socket object for `fd`, which it takes over: a non-blocking stream socket of the family and protocol of `like`.  What the
  * constructor does, without asking the system for what is known. */
-PyObject *make_stream_socket(PyObject *like, int fd);
+PyObject *make_stream_socket(PyObject *like, descriptor fd);
+/* connections.c */
+PyObject *accept_connection(PyObject *module, PyObject *listener);
+PyObject *adopt_connection(PyObject *module, PyObject *args);
 #endif
 
 /* A new operation of `kind`; what is particular to that the caller fills in. */
@@ -231,6 +236,7 @@ PyObject *tuple_of(const struct sockaddr_storage *address, Py_ssize_t length);
 int receive_datagrams_for(PyObject *driver, PyObject *op, int most);
 enum { NOT_PLAIN = -2 };
 PyObject *receive_datagrams(PyObject *module, PyObject *args);
+PyObject *receive_datagram_now(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
 int add_datagrams(PyObject *module);
 
@@ -273,9 +279,6 @@ static inline int64_t clock_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
-
-/* connections.c */
-PyObject *accept_connection(PyObject *module, PyObject *listener);
 
 #endif
 

@@ -162,6 +162,12 @@ int is_socket(PyObject *object)
 
 int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
+int is_internet_socket(PyObject *sock)
+{
+    int family = ((struct socket_object *)sock)->family;
+    return family == AF_INET || family == AF_INET6;
+}
+
 #ifdef _WIN32
 int never_waits(PyObject *sock)
 {
@@ -175,13 +181,19 @@ int never_waits(PyObject *sock)
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
-#ifdef __linux__
-PyObject *make_stream_socket(PyObject *like, int fd)
+#ifdef HAS_ACCEPT
+PyObject *make_stream_socket(PyObject *like, descriptor fd)
 {
     const struct socket_object *model = (struct socket_object *)like;
-    if (socket_closed < 0) /* with SOCK_NONBLOCK in its type the object knows that it is non-blocking */
-        return PyObject_CallFunction((PyObject *)socket_class, "iiii", model->family, SOCK_STREAM | SOCK_NONBLOCK,
-                                     model->proto, fd);
+    if (socket_closed < 0) {
+        PyObject *made = PyObject_CallFunction((PyObject *)socket_class, "iiiK", model->family, SOCK_STREAM, model->proto,
+                                               (unsigned long long)fd);
+        PyObject *done = made == NULL ? NULL : PyObject_CallMethod(made, "settimeout", "i", 0);
+        if (done == NULL)
+            Py_CLEAR(made);
+        Py_XDECREF(done);
+        return made;
+    }
     PyObject *none = PyTuple_New(0), *sock = none == NULL ? NULL : socket_class->tp_new(socket_class, none, NULL);
     Py_XDECREF(none);
     if (sock == NULL || PySys_Audit("socket.__new__", "Oiii", sock, model->family, SOCK_STREAM, model->proto) < 0) {
