@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import echo, http, idle, latency, life, many, micro, syscalls
+from . import client, echo, http, idle, latency, life, many, micro, syscalls
 from .benchmark import Plan
 from .native import BuildFailed
 from .peers import DEFAULT, PEERS, Absent, Present, probe
@@ -26,6 +26,7 @@ _PAGE = _HERE.parent / "docs" / "performance.md"
 #: In the order in which they are run and shown.
 _BENCHMARKS = (
     echo.ECHO,
+    client.CLIENT,
     http.HTTP,
     micro.MICRO,
     life.LIFE,
@@ -91,11 +92,18 @@ def _echo(options: argparse.Namespace) -> Plan[echo.Cell]:
     return Plan(echo.ECHO, setting, cells, run, notes)
 
 
+def _client(options: argparse.Namespace) -> Plan[client.Asking]:
+    cells = echo.grid(options.mode, options.transport, options.size, options.connections)
+    setting = _rounds(options, f" of {options.seconds:g} s, server and client on a core each")
+    cases = [client.Asking(cell) for cell in cells]
+    return Plan(client.CLIENT, setting, cases, functools.partial(client.run, seconds=options.seconds))
+
+
 def _http(options: argparse.Namespace) -> Plan[http.Site]:
     reasons = {name: http.missing(name) for name in options.application}
     present = [name for name, reason in reasons.items() if reason is None]
     notes = [f"{name} is absent: {reason}" for name, reason in reasons.items() if reason is not None]
-    sites = [http.Site(name, count) for name in present for count in options.connections]
+    sites = [http.Site(name, size, count) for name in present for size in options.size for count in options.connections]
     what = f" of {options.seconds:g} s, server and client on a core each; {http.versions(present)}"
     run = functools.partial(http.run, seconds=options.seconds)
     return Plan(http.HTTP, _rounds(options, what), sites, run, notes)
@@ -164,7 +172,11 @@ _GRIDS: dict[str, tuple[list[str], list[str]]] = {
         ["--mode", *echo.MODES, "--transport", *echo.TRANSPORTS, "--connections", "1", "3", "100", "1000"],
         ["--transport", *echo.TRANSPORTS, "--size", "1k", "--connections", "100", "--seconds", "0.3", "--rounds", "1"],
     ),
-    "http": ([], ["--seconds", "0.3", "--rounds", "1"]),
+    "client": (
+        ["--mode", *client.MODES, "--transport", *client.TRANSPORTS],
+        ["--size", "1k", "--connections", "100", "--seconds", "0.3", "--rounds", "1"],
+    ),
+    "http": ([], ["--size", "14", "--seconds", "0.3", "--rounds", "1"]),
     "micro": ([], ["--rounds", "1"]),
     "life": ([], ["--rounds", "1"]),
     "latency": ([], ["--mode", "protocol", "--seconds", "1", "--rounds", "1"]),
@@ -272,8 +284,14 @@ def _parser() -> argparse.ArgumentParser:
     window(sub, 1.0)
     sub.add_argument("--quick", action="store_true", help="a small grid in about two minutes; overrides the rest of it")
 
-    sub = add(_http, "http", "CPU per request of a hello-world")
+    sub = add(_client, "client", "CPU per echo, the client's side")
+    cells(sub, ["protocol", "streams", "sock"], [1024, 10 * 1024, 100 * 1024], [1, 100])
+    sub.add_argument("--transport", nargs="+", choices=client.TRANSPORTS, default=["tcp"])
+    window(sub, 1.0)
+
+    sub = add(_http, "http", "CPU per request of aiohttp and uvicorn")
     sub.add_argument("--application", nargs="+", choices=http.APPLICATIONS, default=list(http.APPLICATIONS))
+    sub.add_argument("--size", nargs="+", type=_bytes, default=list(http.BODIES), help="bytes of a body, such as 10k")
     sub.add_argument("--connections", nargs="+", type=_count, default=[100])
     window(sub, 1.0)
 

@@ -1,4 +1,4 @@
-"""HTTP: what a request costs a hello-world of aiohttp and of uvicorn on each loop, over connections that are kept."""
+"""HTTP: what a request costs aiohttp and uvicorn on each loop, over kept connections: small bodies and large."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import sys
 from dataclasses import dataclass
 
 from .benchmark import Benchmark, Column
-from .echo import client
+from .echo import client, size_text
 from .peers import Peer
 from .processes import CLIENT_CORE, run_pinned, serving
 
-__all__ = ["APPLICATIONS", "HTTP", "Site", "missing", "run", "versions"]
+__all__ = ["APPLICATIONS", "BODIES", "HTTP", "Site", "missing", "run", "versions"]
 
 #: The libraries that servers/http_server.py knows.
 APPLICATIONS = ("aiohttp", "uvicorn")
+#: Bytes of a body: a hello-world, a page, a picture.
+BODIES = (14, 10 * 1024, 1024 * 1024)
 
 _COST = Column("CPU us/request", "cpu_us", digits=1)
 
 HTTP = Benchmark(
     "http",
     "HTTP",
-    "CPU time of the server process per request, in microseconds: a hello-world, over connections that are kept, each"
-    " with one request under way. Most of it is spent in the library; the loop is what differs.",
+    "CPU time of the server process per request, in microseconds: a body of so many bytes, over connections that are"
+    " kept, each with one request under way. Most of it is spent in the library; the loop is what differs.",
     (
         _COST,
         Column("min-max", "cpu_us", show="spread", digits=1),
@@ -39,15 +41,16 @@ HTTP = Benchmark(
 
 @dataclass(frozen=True)
 class Site:
-    """One case: a library, and how many connections ask it."""
+    """One case: a library, the bytes of the body that it answers with, and how many connections ask it."""
 
     application: str
+    body: int
     connections: int
 
     @property
     def label(self) -> str:
-        """Such as ``aiohttp x 100``."""
-        return f"{self.application} x {self.connections}"
+        """Such as ``aiohttp 10 KiB x 100``."""
+        return f"{self.application} {size_text(self.body)} x {self.connections}"
 
     def takes(self, peer: Peer) -> bool:
         """Loops only."""
@@ -71,6 +74,7 @@ def versions(applications: tuple[str, ...] | list[str]) -> str:
 def run(site: Site, peer: Peer, seconds: float) -> dict[str, float]:
     """One run with a fresh server.  Raises RunFailed."""
     command = [sys.executable, "-m", "benchmarks.servers.http_server", "--loop", peer.name, site.application]
+    command += ["--body", str(site.body)]
     with serving(command, dict(peer.environment)) as server:
         load = ["--http", "--port", server.address, "--connections", str(site.connections)]
         window = ["--seconds", str(seconds), "--watch", str(server.pid)]

@@ -30,6 +30,8 @@ class Peer:
     module: str | None
     #: What of the module is called to make the loop.
     factory: str = "new_event_loop"
+    #: What is called with the loop before it is used, as ``module.function``: another's transports on it.
+    patch: str | None = None
     #: Passed to the factory as ``driver=``, where the loop has drivers.
     driver: str | None = None
     #: Variables that its processes get beside the ones of this process.
@@ -50,6 +52,9 @@ PEERS: dict[str, Peer] = {
         Peer("iocp_loop-poll", "iocp_loop", driver="poll"),
         Peer("iocp_loop-uring-python", "iocp_loop", driver="uring", environment=_PYTHON_TIER),
         Peer("iocp_loop-poll-python", "iocp_loop", driver="poll", environment=_PYTHON_TIER),
+        Peer("rsloop", "rsloop"),
+        Peer("zuvloop", "zuvloop"),
+        Peer("aiofastnet-uvloop", "uvloop", patch="aiofastnet.patch_loop"),
         Peer("rloop", "rloop"),
         Peer("winloop", "winloop"),
         Peer("blazio", "blazio"),
@@ -87,6 +92,9 @@ def new_event_loop(peer: Peer) -> asyncio.AbstractEventLoop:
     module: Any = importlib.import_module(peer.module)
     make = getattr(module, peer.factory)
     loop = make() if peer.driver is None else make(driver=peer.driver)
+    if peer.patch is not None:
+        patcher, _, function = peer.patch.partition(".")
+        getattr(importlib.import_module(patcher), function)(loop)
     return cast(asyncio.AbstractEventLoop, loop)
 
 
@@ -112,8 +120,9 @@ def probe(peer: Peer) -> Present | Absent:
 def _version(peer: Peer) -> str:
     if peer.module is None or peer.module == "asyncio":
         return platform.python_version()
+    module = peer.module if peer.patch is None else peer.patch.partition(".")[0]
     try:
-        return importlib.metadata.version(peer.module)
+        return importlib.metadata.version(module)
     except importlib.metadata.PackageNotFoundError:
         return "not installed, run from its source"
 

@@ -27,6 +27,9 @@ _LOOKS = {
     "c-epoll": ("#D55E00", "#F0803C", "diamond"),
     "c-uring": ("#009E73", "#2BC89B", "dot"),
     "rloop": ("#CC79A7", "#CC79A7", "up"),
+    "rsloop": ("#CC79A7", "#CC79A7", "bar"),
+    "zuvloop": ("#CC79A7", "#CC79A7", "cross"),
+    "aiofastnet-uvloop": ("#009E73", "#2BC89B", "up"),
     "winloop": ("#CC79A7", "#CC79A7", "down"),
     "blazio": ("#CC79A7", "#CC79A7", "square"),
     "talyn": ("#CC79A7", "#CC79A7", "dot"),
@@ -36,6 +39,7 @@ _LOOKS = {
 _MARKS = {
     "cross": "m-3-3l6 6m0-6l-6 6",
     "line": "m0-5v10",
+    "bar": "m-1.5-5h3v10h-3z",
     "diamond": "m0-4l4 4-4 4-4-4z",
     "dot": "m-3 0a3 3 0 1 0 6 0 3 3 0 1 0-6 0",
     "up": "m0-4l4 7h-8z",

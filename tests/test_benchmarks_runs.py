@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import echo, http, latency, life, many, native, syscalls
+from benchmarks import client, echo, http, latency, life, many, native, syscalls
 from benchmarks.native import BuildFailed, build
 from benchmarks.peers import PEERS, Absent, Present, probe
 from benchmarks.processes import CLIENT_CORE, RunFailed, run_pinned
@@ -72,6 +72,14 @@ def test_tls(mode: str) -> None:
     check(echo.measure(echo.Cell(mode, "tls", 102_400, 3), ASYNCIO, SECONDS, warmup=SECONDS))
 
 
+@pytest.mark.parametrize("mode", client.MODES)
+@pytest.mark.parametrize("transport", client.TRANSPORTS)
+def test_the_side_of_the_client(mode: str, transport: str) -> None:
+    values = client.run(client.Asking(echo.Cell(mode, transport, 1024, 3)), ASYNCIO, SECONDS, warmup=SECONDS)
+    assert values["messages"] > 0
+    assert values["cpu_us"] > 0
+
+
 def test_latency_beside_a_busy_thread() -> None:
     check(latency.run(latency.Neighbour("protocol", 1, "all"), ASYNCIO, 0.5))
 
@@ -101,7 +109,8 @@ def test_http(application: str) -> None:
     reason = http.missing(application)
     if reason is not None:
         pytest.skip(f"{application}: {reason}")
-    check(http.run(http.Site(application, 3), ASYNCIO, SECONDS))
+    for body in (14, 1024 * 1024):
+        check(http.run(http.Site(application, body, 3), ASYNCIO, SECONDS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

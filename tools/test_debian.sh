@@ -12,7 +12,8 @@
 #
 # The tests get the settings IOCP_LOOP_NATIVE, IOCP_LOOP_DRIVER, IOCP_LOOP_STRESS and PYTHON_GIL.  IOCP_LOOP_REPEAT=100 runs them
 # so many times in a row, until one fails.  IOCP_LOOP_TSAN=1, for 3.14t: the native part is built with ThreadSanitizer, see
-# free_threaded/tsan/tsan.h.
+# free_threaded/tsan/tsan.h.  IOCP_LOOP_BENCH=1: the arguments are those of `python -m benchmarks` instead, which is run beside
+# the other loops that have a wheel for that Python; what it measured is in benchmarks/.results afterwards.
 set -eu
 
 project=$(cd "$(dirname "$0")/.." && pwd)
@@ -44,7 +45,7 @@ command -v debootstrap >/dev/null || fail "debootstrap is missing: apt-get insta
 if [ ! -d "$root" ]; then
     mirror=$(apt-get indextargets --format '$(SITE)' 'Identifier: Packages' | grep -v security | head -n 1)
     [ -n "$mirror" ] || lack "apt knows no Debian mirror"
-    packages=gcc,libc6-dev,libffi-dev,ca-certificates,procps
+    packages=gcc,libc6-dev,libffi-dev,libssl-dev,openssl,ca-certificates,procps
     for version in $all; do
         packages=$packages,python$version-dev,python$version-venv,libpython$version-testsuite
     done
@@ -89,20 +90,30 @@ import sys, tomllib
 with open(sys.argv[1], "rb") as file:
     settings = tomllib.load(file)
 project = settings["project"]
-print(*settings["build-system"]["requires"], *project["dependencies"], *project["optional-dependencies"]["test"], sep="\n")
+extras = project["optional-dependencies"]
+print(*settings["build-system"]["requires"], *project["dependencies"], *extras["test"], *extras["bench"], sep="\n")
 END
 machine=$(uname -m)
+download() { # VERSION, then what pip download takes
+    version=$1
+    shift
+    "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "${version%t}" \
+        --implementation cp $(abi_of "$version") --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
+        --platform "manylinux_2_34_$machine" --platform "manylinux_2_36_$machine" --platform "manylinux_2_39_$machine" "$@"
+}
 for version in $versions; do
     wheels=$root/wheels/$version
     if ! cmp -s "$home/requirements.txt" "$wheels/requirements.txt"; then
         say "downloading wheels for Python $version"
         rm -rf "$wheels"
-        "$python" -m pip --disable-pip-version-check --quiet download --only-binary :all: --python-version "${version%t}" \
-            --implementation cp $(abi_of "$version") --platform "manylinux2014_$machine" --platform "manylinux_2_28_$machine" \
-            --platform "manylinux_2_34_$machine" --dest "$wheels" --requirement "$home/requirements.txt" ||
+        download "$version" --dest "$wheels" --requirement "$home/requirements.txt" ||
             lack "the wheels for Python $version cannot be downloaded"
         cp "$home/requirements.txt" "$wheels/"
     fi
+    [ -n "${IOCP_LOOP_BENCH-}" ] || continue
+    for peer in rsloop zuvloop blazio talyn rloop aiofastnet httptools; do
+        download "$version" --dest "$wheels/peers" "$peer" 2>/dev/null || say "Python $version has no wheel of $peer"
+    done
 done
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +135,10 @@ export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels/$version PIP_DISABLE_PIP_VERSION_CH
 [ -x "/venv-$version/bin/pip" ] || "$python" -m venv --clear "/venv-$version"
 "/venv-$version/bin/pip" install --quiet --editable '/project[test]'
 cd /project
+if [ -n "${IOCP_LOOP_BENCH-}" ]; then
+    "/venv-$version/bin/pip" install --quiet --editable '/project[bench]' "/wheels/$version/peers"/*.whl
+    exec "/venv-$version/bin/python" -m benchmarks "$@"
+fi
 "/venv-$version/bin/python" -W error -c 'import iocp_loop'
 "/venv-$version/bin/python" -m iocp_loop
 if [ -n "${IOCP_LOOP_TSAN-}" ]; then
@@ -145,7 +160,8 @@ END
 chmod +x "$root/run-tests"
 
 export settings=
-for name in IOCP_LOOP_NATIVE IOCP_LOOP_DRIVER IOCP_LOOP_STRESS IOCP_LOOP_REPEAT IOCP_LOOP_TSAN PYTHON_GIL; do
+for name in IOCP_LOOP_NATIVE IOCP_LOOP_DRIVER IOCP_LOOP_STRESS IOCP_LOOP_REPEAT IOCP_LOOP_TSAN IOCP_LOOP_BENCH \
+    PYTHON_GIL; do
     eval "value=\${$name-}"
     [ -z "$value" ] || settings="$settings $name=$value"
 done
@@ -159,4 +175,8 @@ for version in $versions; do
         exec chroot "$root" /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin $settings /run-tests "$@"
     ' sh "$root" "$version" "$(place_of "$version")" "$@" || { status=$?; say "Python $version: the tests failed"; }
 done
+if [ -n "${IOCP_LOOP_BENCH-}" ]; then
+    mkdir -p "$project/benchmarks/.results"
+    cp "$root/project/benchmarks/.results"/* "$project/benchmarks/.results/" || status=1
+fi
 exit "$status"

@@ -71,7 +71,8 @@ struct connection {
     uint64_t echoes;        /* in the measured window */
     uint64_t number;        /* of the datagram under way, */
     uint64_t sent_ns;       /* and when it was sent last */
-    char *response;         /* what has come of an HTTP response */
+    char *response;         /* the beginning of an HTTP response, until its header is complete */
+    size_t expected;        /* bytes of the whole response, 0 as long as that is unknown */
     void *tls;              /* SSL */
     bool awaits_room;       /* EPOLLOUT is armed */
 };
@@ -335,21 +336,26 @@ static void on_response(struct connection *connection)
 {
     if (!connection->response && !(connection->response = malloc(RESPONSE + 1)))
         fail("out of memory");
-    char *room = connection->response + connection->received;
-    ssize_t count = recv(connection->fd, room, RESPONSE - connection->received, 0);
+    bool body = connection->expected > 0;
+    char *room = body ? scratch : connection->response + connection->received;
+    ssize_t count = recv(connection->fd, room, body ? scratch_size : RESPONSE - connection->received, 0);
     if (count < 0 && must_wait())
         return;
     if (count < 0)
         fail("recv: %s", strerror(errno));
     if (count == 0)
-        fail(connection->received == RESPONSE ? "a response is too long" : "the server closed a connection");
+        fail(!body && connection->received == RESPONSE ? "a header is too long" : "the server closed a connection");
     connection->received += (size_t)count;
-    connection->response[connection->received] = 0;
-    size_t length = response_length(connection->response, connection->received);
-    if (length && connection->received > length)
+    if (!body) {
+        connection->response[connection->received] = 0;
+        connection->expected = response_length(connection->response, connection->received);
+    }
+    if (connection->expected && connection->received > connection->expected)
         fail("more came back than one response");
-    if (length == connection->received)
+    if (connection->expected == connection->received) {
+        connection->expected = 0;
         finish_message(connection);
+    }
 }
 
 static int connect_one(void)

@@ -15,17 +15,16 @@ import errno
 import functools
 import logging
 import socket
-import warnings
 from asyncio import trsock
 from collections import deque
-from typing import Any, cast
+from typing import Any
 
 from .. import operations as ops
-from ..debugging import context_for, unclosed
+from ..flow import FlowControl
+from ..life import CLOSING, LOST, MADE, Event, Life
 from ..native import hot
 from ..operations import was_cancelled
 from ..proactor import Proactor
-from ..transports import FlowControl
 
 __all__ = ["DatagramTransport"]
 
@@ -54,7 +53,7 @@ _HOPELESS = frozenset({errno.EBADF, errno.ENOTSOCK})
 _WSA_INVALID = 10022
 
 
-class DatagramTransport(FlowControl, asyncio.DatagramTransport):
+class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
     """A datagram socket as an asyncio transport.
 
     `address`: where every datagram goes; None: where ``sendto`` says, or where the socket is connected.
@@ -70,7 +69,6 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         waiter: asyncio.Future[None] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(extra, loop)
         self._proactor = proactor
         self._sock = sock
         self._family = int(sock.family)
@@ -80,19 +78,13 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._retry: asyncio.TimerHandle | None = None
         self._queue: deque[tuple[Any, Any]] = deque()  # data and address
         self._queued = 0  # bytes in _queue, with a header for each datagram
-        self._begun = False
-        self._closing = False
-        self._lost = False
-        self._finished = False  # connection_lost has run
         self._writes_after_loss = 0
-        # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
-        self._context = context_for(loop)
+        super().__init__(loop, protocol, waiter, extra)
+        self._init_flow_control()
         self._describe(sock)
-        self.set_protocol(protocol)
-        loop.call_soon(self._begin, waiter)
 
     def _describe(self, sock: socket.socket) -> None:
-        info: dict[str, Any] = self._extra  # type: ignore[attr-defined]  # of asyncio.BaseTransport
+        info = self._extra
         info["socket"] = trsock.TransportSocket(sock)
         for name, ask in (("sockname", sock.getsockname), ("peername", sock.getpeername)):
             if name not in info:
@@ -102,38 +94,8 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
                     info[name] = None
         self._connected = info["peername"] is not None
 
-    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        self._begun = True
-        try:
-            self._protocol.connection_made(self)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.connection_made() call failed.")
-            if waiter is not None and not waiter.done():
-                waiter.set_exception(exc)
-            return
-        self._arm_receive()
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    def __repr__(self) -> str:
-        state = "closed" if self._finished else "closing" if self._closing else "open"
-        return f"<{type(self).__name__} {state} fd={self._sock.fileno()} unsent={self._queued}>"
-
-    def __del__(self, _warn: Any = warnings.warn) -> None:
-        # Not set where the constructor failed.  The collector may have closed the socket before it came here.
-        if not getattr(self, "_finished", True):
-            _warn(unclosed(self, self._context), ResourceWarning, source=self)
-            self._sock.close()
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Switch protocols; the next datagram goes to the new one."""
-        self._protocol = protocol
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        """The current protocol; None after its ``connection_lost``."""
-        return cast("asyncio.BaseProtocol", self._protocol)
+    def _details(self) -> str:
+        return f"fd={self._sock.fileno()} unsent={self._queued}"
 
     def _tell_error(self, error: OSError) -> None:
         """Call ``error_received``, in the context of the caller: that of receiving, or of whoever sends.
@@ -149,8 +111,8 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
 
     # -- receiving ---------------------------------------------------------------------------------
 
-    def _arm_receive(self) -> None:
-        if self._receive is not None or self._closing:
+    def _start(self) -> None:
+        if self._receive is not None or self._state >= CLOSING:
             return  # whatever the protocol has sent meanwhile has armed it; or has closed
         most = _MOST_INET if self._sock.family in (socket.AF_INET, socket.AF_INET6) else _MOST_UNIX
         try:
@@ -161,7 +123,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
     def _received(self, value: Any, error: BaseException | None) -> None:
         if error is not None:
             self._receive_ended(error)
-        elif not self._closing:
+        elif self._state < CLOSING:
             try:
                 self._context.run(self._protocol.datagram_received, *value)
             except (SystemExit, KeyboardInterrupt):
@@ -171,15 +133,15 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
 
     def _receive_ended(self, error: BaseException) -> None:
         self._receive = None
-        if self._closing:
-            self._release_socket()
+        if self._state >= CLOSING:
+            self._release()
         elif not isinstance(error, OSError) or error.errno in _HOPELESS:
             self._context.run(self._fatal_error, error, "Fatal read error on datagram transport")
         elif getattr(error, "winerror", None) == _WSA_INVALID:
             pass  # Windows does not receive on a socket without an address; sending gives it one, see _after_sending
         elif not was_cancelled(error):  # that would be the loop closing under us
             self._context.run(self._tell_error, error)
-            self._arm_receive()
+            self._start()
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -199,7 +161,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
             if addr is not None and addr != self._address:
                 raise ValueError(f"Invalid address: must be None or {self._address}")
             addr = self._address
-        if self._lost:
+        if self._state >= LOST:
             self._writes_after_loss += 1
             if self._writes_after_loss >= _PATIENCE:
                 _logger.warning("socket.send() raised exception.")
@@ -239,8 +201,8 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         return True
 
     def _after_sending(self) -> None:
-        if self._begun and self._receive is None:
-            self._arm_receive()  # the first datagram has bound the socket
+        if self._receive is None and self._state is not MADE:
+            self._start()  # the first datagram has bound the socket
 
     def _submit_head(self) -> None:
         if not self._connected and self._sock.family not in (socket.AF_INET, socket.AF_INET6):
@@ -259,8 +221,8 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
     def _sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of the datagram at the head of the queue."""
         self._sending = None
-        if self._lost:
-            self._release_socket()
+        if self._state >= LOST:
+            self._release()
             return
         if error is None:
             self._after_sending()
@@ -281,7 +243,7 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
         if self._queue:
             self._submit_head()
         self._maybe_resume_protocol()
-        if self._closing and not self._queue:
+        if self._state >= CLOSING and not self._queue:
             self._lose_connection(None)
 
     def _forget_head(self) -> None:
@@ -291,69 +253,34 @@ class DatagramTransport(FlowControl, asyncio.DatagramTransport):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def is_closing(self) -> bool:
-        """True once ``close`` or ``abort`` was called, or the endpoint has failed."""
-        return self._closing
-
     def close(self) -> None:
         """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._closing:
-            return
-        self._stop_receiving()
-        if not self._queue:
+        if self._happens(Event.CLOSE) and not self._queue:
             self._lose_connection(None)
 
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
-        self._force_close(None)
+        self._lose_connection(None)
 
     def _stop_receiving(self) -> None:
-        self._closing = True
         if self._receive is not None:
             self._proactor.cancel(self._receive)
 
-    def _force_close(self, exc: BaseException | None) -> None:
-        if self._lost:
-            return
+    def _stop(self) -> None:
         self._queue.clear()
         self._queued = 0
         if self._retry is not None:
             self._retry.cancel()
         if self._sending is not None:
             self._proactor.cancel(self._sending)
-        if not self._closing:
-            self._stop_receiving()
-        self._lose_connection(exc)
+        self._stop_receiving()
 
-    def _lose_connection(self, exc: BaseException | None) -> None:
-        if not self._lost:
-            self._lost = True
-            self._loop.call_soon(self._call_connection_lost, exc)
+    def _may_be_closed(self) -> bool:
+        in_flight = any(op is not None and op.in_flight for op in (self._receive, self._sending))
+        return not in_flight or self._proactor.let_go()
 
-    def _call_connection_lost(self, exc: BaseException | None) -> None:
-        try:
-            self._protocol.connection_lost(exc)
-        finally:
-            self._finished = True
-            self._protocol = None  # it may keep the transport, and then only the collector would free the two
-            self._release_socket()
+    def _close_handle(self) -> None:
+        self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
-    def _release_socket(self) -> None:
-        """Close the socket when the protocol is done with it and the kernel too."""
-        if self._finished:
-            in_flight = any(op is not None and op.in_flight for op in (self._receive, self._sending))
-            if not in_flight or self._proactor.let_go():
-                self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
-
-    def _fatal_error(self, exc: BaseException, message: str) -> None:
-        if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost
-            if self._loop.get_debug():
-                _logger.debug("%r: %s", self, message, exc_info=True)
-        else:
-            self._report(exc, message)
-        self._force_close(exc)
-
-    def _report(self, exc: BaseException, message: str) -> None:
-        self._loop.call_exception_handler(
-            {"message": message, "exception": exc, "transport": self, "protocol": self._protocol}
-        )
+    def _give_up(self) -> None:
+        self._sock.close()  # the collector may have closed it before it came here

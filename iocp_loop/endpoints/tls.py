@@ -18,9 +18,9 @@ import ssl
 from asyncio import sslproto
 from typing import TYPE_CHECKING, Any
 
+from ..flow import TakesBytes
 from ..native import hot
 from ..operations import writable_view
-from ..transports import TakesBytes
 
 __all__ = ["make_protocol"]
 

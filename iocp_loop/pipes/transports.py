@@ -20,13 +20,12 @@ import errno
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-from ..debugging import context_for, unclosed
+from ..flow import FlowControl
+from ..life import CLOSING, Event, Life
 from ..operations import writable_view
-from ..transports import FlowControl
 
 __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
 
@@ -36,13 +35,11 @@ _logger = logging.getLogger("asyncio")
 _PATIENCE = 5
 
 
-class PipeTransport(asyncio.BaseTransport):
-    """The pipe, the protocol, and how it all ends.
+class PipeTransport(Life):
+    """The pipe, and how it all ends.
 
     If making one fails, the pipe is still the caller's.
     """
-
-    _loop: asyncio.AbstractEventLoop
 
     def __init__(
         self,
@@ -52,115 +49,17 @@ class PipeTransport(asyncio.BaseTransport):
         waiter: asyncio.Future[None] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        asyncio.BaseTransport.__init__(self, extra)
-        self._extra: dict[str, Any]
-        self._extra["pipe"] = pipe
-        self._loop = loop
-        self._closing = False
-        self._lost = False
-        self._finished = False  # connection_lost has run
-        # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
-        self._context = context_for(loop)
-        self._run = self._context.run
-        self.set_protocol(protocol)
         self._pipe = pipe
-        loop.call_soon(self._begin, waiter)
+        super().__init__(loop, protocol, waiter, extra)
+        self._extra["pipe"] = pipe
+        self._run = self._context.run
 
-    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        try:
-            self._protocol.connection_made(self)
-            self._start()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.connection_made() call failed.")
-            if waiter is not None and not waiter.cancelled():
-                waiter.set_exception(exc)
-            return
-        if waiter is not None and not waiter.cancelled():
-            waiter.set_result(None)
+    def _close_handle(self) -> None:
+        self._pipe.close()
+        self._pipe = None
 
-    def __repr__(self) -> str:
-        state = "closed" if self._pipe is None else "closing" if self._closing else "open"
-        return f"<{type(self).__name__} {state} {self._details()}>"
-
-    def __del__(self, _warn: Any = warnings.warn) -> None:
-        pipe = getattr(self, "_pipe", None)  # not set where the constructor failed
-        if pipe is not None and not self._finished:
-            _warn(unclosed(self, self._context), ResourceWarning, source=self)
-            if self._give_up():
-                pipe.close()
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Switch protocols; what comes next goes to the new one."""
-        self._protocol: Any = protocol
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        """The current protocol; None after its ``connection_lost``."""
-        return cast("asyncio.BaseProtocol", self._protocol)
-
-    def is_closing(self) -> bool:
-        """True once the transport is closing or closed."""
-        return self._closing
-
-    # -- what differs between the systems ----------------------------------------------------------
-
-    def _start(self) -> None:
-        """Called once, after ``connection_made``: time to wait for what comes by itself.  May raise."""
-
-    def _details(self) -> str:
-        """What the repr tells beside the kind and the state."""
-        raise NotImplementedError
-
-    def _stop(self) -> None:
-        """Ask for the end of what is in flight.  Its completions come all the same."""
-        raise NotImplementedError
-
-    def _may_be_closed(self) -> bool:
-        """After ``_stop``: whether nothing is in flight any more, or it has to be let go of."""
-        raise NotImplementedError
-
-    def _give_up(self) -> bool:
-        """The transport is being collected: whether the pipe can be closed."""
-        return True
-
-    def _is_usual(self, exc: BaseException) -> bool:
-        """Whether `exc` is a way in which such pipes end, and not worth a report."""
-        raise NotImplementedError
-
-    # -- the end -----------------------------------------------------------------------------------
-
-    def _lose_connection(self, exc: BaseException | None) -> None:
-        self._closing = True
-        if self._lost:
-            return
-        self._lost = True
-        self._stop()
-        self._loop.call_soon(self._call_connection_lost, exc)
-
-    def _call_connection_lost(self, exc: BaseException | None) -> None:
-        try:
-            self._protocol.connection_lost(exc)
-        finally:
-            self._finished = True
-            self._protocol = None  # it may keep the transport, and then only the collector would free the two
-            self._release_pipe()
-
-    def _release_pipe(self) -> None:
-        """Close the pipe when the protocol is done with it and the kernel too."""
-        if self._finished and self._pipe is not None and self._may_be_closed():
-            self._pipe.close()
-            self._pipe = None
-
-    def _fatal_error(self, exc: BaseException, message: str = "Fatal error on pipe transport") -> None:
-        if self._is_usual(exc):
-            if self._loop.get_debug():
-                _logger.debug("%r: %s", self, message, exc_info=True)
-        else:
-            self._loop.call_exception_handler(
-                {"message": message, "exception": exc, "transport": self, "protocol": self._protocol}
-            )
-        self._lose_connection(exc)
+    def _give_up(self) -> None:
+        self._pipe.close()
 
     def _note_the_peer_left(self) -> None:
         if self._loop.get_debug():
@@ -182,11 +81,11 @@ class ReadingSide(PipeTransport):
 
     def is_reading(self) -> bool:
         """False while paused or closing."""
-        return not self._paused and not self._closing
+        return not self._paused and self._state < CLOSING
 
     def resume_reading(self) -> None:
         """Go on after ``pause_reading``."""
-        if self._paused and not self._closing:
+        if self._paused and self._state < CLOSING:
             self._paused = False
             if self._held is None:
                 self._go_on()
@@ -233,7 +132,7 @@ class ReadingSide(PipeTransport):
     def _fill_buffer(self, protocol: Any, data: memoryview) -> None:
         """Give a BufferedProtocol as much of `data`, which is held, as its buffer takes."""
         buffer = protocol.get_buffer(len(data))
-        if self._closing or self._protocol is not protocol:
+        if self._state >= CLOSING or self._protocol is not protocol:
             return
         with writable_view(buffer) as view:  # let go of before the protocol is told, which may give it another size
             if not view.nbytes:
@@ -279,7 +178,7 @@ class WritingSide(PipeTransport, FlowControl):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         if not data:
             return
-        if not self._closing:
+        if self._state < CLOSING:
             self._write(data)
             return
         self._writes_after_loss += 1
@@ -312,7 +211,7 @@ class WritingSide(PipeTransport, FlowControl):
     def _written(self) -> None:
         """Less is queued than before.  Called in the context of writing."""
         self._maybe_resume_protocol()  # may call write() again
-        if self._closing and not self._writing:
+        if self._state >= CLOSING and not self._writing:
             self._lose_connection(None)
 
     def can_write_eof(self) -> bool:
@@ -325,10 +224,7 @@ class WritingSide(PipeTransport, FlowControl):
 
     def close(self) -> None:
         """Write what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._closing:
-            return
-        self._closing = True
-        if not self._writing:
+        if self._happens(Event.CLOSE) and not self._writing:
             self._lose_connection(None)
 
     def abort(self) -> None:

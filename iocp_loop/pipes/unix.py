@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import operations as ops
+from ..life import CLOSING, LOST, OVER, Event
 from ..operations import READABLE, WRITABLE, was_cancelled
 from ..proactor import Proactor
 from .transports import PipeTransport, ReadingSide, WritingSide
@@ -59,7 +60,7 @@ class _Watching(PipeTransport):
         super().__init__(loop, pipe, protocol, waiter, extra)
 
     def _start(self) -> None:
-        if not self._closing:
+        if self._state < CLOSING:
             self._arm()
 
     def _arm(self) -> None:
@@ -82,10 +83,10 @@ class _Watching(PipeTransport):
         def deliver(events: Any, error: BaseException | None) -> None:
             if not op.in_flight:
                 over()
-            if self._finished:
-                self._release_pipe()
+            if self._state >= OVER:
+                self._release()
             elif error is None:
-                if not self._lost:
+                if self._state < LOST:
                     ready()
             elif not was_cancelled(error):
                 self._run(self._fatal_error, error)
@@ -135,6 +136,9 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
         """Close the pipe; ``connection_lost(None)`` follows."""
         self._lose_connection(None)
 
+    def _stop_receiving(self) -> None:
+        self._unwatch(self._reading)
+
     def _go_on(self) -> None:
         try:
             self._arm()
@@ -179,15 +183,14 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
             self._run(self._fatal_error, exc, "Fatal read error on pipe transport")
             return
         if not data:
-            self._closing = True
-            self._unwatch(self._reading)
+            self._happens(Event.CLOSE)
             self._note_the_peer_left()
             self._run(self._loop.call_soon, self._end_of_stream)  # which inherits the context
             return
         self._feed(data)
 
     def _end_of_stream(self) -> None:
-        if not self._lost:
+        if self._state < LOST:
             super()._end_of_stream()
 
     def _ended(self, keep_open: bool | None) -> None:
@@ -287,6 +290,3 @@ class WritePipeTransport(WritingSide, _Watching):
         self._buffer = bytearray()
         self._unwatch(self._writing)
         self._writing = None
-
-    def _is_usual(self, exc: BaseException) -> bool:
-        return isinstance(exc, OSError)

@@ -17,6 +17,7 @@ import contextlib
 import sys
 from typing import Any
 
+from ..life import CLOSING, LOST
 from ..operations import was_cancelled
 from .transports import PipeTransport, ReadingSide, WritingSide
 
@@ -60,8 +61,9 @@ class _Channelled(PipeTransport):
     def _may_be_closed(self) -> bool:
         return self._channel.may_be_closed()
 
-    def _give_up(self) -> bool:
-        return self._channel.give_up()
+    def _give_up(self) -> None:
+        if self._channel.give_up():
+            super()._give_up()
 
     def _is_usual(self, exc: BaseException) -> bool:
         return isinstance(exc, ConnectionError)
@@ -96,9 +98,9 @@ class _Reading(ReadingSide, _Channelled):
     def _was_read(self, data: bytes, error: BaseException | None) -> None:
         """The completion of the read that was in flight."""
         self._reading = False
-        if self._lost:
-            self._release_pipe()
-        elif self._closing:
+        if self._state >= LOST:
+            self._release()
+        elif self._state >= CLOSING:
             pass  # what is still to be written goes first; nobody wants what comes
         elif error is not None:
             if not was_cancelled(error):  # that would be the loop closing under us
@@ -157,8 +159,8 @@ class _Writing(WritingSide, _Channelled):
     def _was_written(self, count: int, error: BaseException | None) -> None:
         """The completion of the write that was in flight."""
         self._writing = False
-        if self._lost:
-            self._release_pipe()
+        if self._state >= LOST:
+            self._release()
             return
         if error is not None:
             if not was_cancelled(error):
@@ -189,14 +191,14 @@ class WritePipeTransport(_Writing):
     """
 
     def _arm(self) -> None:
-        if not self._lost:
+        if self._state < LOST:
             with contextlib.suppress(OSError):  # a failing write will tell
                 self._channel.watch(self._look_at_peer)
 
     def _look_at_peer(self, _: bytes, error: BaseException | None) -> None:
         """The other end is gone."""
-        if self._lost:
-            self._release_pipe()
+        if self._state >= LOST:
+            self._release()
             return
         if error is not None and was_cancelled(error):
             return  # the loop is closing under us

@@ -9,7 +9,7 @@
  *   schedule.c  call_soon and its kin                                            (asyncio's)
  *   tasks.c     create_future and create_task                                    (asyncio's)
  *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
- *   streams.c   the write and the receive of a stream transport                  (transports.py)
+ *   streams.c   the write and the receive of a stream transport                  (streams.py)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
  *   connections.c accepting                                                      (ports/driver.py)

@@ -32,7 +32,7 @@ static struct stream *stream_of(PyObject *self) { return (struct stream *)((char
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef _WIN32
-/* As _MOST_AT_ONCE in transports.py. */
+/* As in streams.py. */
 enum { MOST_AT_ONCE = 256 * 1024 };
 #endif
 
