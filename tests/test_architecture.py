@@ -27,7 +27,7 @@ LAYERS = [
     "doctor launch takeover echo.options",
     "__init__ echo.__init__ echo.service echo.output echo.supervisor",
     "threads",
-    "policy",
+    "policy readers",
     "loop",
     "methods.clock methods.embedding methods.names methods.pipes methods.readiness methods.signals methods.sockets",
     "methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
@@ -56,7 +56,7 @@ LAYERS = [
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
     "hot/accepting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
-    "hot/calls.h hot/driver.h hot/handles.h hot/receiving.h",
+    "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
     "linux/uring.h windows/iocp.h",
@@ -71,8 +71,8 @@ NATIVE_TIER = [
     "ahead epoll_waits",
     "accepting transports",
     "connections",
-    "proactor sockets streams tls",
-    "datagrams driver handles receiving",
+    "proactor readers sockets streams tls",
+    "datagrams driver handles receiving stream_calls",
     "timers",
     "shared",
 ]

@@ -253,6 +253,8 @@ def page(results: Mapping[str, Any], suites: Mapping[str, Any]) -> str:
             where = f" on `{entry['driver']}`" if "driver" in entry else ""
             times = ", sometimes" if entry.get("sometimes") else ""
             reasons += f"- {name}, `{entry['test']}`{where}{times}: {entry['why']}\n"
+    for name in sorted(suites.keys() - results.keys()):
+        text += f"| {name} | not run yet |" + " |" * (2 + len(kinds)) + "\n"
     return text + (f"\n## What fails here, and why\n\n{reasons}" if reasons else "")
 
 

@@ -13,6 +13,8 @@
  *   connections.c  how it is made, begins and ends                               (connections.py)
  *   transports.c   its type
  *   proactor.c  what a transport asks of its proactor                          (proactor.py)
+ *   readers.c   iocp_loop's StreamReader, its protocol and its writer            (readers.py)
+ *   stream_calls.c what their read, readline, drain and so on return             (asyncio's)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
  *   accepting.c accepting, and what becomes of it                 (ports/accepting.py, endpoints/listener.py)
@@ -186,6 +188,7 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(eof_received, "eof_received") \
     NAME(fail_file, "_fail_file") \
     NAME(fileno, "fileno") \
+    NAME(feed_data, "feed_data") \
     NAME(future_blocking, "_asyncio_future_blocking") \
     NAME(get_buffer, "get_buffer") \
     NAME(get_buffer_of_protocol, "_get_buffer_of_protocol") \
@@ -196,6 +199,7 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(go_on, "_go_on") \
     NAME(hand_over, "_hand_over") \
     NAME(in_flight, "in_flight") \
+    NAME(is_closing, "is_closing") \
     NAME(keep_value, "keep_value") \
     NAME(leave_line, "_leave_line") \
     NAME(let_go, "let_go") \
@@ -218,6 +222,7 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(run, "run") \
     NAME(set_exception, "set_exception") \
     NAME(set_protocol, "set_protocol") \
+    NAME(result, "result") \
     NAME(set_result, "set_result") \
     NAME(sockname, "sockname") \
     NAME(ssl_protocol, "_ssl_protocol") \
@@ -278,6 +283,9 @@ struct hot {
     struct { /* of tls.c: states; the errors that mean "not now"; ssl.SSLObject, and the class of what it wraps */
         PyObject *wrapped, *flushing, *again, *sslobject_class, *wrapped_class;
     } tls;
+    struct { /* of readers.c: asyncio's classes; the class in Python above Reader; our types */
+        PyTypeObject *reader, *writer, *plain_reader, *Reader_type, *Protocol_type, *Writer_type, *Call_type;
+    } streams;
     PyObject *tuples, *structures; /* addresses, see datagrams.c */
     PyObject *socket_close;        /* _socket.socket.close */
     struct { /* of connections.c */
@@ -456,6 +464,8 @@ int check_sockets(struct hot *hot);
 
 int add_requests(struct hot *hot); /* proactor.c */
 PyObject *make_stream_type(PyObject *module, PyObject *args);
+int add_readers(struct hot *hot);
+PyObject *use_reader(PyObject *module, PyObject *class);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef __linux__
 #include <time.h>

@@ -24,6 +24,7 @@ static PyMethodDef module_methods[] = {
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
     {"stream_type", make_stream_type, METH_VARARGS,
      "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
+    {"use_reader", use_reader, METH_O, "use_reader(class): the class in Python above Reader."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -33,7 +34,7 @@ static int fill_module(PyObject *module)
     hot->module = module;
     if (intern_names(hot) < 0 || check_sockets(hot) < 0 || find_asyncio_methods(hot) < 0 || add_handles(hot) < 0
         || add_turns(hot) < 0 || add_driver(hot) < 0 || add_sockets(hot) < 0 || add_datagrams(hot) < 0
-        || add_accepting(hot) < 0 || add_requests(hot) < 0)
+        || add_accepting(hot) < 0 || add_requests(hot) < 0 || add_readers(hot) < 0)
         return -1;
 #ifdef __linux__
     if (add_epoll(hot) < 0 || add_uring(hot) < 0)
