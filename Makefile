@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries libraries-windows test-suites newcomer newcomer-windows test-all test-debian test-free-threaded stress test-windows test-windows-all lint format types docs coverage bench wheel wheels test-wheel clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries libraries-windows test-suites newcomer newcomer-windows test-all test-debian test-free-threaded stress test-windows test-windows-all msvc lint format types docs coverage bench wheel wheels test-wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -156,6 +156,9 @@ test-windows-all: $(VENV)/.made ## all of them on Wine as it is, emulated, and u
 	@PYTHON=$(RUN) tools/test_windows.sh $(VERSION) $(ARGS)
 	@PYTHON=$(RUN) tools/test_windows.sh $(VERSION) --emulate $(ARGS)
 	@PYTHON=$(RUN) tools/test_newer_wine.sh $(VERSION) $(ARGS)
+
+msvc: $(VENV)/.wheels ## the C for Windows as clang sees it when it stands in for MSVC (VERSION=)
+	@$(RUN) -B tools/check_msvc.py $(VERSION)
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -47,7 +47,7 @@ LAYERS = [
     "ports.iocp.datagrams",
     "ports.iocp.requests",
     "ports.iocp.binding ports.uring.binding ports.iocp.__init__ ports.uring.__init__ ports.poll.__init__",
-    "ports.receiving",
+    "ports.accepting ports.receiving",
     "ports.driver",
     "operations native system",
     "built _cffi_build",

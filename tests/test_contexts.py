@@ -130,11 +130,25 @@ def stock_loop(*, pipes: bool = False) -> asyncio.AbstractEventLoop:
     return asyncio.SelectorEventLoop()
 
 
+class TakenWholeError(Exception):
+    """Nothing of what was written waits."""
+
+
+async def must_wait(transport: asyncio.WriteTransport) -> None:
+    if not transport.get_write_buffer_size():
+        transport.abort()
+        await asyncio.sleep(0.01)
+        raise TakenWholeError
+
+
 def compare(scene: Scene, driver: str, least: str = "connection_lost", *, pipes: bool = False) -> None:
     """Play `scene` on both loops; the call named `least` must be among those that it brings about."""
     ours = play(scene, iocp_loop.new_event_loop(driver))
     assert least in ours
-    stock = play(scene, stock_loop(pipes=pipes))
+    try:
+        stock = play(scene, stock_loop(pipes=pipes))
+    except TakenWholeError:
+        return  # Windows takes any amount at once, and that loop offers it all: there is nothing to compare
     if least not in stock:
         pytest.skip(f"this Python's own loop does not call {least}")  # 3.13.0 leaves a datagram protocol paused
     assert ours == stock
@@ -232,6 +246,7 @@ def test_what_is_queued_is_sent(driver: str, connect: Any, raising: str, no_leak
             actor.set("the writer")
             size = 2 << 20
             transport.write(bytes(size))
+            await must_wait(transport)
             assert "pause_writing" in seen
             actor.set("later")
             await asyncio.to_thread(read_exactly, peer, size)
@@ -257,9 +272,11 @@ def test_a_send_that_fails(driver: str, connect: Any, no_leak: None) -> None:
         transport.pause_reading()
         actor.set("the writer")
         transport.write(bytes(2 << 20))
-        actor.set("later")
-        peer.recv(1)
-        peer.close()  # with data that it has not read: a reset
+        with peer:
+            await must_wait(transport)
+            actor.set("later")
+            peer.recv(1)
+        # It closes with data that it has not read: a reset.
         await until(lambda: "connection_lost" in seen)
         seen.pop("resume_writing", None)  # more or less of it went out before
 

@@ -585,6 +585,24 @@ async def test_the_callers_buffer_can_be_reused(loop: Loop, unix_peer: socket.so
 # --------------------------------------------------------------------------------------------------
 
 
+async def test_sock_recvfrom_and_sendto_what_is_not_plain(loop: Loop) -> None:
+    """What the short way of the native tier leaves to that in Python, and what the system refuses."""
+    with udp_socket() as one, udp_socket() as two:
+        to_two = two.getsockname()
+        with pytest.raises(ValueError, match="negative"):
+            await loop.sock_recvfrom(two, -1)
+        assert await loop.sock_sendto(one, bytearray(b"bytearray"), to_two) == 9
+        assert await loop.sock_sendto(one, b"", to_two) == 0
+        assert await loop.sock_sendto(one, b"a name", ("localhost", to_two[1])) == 6
+        for expected in (b"bytearray", b"", b"a name"):
+            assert await loop.sock_recvfrom(two, 100_000) == (expected, one.getsockname())
+        with pytest.raises(OSError, match=r"."):
+            await loop.sock_sendto(one, b"x" * 70000, to_two)
+        two.close()
+        with pytest.raises(OSError, match=r"."):
+            await loop.sock_recvfrom(two, 100)
+
+
 async def test_sock_sendto_and_recvfrom(loop: Loop) -> None:
     with udp_socket() as one, udp_socket() as other:
         waiting = asyncio.ensure_future(loop.sock_recvfrom(one, 100))

@@ -173,11 +173,17 @@ class Trace:
 
     def _read(self) -> None:
         rest = b""
-        while data := os.read(self._descriptor, 1 << 20):
+        while data := self._more():
             self.last = time.monotonic()
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 self._take(line)
+
+    def _more(self) -> bytes:
+        try:
+            return os.read(self._descriptor, 1 << 20)
+        except OSError:  # the case is over
+            return b""
 
     def _take(self, line: bytes) -> None:
         if (match := CALL.match(line)) is not None:
@@ -344,9 +350,9 @@ def main() -> int:
     return 0
 
 
-#: Calls that move bytes, wait, or ask what became of a request; the rest are clocks and the text of errors.
+#: Calls that move bytes, wait, or ask what became of a request; the rest are clocks, the text of errors and addresses.
 IO_CALL = re.compile(
-    r"(ws2_32\.(?!WSAGetLastError)|mswsock\.|ntdll\.Nt|kernel32\.(GetQueuedCompletionStatus|"
+    r"(ws2_32\.(?!WSAGetLastError|inet_|ntoh|hton|getaddrinfo|freeaddrinfo)|mswsock\.|ntdll\.Nt|kernel32\.(GetQueuedCompletionStatus|"
     r"GetOverlappedResult|PostQueued|CancelIo|ReadFile|WriteFile|CreateEvent|RegisterWait|WaitFor))"
 )
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..endpoints.sendfile import copy_file, send_file
 from ..native import hot
 from ..operations import READABLE, WRITABLE, HandleLike, connect_error, family_of, fileno
+from ..ports.accepting import accept_now
 from ..proactor import Proactor
 
 __all__ = ["SocketMethods"]
@@ -24,6 +25,10 @@ __all__ = ["SocketMethods"]
 _T = TypeVar("_T")
 
 _WOULD_BLOCK = (BlockingIOError, InterruptedError)
+
+#: The native tier's ways; what they answer with None is not the plain case.
+_receive_datagram: Any = getattr(hot, "receive_datagram", None)
+_send_datagram: Any = getattr(hot, "send_datagram", None)
 
 
 class SocketMethods(asyncio.BaseEventLoop):
@@ -126,7 +131,11 @@ class SocketMethods(asyncio.BaseEventLoop):
         self._check_sock(sock)
         if self._goes_first(sock):
             try:
-                return sock.recvfrom(bufsize)
+                received = None if _receive_datagram is None else _receive_datagram(sock, bufsize)
+                if received is None:
+                    received = sock.recvfrom(bufsize)
+                if received:
+                    return received
             except _WOULD_BLOCK:
                 pass
         self._ensure_fd_no_transport(sock)
@@ -170,7 +179,11 @@ class SocketMethods(asyncio.BaseEventLoop):
         self._check_sock(sock)
         if not self._proactor.busy(sock, WRITABLE):
             try:
-                return sock.sendto(data, address)
+                sent = None if _send_datagram is None else _send_datagram(sock, sock.family, data, address)
+                if sent is None:
+                    return sock.sendto(data, address)
+                if sent:
+                    return len(data)
             except _WOULD_BLOCK:
                 pass
         self._ensure_fd_no_transport(sock)
@@ -223,12 +236,9 @@ class SocketMethods(asyncio.BaseEventLoop):
         self._check_sock(sock)
         if self._goes_first(sock):
             try:
-                conn, address = sock.accept()
+                return accept_now(sock)
             except _WOULD_BLOCK:
                 pass
-            else:
-                conn.setblocking(False)
-                return conn, address
         self._ensure_fd_no_transport(sock)
         return await self._keeping(self._proactor.accept(sock))
 

@@ -268,13 +268,6 @@ class Driver(ABC):
             self._complete(op, value, error)
 
 
-def adopt_accepted(listener: socket.socket, fd: int) -> socket.socket:
-    """The socket object for a descriptor that the kernel accepted on `listener`; non-blocking."""
-    sock = socket.socket(listener.family, listener.type, listener.proto, fileno=fd)
-    sock.setblocking(False)
-    return sock
-
-
 _live_drivers: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 

@@ -1,5 +1,5 @@
 /*
- * Accepting connections (ports/poll/driver.py), and making protocol and transport for each (endpoints/listener.py).
+ * Accepting connections (ports/accepting.py), and making protocol and transport for each (endpoints/listener.py).
  */
 
 #define _GNU_SOURCE /* accept4 */
@@ -9,7 +9,6 @@
 #include "streams.h"
 
 #ifdef __linux__
-#include <sys/un.h>
 #include <unistd.h>
 #endif
 
@@ -127,24 +126,59 @@ static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ss
  * Accepting
  * ------------------------------------------------------------------------------------------------------------------ */
 
-#ifdef __linux__
-/* Accept a connection: its descriptor, or -1 with errno, and its name as the system gives it. */
-static int accept_plain(PyObject *listener, PyObject **name)
+#ifdef HAS_ACCEPT
+#ifdef _WIN32
+
+static void close_descriptor(descriptor fd) { closesocket(fd); }
+
+static int make_nonblocking(descriptor fd)
+{
+    u_long yes = 1;
+    return ioctlsocket(fd, FIONBIO, &yes);
+}
+
+/* A connection that waits, non-blocking and not for child processes; NO_DESCRIPTOR with the system's error. */
+static descriptor accept_one(descriptor listener, struct sockaddr *address, socklen_t *length)
+{
+    descriptor fd = accept(listener, address, length);
+    if (fd == NO_DESCRIPTOR)
+        return fd;
+    if (SetHandleInformation((HANDLE)fd, HANDLE_FLAG_INHERIT, 0) && make_nonblocking(fd) == 0)
+        return fd;
+    int error = last_error(); /* of either: Winsock's errors are the thread's last error too */
+    close_descriptor(fd);
+    set_last_error(error);
+    return NO_DESCRIPTOR;
+}
+
+#else
+
+static void close_descriptor(descriptor fd) { close(fd); }
+
+static descriptor accept_one(descriptor listener, struct sockaddr *address, socklen_t *length)
+{
+    return accept4(listener, address, length, SOCK_NONBLOCK | SOCK_CLOEXEC);
+}
+
+#endif
+
+/* Accept a connection: its descriptor, or NO_DESCRIPTOR with the system's error, and its name as the system gives it. */
+static descriptor accept_plain(PyObject *listener, PyObject **name)
 {
     struct sockaddr_storage address;
     socklen_t length = sizeof address;
-    int fd = accept4(socket_descriptor(listener), (struct sockaddr *)&address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    *name = fd < 0 ? NULL : PyBytes_FromStringAndSize((char *)&address, (Py_ssize_t)length);
+    descriptor fd = accept_one(socket_descriptor(listener), (struct sockaddr *)&address, &length);
+    *name = fd == NO_DESCRIPTOR ? NULL : PyBytes_FromStringAndSize((char *)&address, (Py_ssize_t)length);
     return fd;
 }
 
 /* The socket object for `fd`, which it takes over, and the name in a form that is known here; takes over `*name` and gives it
  * back.  NULL with an exception. */
-static PyObject *adopt(struct hot *hot, PyObject *listener, int fd, PyObject **name, int *raw)
+static PyObject *adopt(struct hot *hot, PyObject *listener, descriptor fd, PyObject **name, int *raw)
 {
     PyObject *sock = *name == NULL ? NULL : make_stream_socket(hot, listener, fd);
     if (sock == NULL)
-        close(fd);
+        close_descriptor(fd);
     *raw = sock != NULL && is_name_known(*name);
     if (sock != NULL && !*raw) {
         Py_SETREF(*name, PyObject_CallMethodNoArgs(sock, hot->names.getpeername));
@@ -161,11 +195,11 @@ PyObject *accept_connection(PyObject *module, PyObject *listener)
     struct hot *hot = hot_in(module);
     PyObject *name;
     int raw;
-    if (!is_socket(hot, listener) || !is_stream_socket(listener))
+    if (!is_socket(hot, listener) || !is_stream_socket(listener) || !never_waits(hot, listener))
         Py_RETURN_NONE;
-    int fd = accept_plain(listener, &name);
-    if (fd < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
+    descriptor fd = accept_plain(listener, &name);
+    if (fd == NO_DESCRIPTOR)
+        return would_wait() ? raise_would_wait() : raise_last_error();
     PyObject *sock = adopt(hot, listener, fd, &name, &raw);
     if (sock != NULL && raw)
         Py_SETREF(name, name_object(name));
@@ -175,7 +209,23 @@ PyObject *accept_connection(PyObject *module, PyObject *listener)
     }
     return Py_BuildValue("NN", sock, name);
 }
+#endif
 
+#ifdef _WIN32
+PyObject *adopt_connection(PyObject *module, PyObject *args)
+{
+    struct hot *hot = hot_in(module);
+    PyObject *listener;
+    unsigned long long fd;
+    if (!PyArg_ParseTuple(args, "OK", &listener, &fd))
+        return NULL;
+    if (!is_socket(hot, listener) || !is_stream_socket(listener))
+        Py_RETURN_NONE;
+    return make_nonblocking((descriptor)fd) == 0 ? make_stream_socket(hot, listener, (descriptor)fd) : raise_last_error();
+}
+#endif
+
+#ifdef __linux__
 /* The listener whose own `_accepted` this is, or NULL; borrowed. */
 static Accepting *listener_behind(PyObject *complete)
 {

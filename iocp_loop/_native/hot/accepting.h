@@ -4,11 +4,19 @@
 
 #include "hot.h"
 
-#ifdef __linux__
-/* accept(listener): as its method accept, by accept4, and the socket is non-blocking; None if the listener is not a
- * plain one, for the way in Python. */
+#ifdef HAS_ACCEPT
+/* accept(listener): as its method accept, and the socket is non-blocking; None if the listener is not a plain one, for the
+ * way in Python. */
 PyObject *accept_connection(PyObject *module, PyObject *listener);
+#endif
 
+#ifdef _WIN32
+/* adopt(listener, descriptor): the object for a connection that the kernel has accepted, non-blocking from now on; None if
+ * the listener is not a plain one. */
+PyObject *adopt_connection(PyObject *module, PyObject *args);
+#endif
+
+#ifdef __linux__
 /* Accept once for the AcceptStream `op`, whose listener is a plain socket, and deliver the connection at once. */
 enum accepted {
     ACCEPTED,

@@ -40,4 +40,11 @@ static inline PyObject *raise_last_error(void) { return PyErr_SetFromErrno(PyExc
 
 #endif
 
+/* The same without a text, which nobody reads and which Windows is asked for. */
+static inline PyObject *raise_would_wait(void)
+{
+    PyErr_SetNone(PyExc_BlockingIOError);
+    return NULL;
+}
+
 #endif

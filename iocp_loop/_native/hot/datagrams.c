@@ -26,8 +26,10 @@ PyObject *make_tuple(const struct sockaddr_storage *address)
     char host[INET6_ADDRSTRLEN];
     if (address->ss_family == AF_INET) {
         const struct sockaddr_in *four = (const struct sockaddr_in *)address;
-        inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
-        return Py_BuildValue("si", host, ntohs(four->sin_port));
+        const unsigned char *part = (const unsigned char *)&four->sin_addr;
+        snprintf(host, sizeof host, "%u.%u.%u.%u", part[0], part[1], part[2], part[3]);
+        part = (const unsigned char *)&four->sin_port; /* by hand: functions for this are calls into Windows */
+        return Py_BuildValue("si", host, part[0] << 8 | part[1]);
     }
     if (address->ss_family == AF_INET6) {
         const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)address;
@@ -132,8 +134,8 @@ static Py_ssize_t size_wanted(const struct hot *hot, PyObject *op)
     return wanted < LARGEST ? wanted : LARGEST;
 }
 
-/* One datagram for `op`, as its value.  None if there is none just now. */
-static PyObject *receive_datagram(struct hot *hot, PyObject *sock, size_t wanted)
+/* One datagram, (bytes, address).  None if there is none just now. */
+static PyObject *receive_one(struct hot *hot, PyObject *sock, size_t wanted)
 {
     struct sockaddr_storage from;
     socklen_t length = sizeof from;
@@ -162,7 +164,7 @@ int receive_datagrams_for(struct hot *hot, PyObject *driver, PyObject *op, int m
         Py_ssize_t wanted = size_wanted(hot, op);
         if (sock == NULL || !is_socket(hot, sock) || !never_waits(hot, sock) || wanted < 0)
             return NOT_PLAIN;
-        PyObject *value = receive_datagram(hot, sock, (size_t)wanted);
+        PyObject *value = receive_one(hot, sock, (size_t)wanted);
         int failed = value == NULL
                      || (value != Py_None && complete_operation(hot, op, value, Py_None) < 0
                          && fail(driver, "report", COMPLETE_FAILED) < 0);
@@ -193,6 +195,27 @@ PyObject *receive_datagrams(PyObject *module, PyObject *args)
     if (count == NOT_PLAIN)
         Py_RETURN_NONE;
     return count < 0 ? NULL : PyLong_FromLong(count);
+}
+
+/* receive_datagram(sock, size): (bytes, address), or False if there is nothing just now, None if the socket or the size is not
+ * plain, for the way in Python.  OSError if receiving fails. */
+PyObject *receive_datagram_now(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "receive_datagram() takes a socket and a size");
+        return NULL;
+    }
+    struct hot *hot = hot_in(module);
+    Py_ssize_t wanted = PyLong_CheckExact(args[1]) ? PyLong_AsSsize_t(args[1]) : -1;
+    if (wanted < 0 || !is_socket(hot, args[0]) || !is_internet_socket(args[0]) || !never_waits(hot, args[0])) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    PyObject *value = receive_one(hot, args[0], (size_t)(wanted < LARGEST ? wanted : LARGEST));
+    if (value != Py_None)
+        return value;
+    Py_DECREF(value);
+    Py_RETURN_FALSE;
 }
 
 /* send_datagram(sock, family, data, address): True if it was sent, False if there is no room just now, None if this is not

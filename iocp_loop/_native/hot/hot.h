@@ -17,8 +17,8 @@
  *   stream_calls.c what their read, readline, drain and so on return             (asyncio's)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
- *   accepting.c accepting, and what becomes of it        (ports/poll/driver.py, endpoints/listener.py)
- *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
+ *   accepting.c accepting, and what becomes of it                 (ports/accepting.py, endpoints/listener.py)
+ *   datagrams.c receiving and sending datagrams           (ports/receiving.py, endpoints/datagrams.py, methods/sockets.py)
  *   receiving.c one receive from a stream socket                             (ports/receiving.py)
  *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
  *   uring.c     the wait and the dispatch of driver uring                        (ports/uring/driver.py)
@@ -411,9 +411,10 @@ PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const
 int enter_context(PyObject *context);
 
 /* Whether `object` is a socket, and not of a subclass, whose methods may do something else.  Only for such: its
- * descriptor, read in place (-1 if it is closed), and whether it is of type SOCK_STREAM. */
+ * descriptor, read in place (-1 if it is closed), whether it is of type SOCK_STREAM, and of IPv4 or IPv6. */
 int is_socket(const struct hot *hot, PyObject *object);
 int is_stream_socket(PyObject *sock);
+int is_internet_socket(PyObject *sock);
 #ifdef _WIN32
 typedef uintptr_t descriptor; /* a SOCKET */
 #define NO_DESCRIPTOR ((descriptor)-1)
@@ -426,10 +427,11 @@ descriptor socket_descriptor(PyObject *sock);
 int is_tcp_socket(PyObject *sock);
 /* sock.close(), for a socket of any kind. */
 int close_socket(const struct hot *hot, PyObject *sock);
-#ifdef __linux__
+#if defined(__linux__) || defined(_WIN32)
+#define HAS_ACCEPT
 /* A socket object for `fd`, which it takes over: a non-blocking stream socket of the family and protocol of `like`.  What the
  * constructor does, without asking the system for what is known. */
-PyObject *make_stream_socket(struct hot *hot, PyObject *like, int fd);
+PyObject *make_stream_socket(struct hot *hot, PyObject *like, descriptor fd);
 #endif
 
 /* A new operation of `kind`; what is particular to that the caller fills in. */
@@ -448,6 +450,7 @@ PyObject *tuple_of(struct hot *hot, const struct sockaddr_storage *address, Py_s
 int receive_datagrams_for(struct hot *hot, PyObject *driver, PyObject *op, int most);
 enum { NOT_PLAIN = -2 };
 PyObject *receive_datagrams(PyObject *module, PyObject *args);
+PyObject *receive_datagram_now(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *send_datagram(PyObject *module, PyObject *const *args, Py_ssize_t count);
 int add_datagrams(struct hot *hot);
 

@@ -12,10 +12,14 @@ static PyMethodDef module_methods[] = {
     {"socket_calls", make_socket_calls, METH_VARARGS,
      "socket_calls(loop, proactor, driver, unclaimed, lines, transports)"},
     {"receive_datagrams", receive_datagrams, METH_VARARGS, "receive_datagrams(driver, op, most)"},
+    {"receive_datagram", (PyCFunction)(void (*)(void))receive_datagram_now, METH_FASTCALL, "receive_datagram(sock, size)"},
     {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
      "send_datagram(sock, family, data, address)"},
-#ifdef __linux__
+#ifdef HAS_ACCEPT
     {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
+#endif
+#ifdef _WIN32
+    {"adopt", adopt_connection, METH_VARARGS, "adopt(listener, descriptor): its socket; None if the listener is not plain."},
 #endif
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
     {"stream_type", make_stream_type, METH_VARARGS,

@@ -196,6 +196,12 @@ int is_socket(const struct hot *hot, PyObject *object)
 
 int is_stream_socket(PyObject *sock) { return ((struct socket_object *)sock)->type == SOCK_STREAM; }
 
+int is_internet_socket(PyObject *sock)
+{
+    int family = ((struct socket_object *)sock)->family;
+    return family == AF_INET || family == AF_INET6;
+}
+
 #ifdef _WIN32
 int never_waits(const struct hot *hot, PyObject *sock)
 {
@@ -212,7 +218,7 @@ descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)s
 int is_tcp_socket(PyObject *sock)
 {
     const struct socket_object *read = (struct socket_object *)sock;
-    return (read->family == AF_INET || read->family == AF_INET6) && (read->proto == 0 || read->proto == IPPROTO_TCP);
+    return is_internet_socket(sock) && (read->proto == 0 || read->proto == IPPROTO_TCP);
 }
 
 /* What socket.close does, without its frames; while somebody has a file of the socket's (makefile), that is the last to close. */
@@ -232,14 +238,20 @@ int close_socket(const struct hot *hot, PyObject *sock)
     return done == NULL ? -1 : 0;
 }
 
-#ifdef __linux__
-PyObject *make_stream_socket(struct hot *hot, PyObject *like, int fd)
+#ifdef HAS_ACCEPT
+PyObject *make_stream_socket(struct hot *hot, PyObject *like, descriptor fd)
 {
     PyTypeObject *class = hot->socket_class;
     const struct socket_object *model = (struct socket_object *)like;
-    if (hot->socket_closed < 0) /* with SOCK_NONBLOCK in its type the object knows that it is non-blocking */
-        return PyObject_CallFunction((PyObject *)class, "iiii", model->family, SOCK_STREAM | SOCK_NONBLOCK,
-                                     model->proto, fd);
+    if (hot->socket_closed < 0) {
+        PyObject *made = PyObject_CallFunction((PyObject *)class, "iiiK", model->family, SOCK_STREAM, model->proto,
+                                               (unsigned long long)fd);
+        PyObject *done = made == NULL ? NULL : PyObject_CallMethod(made, "settimeout", "i", 0);
+        if (done == NULL)
+            Py_CLEAR(made);
+        Py_XDECREF(done);
+        return made;
+    }
     PyObject *none = PyTuple_New(0), *sock = none == NULL ? NULL : class->tp_new(class, none, NULL);
     Py_XDECREF(none);
     if (sock == NULL || PySys_Audit("socket.__new__", "Oiii", sock, model->family, SOCK_STREAM, model->proto) < 0) {

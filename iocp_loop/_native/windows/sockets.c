@@ -124,21 +124,15 @@ static void take_the_first_refusal(SOCKET socket)
 }
 
 /* mswsock/nc-mswsock-lpfn_connectex, to the address in the submission.  ConnectEx wants a bound socket; one that is
- * not yet gets any address and port. */
+ * not yet gets any address and port; WSAEINVAL: it is (winsock2/nf-winsock2-bind). */
 long iocp_connect(uintptr_t socket, iocp_submission *sub)
 {
     OVERLAPPED *overlapped = prepare(sub, socket);
     SOCKADDR *address = area_of(sub);
-    SOCKADDR_STORAGE own;
-    int length = sizeof own;
-    if (getsockname(socket, (SOCKADDR *)&own, &length) != 0) {
-        if (WSAGetLastError() != WSAEINVAL)
-            return WSAGetLastError();
-        ZeroMemory(&own, sizeof own);
-        own.ss_family = address->sa_family;
-        if (bind(socket, (SOCKADDR *)&own, sub->address_length) != 0)
-            return WSAGetLastError();
-    }
+    SOCKADDR_STORAGE own = {0};
+    own.ss_family = address->sa_family;
+    if (bind(socket, (SOCKADDR *)&own, sub->address_length) != 0 && WSAGetLastError() != WSAEINVAL)
+        return WSAGetLastError();
     if (is_loopback(address))
         take_the_first_refusal(socket);
     return socket_result(
@@ -164,9 +158,8 @@ long iocp_transmit_file(uintptr_t socket, iocp_submission *sub, uintptr_t file, 
     return error;
 }
 
-/* Put a numeric address (an IPv6 one perhaps with %scope) into the submission. */
-long iocp_set_address(iocp_submission *sub, int family, const char *host, int port, unsigned long flow,
-                      unsigned long scope)
+/* A numeric address that is not written in full: with %scope, or as 127.1. */
+static long parse_address(iocp_submission *sub, int family, const char *host)
 {
     ADDRINFOA hints, *info = NULL;
     int error;
@@ -177,16 +170,32 @@ long iocp_set_address(iocp_submission *sub, int family, const char *host, int po
     if (error)
         return error;
     CopyMemory(sub->area, info->ai_addr, info->ai_addrlen);
-    sub->address_length = (int)info->ai_addrlen;
     freeaddrinfo(info);
+    return 0;
+}
+
+/* Put a numeric address (an IPv6 one perhaps with %scope) into the submission. */
+long iocp_set_address(iocp_submission *sub, int family, const char *host, int port, unsigned long flow,
+                      unsigned long scope)
+{
+    SOCKADDR_STORAGE *storage = area_of(sub);
+    long error;
+    ZeroMemory(storage, sizeof *storage);
+    storage->ss_family = (ADDRESS_FAMILY)family;
     if (family == AF_INET6) {
         SOCKADDR_IN6 *six = area_of(sub);
+        if (inet_pton(family, host, &six->sin6_addr) != 1 && (error = parse_address(sub, family, host)) != 0)
+            return error;
+        sub->address_length = sizeof *six;
         six->sin6_port = htons((u_short)port);
         six->sin6_flowinfo = htonl(flow);
         if (scope)
             six->sin6_scope_id = scope;
     } else {
         SOCKADDR_IN *four = area_of(sub);
+        if (inet_pton(family, host, &four->sin_addr) != 1 && (error = parse_address(sub, family, host)) != 0)
+            return error;
+        sub->address_length = sizeof *four;
         four->sin_port = htons((u_short)port);
     }
     return 0;

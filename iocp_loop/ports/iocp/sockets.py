@@ -10,7 +10,8 @@ from typing import Any
 
 from ... import operations as ops
 from ...operations import CANCELLING, IN_FLIGHT
-from ..driver import adopt_accepted, cancelled_error
+from ..accepting import accept_now, adopt_accepted
+from ..driver import cancelled_error
 from .binding import (
     ABORTED,
     PENDING,
@@ -169,11 +170,9 @@ class SocketRequests(IocpRequests):
         """Take what else has connected, a call each: an accept for every one would be a turn for every one."""
         for _ in range(ACCEPTS_IN_A_TURN - 1):
             try:
-                conn, address = op.handle.accept()
+                self.ready.append((op, accept_now(op.handle), None))
             except OSError:  # there is none, or it is gone; if resources have run out, the next accept tells
                 return
-            conn.setblocking(False)
-            self.ready.append((op, (conn, address), None))
 
     @staticmethod
     def _accepted_connection(sub: Submission, code: int) -> tuple[socket.socket, Any] | None:

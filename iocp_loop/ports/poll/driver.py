@@ -40,9 +40,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from ... import operations as ops
-from ...native import hot
 from ...operations import READABLE, WRITABLE, Operation
 from ...system import system
+from ..accepting import accept_now
 from ..driver import Driver, cancelled_error
 from ..receiving import AGAIN, SCRATCH_SIZE, receive_datagrams, receive_for_stream
 from .turns import PollTurns
@@ -381,7 +381,7 @@ class PollDriver(PollTurns, Driver):
             if op.state is ops.DONE:
                 return
             try:
-                value = _accept(op)
+                value = accept_now(op.handle)
             except ConnectionAbortedError:
                 return
             except AGAIN:
@@ -457,17 +457,8 @@ def _send_all(op: ops.SendAll) -> Any:
     return op.sent
 
 
-def _accept(op: ops.Accept | ops.AcceptStream) -> Any:
-    listener = op.handle
-    if _accept_natively is not None and (accepted := _accept_natively(listener)) is not None:
-        return accepted
-    sock, address = listener.accept()
-    sock.setblocking(False)
-    return sock, address
-
-
-#: The connection and its address, the socket being non-blocking; None if the listener is not a plain one.
-_accept_natively = getattr(hot, "accept", None)
+def _accept(op: ops.Accept) -> Any:
+    return accept_now(op.handle)
 
 
 def _start_connect(op: ops.Connect) -> bool:
