@@ -38,8 +38,13 @@ static struct stream *stream_of(PyObject *self)
     return (struct stream *)((char *)self + stream_type_of(self)->tp_base->tp_basicsize);
 }
 
-/* NULL with an exception once the garbage collector has cleared the type. */
-static struct hot *hot_of_stream(PyObject *self) { return hot_of(Py_TYPE(self), stream_dealloc); }
+/* Both at once.  NULL with an exception once the garbage collector has cleared the type. */
+static struct hot *hot_of_stream(PyObject *self, struct stream **stream)
+{
+    PyTypeObject *type = stream_type_of(self);
+    *stream = (struct stream *)((char *)self + type->tp_base->tp_basicsize);
+    return hot_behind(type);
+}
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * What the system says
@@ -79,7 +84,8 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
 
 static PyObject *write_otherwise(PyObject *self, PyObject *data)
 {
-    const struct hot *hot = hot_of_stream(self);
+    struct stream *stream;
+    const struct hot *hot = hot_of_stream(self, &stream);
     return hot == NULL ? NULL : PyObject_CallMethodOneArg(self, hot->names.write_otherwise, data);
 }
 
@@ -116,9 +122,8 @@ static PyObject *stream_write(PyObject *self, PyObject *data)
 }
 
 /* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
-static int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
+static inline int find_protocol(PyObject *self, struct stream *stream, PyObject **context, PyObject **protocol)
 {
-    struct stream *stream = stream_of(self);
     Py_BEGIN_CRITICAL_SECTION(self);
     *context = Py_XNewRef(stream->context);
     *protocol = Py_XNewRef(stream->protocol);
@@ -132,11 +137,9 @@ static int find_protocol(PyObject *self, PyObject **context, PyObject **protocol
 }
 
 /* protocol.data_received(data) in the context of the connection. */
-static PyObject *give(const struct hot *hot, PyObject *self, PyObject *data)
+static PyObject *give(const struct hot *hot, PyObject *context, PyObject *protocol, PyObject *data)
 {
-    PyObject *context, *protocol, *result = NULL;
-    if (!find_protocol(self, &context, &protocol))
-        return NULL;
+    PyObject *result = NULL;
     int entered = enter_context(context);
     if (entered > 0) {
         result = PyObject_CallMethodOneArg(protocol, hot->names.data_received, data);
@@ -148,8 +151,6 @@ static PyObject *give(const struct hot *hot, PyObject *self, PyObject *data)
             result = call_in_context(context, method, &data, 1);
         Py_XDECREF(method);
     }
-    Py_DECREF(protocol);
-    Py_DECREF(context);
     return result;
 }
 
@@ -159,7 +160,8 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
     }
-    const struct hot *hot = hot_of_stream(self);
+    struct stream *stream;
+    const struct hot *hot = hot_of_stream(self, &stream);
     if (hot == NULL)
         return NULL;
     int some = PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) > 0 : PyObject_IsTrue(args[0]);
@@ -167,11 +169,12 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
         return NULL;
     if (!some)
         return PyObject_CallMethodOneArg(self, hot->names.receive_ended, args[1]);
-    if (stream_of(self)->context == NULL || stream_of(self)->protocol == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+    PyObject *context, *protocol;
+    if (!find_protocol(self, stream, &context, &protocol))
         return NULL;
-    }
-    PyObject *result = give(hot, self, args[0]);
+    PyObject *result = give(hot, context, protocol, args[0]);
+    Py_DECREF(protocol);
+    Py_DECREF(context);
     if (result != NULL)
         Py_DECREF(result);
     else if (fail(self, "_receiving_failed", "Fatal error: protocol.data_received() call failed.") < 0)
@@ -187,7 +190,7 @@ static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize
 static PyObject *ask(PyObject *self, PyObject *method, PyObject *argument)
 {
     PyObject *context, *protocol, *result = NULL;
-    if (!find_protocol(self, &context, &protocol))
+    if (!find_protocol(self, stream_of(self), &context, &protocol))
         return NULL;
     PyObject *callable = PyObject_GetAttr(protocol, method);
     if (callable != NULL)
@@ -230,8 +233,8 @@ static int get_buffer(const struct hot *hot, PyObject *self, Py_ssize_t hint, Py
 /* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
 static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    const struct hot *hot = hot_of_stream(self);
-    struct stream *stream = stream_of(self);
+    struct stream *stream;
+    const struct hot *hot = hot_of_stream(self, &stream);
     Py_ssize_t hint = -1;
     PyObject *buffer;
     Py_buffer view;
@@ -312,8 +315,8 @@ static int copy_to_protocol(const struct hot *hot, PyObject *self, PyObject *dat
 
 static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    const struct hot *hot = hot_of_stream(self);
-    struct stream *stream = stream_of(self);
+    struct stream *stream;
+    const struct hot *hot = hot_of_stream(self, &stream);
     if (hot == NULL)
         return NULL;
     if (count != 2 || stream->context == NULL || stream->protocol == NULL) {
@@ -345,9 +348,12 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef __linux__
-int is_stream(const struct hot *hot, PyObject *self)
+int is_stream(PyObject *self)
 {
-    return hot->Stream_type != NULL && PyObject_TypeCheck(self, hot->Stream_type);
+    const PyTypeObject *type = Py_TYPE(self);
+    while (type != NULL && type->tp_dealloc != stream_dealloc)
+        type = type->tp_base;
+    return type != NULL;
 }
 
 static struct stream *stream_at(const struct hot *hot, PyObject *self)
@@ -389,8 +395,8 @@ static PyObject *get_sock(PyObject *self, void *ignored)
 
 static int set_sock(PyObject *self, PyObject *value, void *ignored)
 {
-    const struct hot *hot = hot_of_stream(self);
-    struct stream *stream = stream_of(self);
+    struct stream *stream;
+    const struct hot *hot = hot_of_stream(self, &stream);
     if (hot == NULL)
         return -1;
     stream->by_call = value != NULL && is_socket(hot, value);
