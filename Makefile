@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries newcomer test-all test-debian test-free-threaded stress test-windows test-windows-all lint format types docs coverage bench wheel wheels clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries libraries-windows test-suites newcomer newcomer-windows test-all test-debian test-free-threaded stress test-windows test-windows-all lint format types docs coverage bench wheel wheels test-wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -106,9 +106,21 @@ test-apps: ## the recipes and real libraries on this loop, on uring and poll (AR
 	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
 	@$(APPS)/bin/python -m pytest tests/test_recipes.py tests/test_apps.py tests/test_pytest_plugin.py $(ARGS)
 
+# Kept, so that some may be run again (ARGS="tornado") and the table is of all.
+RESULTS := $(APPS)/results.json
+
 libraries: ## the same libraries on asyncio and uvloop too, as a table in docs/libraries.md
 	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
-	@$(APPS)/bin/python -m tests.apps --table docs/libraries.md $(ARGS)
+	@$(APPS)/bin/python -m tests.apps --results $(RESULTS) --table docs/libraries.md $(ARGS)
+
+libraries-windows: $(VENV)/.made ## those that have Windows wheels, under Wine; then `make libraries` has them in its table (VERSION=, ARGS=)
+	@PYTHON=$(RUN) tools/test_windows.sh $(VERSION) --apps $(RESULTS) $(ARGS)
+
+test-suites: $(VENV)/.made ## other projects' own tests on this loop and on asyncio's; writes docs/suites.md (ARGS=)
+	@$(RUN) tools/test_suites.py --page docs/suites.md $(ARGS)
+
+newcomer-windows: $(VENV)/.made ## the same under Wine, from a wheel of dist/ (VERSION=, ARGS=WHEEL)
+	@$(RUN) -B tools/newcomer_windows.py $(VERSION) $(ARGS)
 
 newcomer: ## a fresh environment to a FastAPI application on this loop, with a stopwatch (ARGS=WHEEL)
 	@tools/newcomer.sh $(ARGS)
@@ -180,7 +192,10 @@ wheel: $(VENV)/.made ## a wheel for this Python, in dist/
 wheels: $(VENV)/.wheels ## the sdist and the wheels for every platform, tried as far as this machine can, in dist/ (ARGS=)
 	@$(RUN) -B tools/wheels.py $(ARGS)
 
+test-wheel: $(VENV)/.made ## the tests on the wheel of dist/ for this Python, installed where nothing can compile (ARGS=)
+	@$(RUN) -B tools/test_wheel.py $(ARGS)
+
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-* .nox .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
-	rm -rf build dist .wheels docs/_build *.egg-info iocp_loop/*.so iocp_loop/*.pyd iocp_loop/_uring.c iocp_loop/_iocp.c
+	rm -rf build dist .wheels .suites docs/_build *.egg-info iocp_loop/*.so iocp_loop/*.pyd iocp_loop/_uring.c iocp_loop/_iocp.c
 	find iocp_loop tests examples benchmarks docs tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

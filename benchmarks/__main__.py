@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import client, echo, http, idle, latency, life, many, micro, syscalls
+from . import client, echo, http, idle, latency, life, many, micro, parallel, syscalls
 from .benchmark import Plan
 from .native import BuildFailed
 from .peers import DEFAULT, PEERS, Absent, Present, probe
@@ -34,6 +34,7 @@ _BENCHMARKS = (
     many.MANY,
     idle.IDLE,
     syscalls.SYSCALLS,
+    parallel.PARALLEL,  # not in `all`: it says something on a free-threaded Python only
 )
 
 
@@ -126,6 +127,19 @@ def _latency(options: argparse.Namespace) -> Plan[latency.Neighbour]:
     ]
     setting = _rounds(options, f" of {options.seconds:g} s, the client on a core")
     return Plan(latency.LATENCY, setting, cases, functools.partial(latency.run, seconds=options.seconds))
+
+
+def _parallel(options: argparse.Namespace) -> Plan[parallel.Crew]:
+    crews = [
+        parallel.Crew(mode, threads, size, count)
+        for mode in options.mode
+        for threads in options.threads
+        for size in options.size
+        for count in options.connections
+    ]
+    gil = "on" if getattr(sys, "_is_gil_enabled", lambda: True)() else "off"
+    setting = _rounds(options, f" of {options.seconds:g} s, each in a fresh process on all cores; the GIL is {gil}")
+    return Plan(parallel.PARALLEL, setting, crews, functools.partial(parallel.run, seconds=options.seconds))
 
 
 def _many(options: argparse.Namespace) -> Plan[many.Growth]:
@@ -304,6 +318,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--cores", nargs="+", choices=latency.CORES, default=["all"],
                      help="those of a server with busy threads: all, or one for it all (default: all)")  # fmt: skip
     window(sub, 2.0)
+
+    sub = add(_parallel, "parallel", "loops in threads of one process, beside one")
+    sub.add_argument("--mode", nargs="+", choices=parallel.MODES, default=["protocol", "streams", "raw"])
+    sub.add_argument("--threads", nargs="+", type=_count, default=[2], help="beside one (default: 2)")
+    sub.add_argument("--size", nargs="+", type=_bytes, default=[1024], help="message sizes, such as 1k or 100")
+    sub.add_argument("--connections", nargs="+", type=_count, default=[50], help="for each thread (default: 50)")
+    window(sub, 1.0)
 
     sub = add(_many, "many", "CPU per echo with ten thousand connections")
     cells(sub, ["protocol"], [1024], [10_000])

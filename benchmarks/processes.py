@@ -138,9 +138,11 @@ def talking(command: Sequence[str], core: int) -> Iterator[subprocess.Popen[str]
         _stop(process)
 
 
-def run_pinned(command: Sequence[str], core: int, timeout_s: float, environment: Mapping[str, str] = _NOTHING) -> str:
-    """Run a program on a core to its end; what it printed.  RunFailed carries its last line on stderr."""
-    with on_core(core):
+def run_pinned(
+    command: Sequence[str], core: int | None, timeout_s: float, environment: Mapping[str, str] = _NOTHING
+) -> str:
+    """Run a program on a core, or on all, to its end; what it printed.  RunFailed carries its last line on stderr."""
+    with on_core(core) if core is not None else contextlib.nullcontext():
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -14,6 +14,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"iocp_loop {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 # Every reference leads somewhere, but to names of Python itself: offline there is no inventory of its documentation.
 nitpicky = True
 nitpick_ignore_regex = [

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from .ports import CompletionPort as CompletionPort
     from .ports import DriverUnavailable as DriverUnavailable
     from .proactor import Proactor as Proactor
+    from .readers import StreamReader as StreamReader
+    from .readers import StreamReaderProtocol as StreamReaderProtocol
+    from .readers import StreamWriter as StreamWriter
+    from .readers import open_connection as open_connection
+    from .readers import open_unix_connection as open_unix_connection
+    from .readers import start_server as start_server
+    from .readers import start_unix_server as start_unix_server
     from .threads import run_threads as run_threads
 
 __version__ = "0.1.0"
@@ -40,12 +47,20 @@ __all__ = [
     "IocpEventLoop",
     "Operation",
     "Proactor",
+    "StreamReader",
+    "StreamReaderProtocol",
+    "StreamWriter",
     "__version__",
     "install",
     "new_event_loop",
+    "open_connection",
     "run",
     "run_threads",
+    "start_server",
 ]
+
+if sys.platform != "win32":
+    __all__ += ["open_unix_connection", "start_unix_server"]
 
 #: Where the names are; those without a home of their own are modules.
 _HOMES = {
@@ -56,10 +71,17 @@ _HOMES = {
     "IocpPolicy": "policy",  # in no list of names: policies are on their way out
     "Operation": "operations",
     "Proactor": "proactor",
+    "StreamReader": "readers",
+    "StreamReaderProtocol": "readers",
+    "StreamWriter": "readers",
     "new_event_loop": "loop",
+    "open_connection": "readers",
+    "open_unix_connection": "readers",
     "operations": None,
     "ports": None,
     "run_threads": "threads",
+    "start_server": "readers",
+    "start_unix_server": "readers",
 }
 
 _T = TypeVar("_T")

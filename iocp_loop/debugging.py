@@ -53,18 +53,18 @@ class DebugContext:
 
 
 def context_for(
-    loop: asyncio.AbstractEventLoop, context: contextvars.Context | None = None
+    loop: asyncio.AbstractEventLoop, context: contextvars.Context | None = None, depth: int = 2
 ) -> contextvars.Context | DebugContext:
     """The context in which an object that the caller makes is to call its protocol.
 
-    None: a copy of the current one; so does the Handle of a reader in asyncio's own loops.
+    None: a copy of the current one; so does the Handle of a reader in asyncio's own loops.  Whoever makes the object
+    is `depth` frames above.
     """
     if context is None:
         context = contextvars.copy_context()
     if not loop.get_debug():
         return context
-    # From the caller's caller on: whoever makes the object.
-    stack = traceback.StackSummary.extract(traceback.walk_stack(sys._getframe(2)), limit=_DEPTH, lookup_lines=False)
+    stack = traceback.StackSummary.extract(traceback.walk_stack(sys._getframe(depth)), limit=_DEPTH, lookup_lines=False)
     stack.reverse()
     return DebugContext(loop, context, stack)
 

@@ -37,28 +37,6 @@ from .transports import SocketTransport
 __all__ = ["IocpEventLoop", "new_event_loop"]
 
 
-def _attach(server: Any, transport: asyncio.BaseTransport) -> None:
-    """Tell `server` of a new connection, in the way of the running Python."""
-    server._attach(transport)
-
-
-def _detach(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._detach(transport)
-
-
-def _attach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._attach()
-
-
-def _detach_counting(server: Any, transport: asyncio.BaseTransport) -> None:
-    server._detach()
-
-
-if asyncio.base_events.Server._attach.__code__.co_argcount == 1:  # type: ignore[attr-defined]  # not in typeshed
-    # Before Python 3.13 (and late 3.12) a server counts its connections, later ones know them.
-    _attach, _detach = _attach_counting, _detach_counting
-
-
 class IocpEventLoop(
     ClockMethods,  # before the turn, which has a clock too
     Turns,
@@ -91,6 +69,8 @@ class IocpEventLoop(
         self._use(carrier)
         self._listeners: dict[socket.socket, Listener] = {}
         self._transports = weakref.WeakValueDictionary()
+        self._transport_refs = self._transports.data  # type: ignore[attr-defined]  # not in typeshed
+        self._forget_transport = self._transports._remove  # type: ignore[attr-defined]  # as above
         self._prepare_quick_calls()
 
     @property
@@ -138,9 +118,7 @@ class IocpEventLoop(
         server: Any = None,
         context: contextvars.Context | None = None,
     ) -> SocketTransport:
-        transport = SocketTransport(self, self._proactor, sock, protocol, waiter, extra, server, context)
-        self._transports[sock.fileno()] = transport
-        return transport
+        return SocketTransport(self, self._proactor, sock, protocol, waiter, extra, server, context)
 
     async def _create_connection_transport(
         self,
@@ -237,7 +215,9 @@ class IocpEventLoop(
                     **more,
                 )
 
-        self._listeners[sock] = Listener(self, self._proactor, sock, welcome, context)
+        plain = sslcontext is None and type(self)._make_socket_transport is IocpEventLoop._make_socket_transport
+        serves = (protocol_factory, server, SocketTransport) if plain else None
+        self._listeners[sock] = Listener(self, self._proactor, sock, welcome, context, serves)
 
     def _stop_serving(self, sock: socket.socket) -> None:
         self._remove_socket_file(sock)
@@ -246,10 +226,6 @@ class IocpEventLoop(
             listener.stop()
         else:
             sock.close()
-
-    #: Tell a server of a new connection, and of its end.
-    _attach_to_server = staticmethod(_attach)
-    _detach_from_server = staticmethod(_detach)
 
 
 def new_event_loop(driver: str | None = None) -> IocpEventLoop:

@@ -24,13 +24,14 @@ import socket
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import operations as ops
+from .native import hot
 from .operations import READABLE, WRITABLE, Address, HandleLike, Operation, was_cancelled
 from .ports.driver import Driver
 
-__all__ = ["Deliver", "Proactor"]
+__all__ = ["Deliver", "Proactor", "PythonRequests"]
 
 #: What a stream calls with each completion: ``deliver(value, error)``.  The last call has an error or an empty value.
 Deliver = Callable[[Any, BaseException | None], object]
@@ -108,7 +109,37 @@ class _Line:
         self.waiting: deque[Callable[[], object]] = deque()
 
 
-class Proactor:
+class PythonRequests:
+    """What a transport asks of its proactor.  The native tier has it in C (``_native/hot/proactor.c``)."""
+
+    _kept: dict[Any, Any]
+    _lines: dict[Any, Any]
+
+    if TYPE_CHECKING:  # the rest of the proactor
+
+        def _deliver_unclaimed(self, op: ops.ReceiveStream) -> None: ...
+        def _receive_otherwise(self, sock: socket.socket, deliver: Deliver, get_buffer: Any) -> ops.ReceiveStream: ...
+
+    def receive_stream(
+        self, sock: socket.socket, deliver: Deliver, get_buffer: Callable[[], Any] | None = None
+    ) -> ops.ReceiveStream:
+        """Receive until the end: ``deliver(data, None)``; see :class:`~iocp_loop.operations.ReceiveStream`.
+
+        What a cancelled ``recv`` had left behind comes first, with the next turn of the loop.
+        """
+        op = self._receive_otherwise(sock, deliver, get_buffer)
+        if self._kept or self._lines:
+            self._deliver_unclaimed(op)
+        return op
+
+
+if TYPE_CHECKING:
+    Requests = PythonRequests
+else:
+    Requests = PythonRequests if hot is None else hot.Requests
+
+
+class Proactor(Requests):
     """Starts operations on a driver, for one event loop.
 
     Each method that returns a Future may raise at once when the operation is refused outright, OSError or ValueError;
@@ -127,6 +158,7 @@ class Proactor:
         # The native tier's short ways, for a plain socket and for a descriptor on which nothing else waits; they return
         # None where they do not apply.
         self._receive_natively: Callable[..., ops.ReceiveStream | None] | None = getattr(driver, "receive_stream", None)
+        self._drop_natively: Callable[[Operation], bool] | None = getattr(driver, "drop", None)
         self._watch_natively: Callable[..., ops.ReadinessStream | None] | None
         self._watch_natively = getattr(driver, "readiness_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
@@ -272,19 +304,11 @@ class Proactor:
         self.start(op, deliver)
         return op
 
-    def receive_stream(
-        self, sock: socket.socket, deliver: Deliver, get_buffer: Callable[[], Any] | None = None
+    def _receive_otherwise(
+        self, sock: socket.socket, deliver: Deliver, get_buffer: Callable[[], Any] | None
     ) -> ops.ReceiveStream:
-        """Receive until the end: ``deliver(data, None)``; see :class:`~iocp_loop.operations.ReceiveStream`.
-
-        What a cancelled ``recv`` had left behind comes first, with the next turn of the loop.
-        """
-        op = None if self._receive_natively is None else self._receive_natively(sock, deliver, get_buffer)
-        if op is None:
-            op = ops.ReceiveStream(sock, get_buffer)
-            self.start(op, deliver)
-        if self._kept or self._lines:
-            self._deliver_unclaimed(op)
+        op = ops.ReceiveStream(sock, get_buffer)
+        self.start(op, deliver)
         return op
 
     def receive_from_stream(self, sock: socket.socket, size: int, deliver: Deliver) -> ops.ReceiveFromStream:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from . import operations as ops
 from .debugging import DebugContext
 from .flow import FlowControl
-from .native import hot
 
-__all__ = ["MOST_AT_ONCE", "PythonStream", "Stream"]
+__all__ = ["MOST_AT_ONCE", "PythonStream"]
 
 #: The most that is handed to one call of ``send``, bytes.  Windows takes all that it is given, where other systems take
 #: what their buffer has room for: nobody would ever have to wait for a slow peer.
@@ -108,9 +107,3 @@ class PythonStream(FlowControl):
             self._receiving_failed(exc, "Fatal error: protocol.get_buffer() call failed.")
             return None
         return view
-
-
-if TYPE_CHECKING:
-    Stream = PythonStream
-else:
-    Stream = PythonStream if hot is None else hot.stream_type(FlowControl)

@@ -47,11 +47,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from . import operations as ops
-from .debugging import context_for, unclosed
+from .connections import Connection
+from .debugging import unclosed
 from .endpoints.sendfile import check_regular, copy_file, send_file
-from .flow import TakesBytes
-from .proactor import Proactor, advance, fail
-from .streams import MOST_AT_ONCE, Stream
+from .proactor import advance, fail
+from .streams import MOST_AT_ONCE
 
 __all__ = ["SocketTransport"]
 
@@ -61,87 +61,19 @@ _logger = logging.getLogger("asyncio")
 #: Writes to a lost connection silently ignored before we warn.
 _PATIENCE = 5
 
-#: The context of ``connection_made`` and ``connection_lost`` is before 3.15 that of whoever brings them about.
-_ENDS_HAVE_CONTEXT = sys.version_info >= (3, 15)
-
-_INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
-
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
 _WORTH_JOINING = 64
 
 
-class SocketTransport(Stream):
+class SocketTransport(Connection):
     """A connected stream socket as an asyncio transport (TCP, UNIX; TLS stands above it)."""
 
-    # There is one for each idle connection: everything has its slot, nothing is kept that the system can be asked for
-    # later.  The __dict__, which costs little while it is empty, is for those who put a method of their own over one of
-    # ours, as tests do.
-    __slots__ = (
-        "__dict__",
-        "__weakref__",
-        "_at_eof",
-        "_buffered",
-        "_eof_asked",
-        "_file",
-        "_finished",
-        "_held",
-        "_info",
-        "_lost",
-        "_peername",
-        "_proactor",
-        "_queue",
-        "_queued",
-        "_receive",
-        "_sending",
-        "_server",
-        "_writes_after_loss",
-    )
+    # The __dict__, which costs little while it is empty, is for those who put a method of their own over one of ours,
+    # as tests do.
+    __slots__ = ("__dict__", "__weakref__")
 
     _start_tls_compatible = True
     _sendfile_compatible = constants._SendfileMode.TRY_NATIVE
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        proactor: Proactor,
-        sock: socket.socket,
-        protocol: asyncio.BaseProtocol,
-        waiter: asyncio.Future[None] | None = None,
-        extra: dict[str, Any] | None = None,
-        server: Any = None,
-        context: contextvars.Context | None = None,
-    ) -> None:
-        if server is not None:
-            # Before anything else: a server that has been closed meanwhile refuses.
-            loop._attach_to_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
-        # The peer's name can't be asked for any more once the peer has reset the connection.
-        self._peername = extra.pop("peername", None) if extra else _name_of(sock.getpeername)
-        self._info: dict[str, Any] | None = extra or None  # of get_extra_info, as far as it was asked for
-        self._loop = loop
-        self._proactor = proactor
-        self._sock = sock
-        self._server = server
-        self._receive: ops.ReceiveStream | None = None
-        self._sending: ops.SendAll | ops.SendFile | None = None
-        self._file: asyncio.Future[int] | None = None  # while a file is sent: what its sender awaits
-        self._queue: list[Any] | None = None  # written and not yet submitted
-        self._queued = 0  # bytes in _queue
-        self._direct = True  # write may send at once: nothing is queued, nothing has ended
-        self._held: tuple[tuple[Any, BaseException | None], ...] = ()  # completions that came while paused
-        self._paused = False
-        self._eof_asked = False
-        self._at_eof = False
-        self._closing = False
-        self._lost = False
-        self._finished = False  # connection_lost has run
-        self._writes_after_loss = 0
-        # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
-        self._context = context_for(loop, context)
-        self._init_flow_control()
-        self.set_protocol(protocol)
-        _send_without_delay(sock)
-        context_of_ends: Any = self._context if _ENDS_HAVE_CONTEXT else None
-        loop.call_soon(self._begin, waiter, context=context_of_ends)
 
     def _context_of_writing(self) -> Any:
         """The context of ``resume_writing`` and of what else sending leads to: before 3.15 that of whoever writes."""
@@ -160,7 +92,7 @@ class SocketTransport(Stream):
             if name == "socket":
                 info[name] = trsock.TransportSocket(self._sock)
             elif name == "sockname":
-                info[name] = _name_of(self._sock.getsockname)
+                info[name] = self._sockname
             elif name == "peername":
                 return self._peername
         return info.get(name, default)
@@ -181,54 +113,17 @@ class SocketTransport(Stream):
         """Who is called when there are data to read; None once the transport is closing."""
         return None if self._closing else self._received
 
-    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        try:
-            self._protocol.connection_made(self)
-            if self._receive is None and not self._closing and not self._paused:
-                self._arm_receive()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.connection_made() call failed.")
-            if waiter is not None and not waiter.cancelled():
-                waiter.set_exception(exc)
-            return
-        if waiter is not None and not waiter.cancelled():
-            waiter.set_result(None)
-
     def __repr__(self) -> str:
         state = "closed" if self._finished else "closing" if self._closing else "paused" if self._paused else "open"
         return f"<{type(self).__name__} {state} fd={self._sock.fileno()} unsent={self.get_write_buffer_size()}>"
 
-    def __del__(self, _warn: Any = warnings.warn) -> None:
-        # Not set where the constructor failed.  The collector may have closed the socket before it came here.
-        if not getattr(self, "_finished", True):
-            _warn(unclosed(self, self._context), ResourceWarning, source=self)
-            self._sock.close()
-
     # -- the protocol ------------------------------------------------------------------------------
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Switch protocols; the next data go to the new one."""
-        self._protocol = protocol
-        self._buffered = isinstance(protocol, asyncio.BufferedProtocol) and not isinstance(protocol, TakesBytes)
-        if self._receive is not None:
-            self._receive.get_buffer = self._get_buffer_of_protocol if self._buffered else None
-            self._choose_receiver()
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         """The current protocol; None after its ``connection_lost``."""
         return cast("asyncio.BaseProtocol", self._protocol)
 
     # -- receiving ---------------------------------------------------------------------------------
-
-    def _arm_receive(self) -> None:
-        # Neither paused nor closing, and nothing is held: see _choose_receiver.
-        if self._buffered:
-            get_buffer = self._get_buffer_of_protocol
-            self._receive = self._proactor.receive_stream(self._sock, self._received_into, get_buffer)
-        else:
-            self._receive = self._proactor.receive_stream(self._sock, self._received)
 
     def _choose_receiver(self) -> None:
         """Pick the receiver from the state, so that the hot path needs no checks."""
@@ -254,14 +149,6 @@ class SocketTransport(Stream):
         if self._receive is not None and not self._receive.in_flight:
             self._receive = None
             self._release_socket()
-
-    def _receive_ended(self, error: BaseException | None) -> None:
-        self._receive = None
-        self._at_eof = True
-        if error is None:
-            self._end_of_stream()
-        elif not ops.was_cancelled(error):  # that would be the loop closing under us
-            self._receiving_failed(error, "Fatal read error on socket transport")
 
     def _receiving_failed(self, exc: BaseException, message: str) -> None:
         """A fatal error in the course of receiving: the report and ``connection_lost`` inherit its context."""
@@ -296,17 +183,6 @@ class SocketTransport(Stream):
                 if self._receive is not None:
                     self._proactor.pause(self._receive)  # until it is delivered
                 self._loop.call_soon(self._deliver_held)
-
-    def _end_of_stream(self) -> None:
-        try:
-            keep_open = self._context.run(self._protocol.eof_received)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._receiving_failed(exc, "Fatal error: protocol.eof_received() call failed.")
-            return
-        if not keep_open:
-            self._context.copy().run(self.close)  # connection_lost inherits it
 
     def is_reading(self) -> bool:
         """False while paused or closing."""
@@ -514,6 +390,16 @@ class SocketTransport(Stream):
         future.add_done_callback(lambda future: self._proactor.cancel(op) if future.cancelled() else None)
         return future
 
+    def _end_unclosed(self, _warn: Any = warnings.warn) -> None:
+        """Nobody has closed it.  The collector may have closed the socket before it comes here."""
+        _warn(unclosed(self, self._context), ResourceWarning, source=self)
+        self._sock.close()
+
+    def _fail_file(self) -> None:
+        """The connection is lost: tell whoever sends a file."""
+        if self._file is not None and not self._file.done():
+            self._file.set_exception(_closed_while_sending_file())
+
     def _part_sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of a part of a file.  An error is for the sender; the connection may be in order."""
         self._sending = None
@@ -551,24 +437,9 @@ class SocketTransport(Stream):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._closing:
-            return
-        self._closing = True
-        self._stop_receiving()
-        if self._sending is None:
-            self._lose_connection(None)
-
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
         self._force_close(None)
-
-    def _stop_receiving(self) -> None:
-        self._held = ()
-        if self._receive is not None:
-            self._choose_receiver()
-            self._proactor.cancel(self._receive)
 
     def _force_close(self, exc: BaseException | None) -> None:
         if self._lost:
@@ -580,36 +451,6 @@ class SocketTransport(Stream):
             self._closing = True
             self._stop_receiving()
         self._lose_connection(exc)
-
-    def _lose_connection(self, exc: BaseException | None) -> None:
-        if not self._lost:
-            self._lost = True
-            self._direct = False
-            if self._file is not None and not self._file.done():
-                self._file.set_exception(_closed_while_sending_file())
-            context: Any = self._context if _ENDS_HAVE_CONTEXT else None
-            self._loop.call_soon(self._call_connection_lost, exc, context=context)
-
-    def _call_connection_lost(self, exc: BaseException | None) -> None:
-        try:
-            self._protocol.connection_lost(exc)
-        finally:
-            self._finished = True
-            self._protocol = None  # it may keep the transport, and then only the collector would free the two
-            self._release_socket()
-            server, self._server = self._server, None
-            if server is not None:
-                self._loop._detach_from_server(server, self)  # type: ignore[attr-defined]  # IocpEventLoop's own
-
-    def _release_socket(self) -> None:
-        """Close the socket when the protocol is done with it and the kernel too."""
-        if not self._finished or self._sock.fileno() < 0:
-            return
-        receive, sending = self._receive, self._sending
-        in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)
-        if not in_flight or self._proactor.let_go():
-            self.get_extra_info("sockname")  # can't be asked for afterwards
-            self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
         if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost
@@ -624,20 +465,3 @@ class SocketTransport(Stream):
 
 def _closed_while_sending_file() -> ConnectionError:
     return ConnectionAbortedError(errno.ECONNABORTED, "the connection was closed while a file was sent")
-
-
-def _send_without_delay(sock: socket.socket) -> None:
-    """Set TCP_NODELAY, as asyncio does: a small write goes out before what is on its way is acknowledged."""
-    if ops.family_of(sock) in _INTERNET and sock.proto in (0, socket.IPPROTO_TCP):
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:
-            pass  # the peer has reset the connection: receiving tells
-
-
-def _name_of(ask: Callable[[], Any]) -> Any:
-    """What getsockname or getpeername says; None where it says nothing."""
-    try:
-        return ask()
-    except OSError:
-        return None

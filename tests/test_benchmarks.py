@@ -173,7 +173,7 @@ def test_our_peers_and_the_defaults() -> None:
 
 
 def test_every_benchmark_has_a_plan() -> None:
-    for name in ("echo", "client", "http", "micro", "life", "latency", "many", "idle", "syscalls"):
+    for name in ("echo", "client", "http", "micro", "life", "latency", "many", "idle", "syscalls", "parallel"):
         options = _parser().parse_args([name, "--rounds", "1"])
         assert callable(options.plan), name
 

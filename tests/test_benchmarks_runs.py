@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import client, echo, http, latency, life, many, native, syscalls
+from benchmarks import client, echo, http, latency, life, many, native, parallel, syscalls
 from benchmarks.native import BuildFailed, build
 from benchmarks.peers import PEERS, Absent, Present, probe
 from benchmarks.processes import CLIENT_CORE, RunFailed, run_pinned
@@ -89,6 +89,16 @@ def test_many() -> None:
     values = many.run(case, PEERS["c-epoll"], SECONDS)
     check(values)
     assert values["growth"] == pytest.approx(values["cpu_us"] / values["cpu_us_few"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("protocol", "asyncio"), ("streams", "iocp_loop-poll"), ("raw", "iocp_loop-poll")]
+)
+def test_threads_of_one_process(mode: str, name: str) -> None:
+    values = parallel.run(parallel.Crew(mode, threads=2, size=1024, connections=20), PEERS[name], SECONDS)
+    assert values["cpu_us"] > 0
+    assert values["gain"] > 0
+    assert 0 < values["busy"] <= 1
 
 
 @pytest.mark.parametrize("tracer", syscalls.TRACERS)

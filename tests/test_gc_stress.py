@@ -165,7 +165,7 @@ class Meddler:
 
     @property
     def actions(self) -> list[Action]:
-        actions = [self.call, self.receive, self.look, self.send]
+        actions: list[Action] = [self.call, self.receive, self.look, self.send]
         # asyncio's own heap of timers is refused by heapq if it grows meanwhile; with a GIL nothing collects then.
         if native.hot is not None or native.gil_is_on():
             actions.append(self.call_later)

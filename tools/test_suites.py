@@ -109,6 +109,8 @@ def prepare(name: str, suite: Mapping[str, Any], source: str | None, wheel: Path
     shutil.rmtree(stage, ignore_errors=True)
     hidden = {str(folder / each) for each in [*suite.get("hide", ()), ".git"]}
     shutil.copytree(folder, stage, ignore=lambda where, names: [n for n in names if f"{where}/{n}" in hidden])
+    if "conftest" in suite:
+        (stage / "conftest.py").write_text(suite["conftest"] + "\n")
     environment = WORK / "environments" / name
     python = environment / "bin/python"
     if not python.exists():
@@ -127,7 +129,7 @@ def prepare(name: str, suite: Mapping[str, Any], source: str | None, wheel: Path
 def run(suite: Mapping[str, Any], kind: str, stage: Path, python: Path, only: Iterable[str] = ()) -> Outcome:
     """The tests on one kind of loop, or those of them whose names are `only`."""
     tests = list(only)
-    arguments = [*suite["arguments"][:-1], *tests] if tests else suite["arguments"]
+    arguments = [*suite.get("arguments", ()), *(tests or suite["tests"])]
     on = [] if kind == STOCK else ["-m", "iocp_loop", "run", "--children", "--driver", kind]
     plugins = ["-p", "suite_outcomes", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory(dir=WORK) as tmp:
@@ -221,8 +223,9 @@ PAGE = """\
 # Other projects' own tests
 
 The test suites of projects that live on asyncio, on this loop (by `iocp-loop run --children`) and on asyncio's own: how
-many of their tests fail. What fails on a driver and not on asyncio is run again alone, twice, and counts here if it fails each time;
-each such test is named below with the reason. This page is made by `make test-suites`, and no other way.
+many of their tests fail. What fails on a driver and not on asyncio runs again alone, twice, and counts if it fails each
+time; each such test is named below with the reason. What fails on asyncio too is for the machine: no `localhost` of
+IPv6, say, or too little time. This page is made by `make test-suites`; `tools/suites.toml` says which tests are run.
 
 Made on {platform} with CPython {python}, iocp_loop {version}.
 
@@ -250,6 +253,8 @@ def page(results: Mapping[str, Any], suites: Mapping[str, Any]) -> str:
             where = f" on `{entry['driver']}`" if "driver" in entry else ""
             times = ", sometimes" if entry.get("sometimes") else ""
             reasons += f"- {name}, `{entry['test']}`{where}{times}: {entry['why']}\n"
+    for name in sorted(suites.keys() - results.keys()):
+        text += f"| {name} | not run yet |" + " |" * (2 + len(kinds)) + "\n"
     return text + (f"\n## What fails here, and why\n\n{reasons}" if reasons else "")
 
 
@@ -286,9 +291,8 @@ def main() -> int:
                 each["beyond"] = beyond(suite, kind, outcome, Outcome(0, 0, stock["failed"]), stage, python)
             result["kinds"][kind] = each
             more = "" if kind == STOCK else f", {len(each['beyond'])} beyond asyncio's"
-            say(
-                f"{name} {version} on {kind}: {outcome.passed} passed, {len(outcome.failed)} failed{more} {outcome.broken}"
-            )
+            counts = f"{outcome.passed} passed, {len(outcome.failed)} failed"
+            say(f"{name} {version} on {kind}: {counts}{more} {outcome.broken}".rstrip())
         results[name] = result
         kept.write_text(json.dumps(results, indent=1))
         wrong += complaints(name, suite, result)

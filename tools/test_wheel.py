@@ -41,7 +41,7 @@ def say(text: str) -> None:
 
 def find_wheel() -> Path:
     """The wheel of dist/ for this Python."""
-    number = "%d%d" % sys.version_info[:2]
+    number = f"{sys.version_info.major}{sys.version_info.minor}"
     found = sorted((ROOT / "dist").glob(f"iocp_loop-*-cp{number}-cp{number}-manylinux*_{os.uname().machine}.whl"))
     if not found:
         sys.exit(

@@ -13,10 +13,10 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from windows_python import SetupError, WindowsPython, end_cleanly, say
+from windows_python import SetupError, WindowsPython, end_cleanly, say, windows_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +30,15 @@ NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_ioc
 #: Libraries that pip cannot install from here: they need one that has no wheel.
 NOT_INSTALLABLE = ("blockbuster",)
 
+#: The libraries of tests/apps that have wheels for Windows and need no server from elsewhere.  What they want there
+#: beside is named too, since pip judges markers by the Python that runs it.
+APPS = (
+    "aiodns", "aiofastnet", "aiohttp", "aioquic", "aiosmtpd", "aiosmtplib", "aiosqlite", "anyio", "asyncssh", "debugpy",
+    "distributed", "fastapi", "granian", "grpcio", "h2", "httptools", "httpx", "hypercorn", "mcp", "nest_asyncio",
+    "opentelemetry-sdk", "pyside6-essentials", "pywin32", "pyzmq", "tornado", "trustme", "twisted", "uvicorn",
+    "websockets",
+)  # fmt: skip
+
 
 def requirements() -> list[str]:
     """What the tests need, as pyproject.toml names it; requirements with an environment marker are not for here."""
@@ -41,7 +50,7 @@ def requirements() -> list[str]:
 
 
 @contextlib.contextmanager
-def stage(python: WindowsPython) -> Iterator[Path]:
+def stage(python: WindowsPython, without: Sequence[str] = ()) -> Iterator[Path]:
     """A fresh copy of what is to be tested, for this run alone."""
     stages = python.home / "stage"
     for old in stages.glob("*-*"):
@@ -50,7 +59,7 @@ def stage(python: WindowsPython) -> Iterator[Path]:
     folder = stages / f"{python.version}-{os.getpid()}"
     folder.mkdir(parents=True)
     try:
-        for name in STAGED:
+        for name in (each for each in STAGED if each not in without):
             source = ROOT / name
             if source.is_dir():
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns(*NOT_STAGED))
@@ -93,6 +102,8 @@ def main() -> int:
     parser.add_argument("version", help="X.Y, or auto: what this machine has")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that pytest may take")
     parser.add_argument("--run", action="store_true", help="run python.exe with the arguments instead of pytest")
+    parser.add_argument("--wheel", type=Path, help="test this wheel, installed, instead of compiling")
+    parser.add_argument("--apps", type=Path, metavar="FILE", help="run tests/apps instead; the results go into FILE")
     parser.add_argument("--emulate", action="store_true", help="compile in what Wine lacks (tools/windows_emulation)")
     # Only the first argument can be the version: later words belong to pytest's own options.
     argv = sys.argv[1:]
@@ -103,15 +114,26 @@ def main() -> int:
     try:
         python = WindowsPython(options.version)
         python.build(requirements())
-        with python.wine.session(), stage(python) as folder:
-            compile_binding(python, folder, emulate=options.emulate)
+        sources = ("iocp_loop", "setup.py") if options.wheel else ()
+        with python.wine.session(), stage(python, without=sources) as folder:
+            if options.wheel:
+                python.pip("install", "--no-deps", "--target", folder, options.wheel.absolute())
+            else:
+                compile_binding(python, folder, emulate=options.emulate)
             emulated = ", with what Wine lacks emulated" if options.emulate else ""
             say(f"testing on Windows Python {python.version}, {python.wine.version()}{emulated}")
-            if not options.run:
+            if options.apps:
+                site = python.home / f"apps-{python.version}"
+                python.install(site, sorted(APPS))
+                python.wine.environment["PYTHONPATH"] = windows_path(site)
+                arguments[:0] = ["-m", "tests.apps", "--results", windows_path(options.apps.absolute())]
+            elif not options.run:
                 # poll is available here too (by select), but is tested where it is used; --driver poll runs it.
                 if not any(argument.startswith("--driver") for argument in arguments):
                     arguments[:0] = ["--driver", "iocp"]
-                arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider"]
+                # Beside an installed wheel there are no sources to read.
+                no_sources = ["--ignore=tests/test_architecture.py"] if options.wheel else []
+                arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider", *no_sources]
             return python.run(arguments, cwd=folder, timeout=options.timeout)
     except SetupError as exc:
         say(str(exc))

@@ -133,6 +133,11 @@ def must(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
+def windows_path(path: Path) -> str:
+    """How a program under Wine names a file of this machine."""
+    return "Z:" + str(path).replace("/", "\\")
+
+
 def wine_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), *WINE_FOLDERS)))
 
@@ -268,7 +273,7 @@ class WindowsPython:
             self._standard_library()
             self._headers()
             self._programs()
-            self._packages(sorted(requirements))
+            self.install(self.root / "Lib" / "site-packages", sorted(requirements))
             self.wine.make_prefix()
 
     def _runtime(self) -> None:
@@ -276,7 +281,7 @@ class WindowsPython:
             return
         say(f"fetching the Windows runtime of Python {self.version} (65 MB)")
         with scratch(self.home) as tmp:
-            self._pip("download", "--no-deps", "--dest", tmp, f"panda3d=={PANDA3D}")
+            self.pip("download", "--no-deps", "--dest", tmp, f"panda3d=={PANDA3D}")
             (self.root / "DLLs").mkdir(exist_ok=True)
             with zipfile.ZipFile(next(tmp.glob("*.whl"))) as wheel:
                 members = [m for m in wheel.namelist() if m.startswith("deploy_libs/")]
@@ -334,18 +339,20 @@ class WindowsPython:
         must([MINGW + "gcc", "-shared", "-nostdlib", "-s", "-Wl,--entry=0", "-o", tmp / name, definition])
         (tmp / name).rename(self.root / name)
 
-    def _packages(self, requirements: list[str]) -> None:
-        stamp = self.root / "Lib" / "site-packages" / ".requirements"
+    def install(self, folder: Path, requirements: list[str]) -> None:
+        """Let pip install `requirements` for Windows into `folder`, unless it has them."""
+        stamp = folder / ".requirements"
         wanted = "\n".join(requirements)
         if not requirements or (stamp.exists() and stamp.read_text() == wanted):
             return
         say(f"packages: {', '.join(requirements)}")
         # pip judges environment markers by the Python that runs it, so what pytest and psycopg want on Windows is here.
         also = ["colorama", "tzdata"]
-        self._pip("install", "--upgrade", "--no-compile", "--target", stamp.parent, *also, *requirements)
+        self.pip("install", "--upgrade", "--no-compile", "--target", stamp.parent, *also, *requirements)
         stamp.write_text(wanted)
 
-    def _pip(self, verb: str, *arguments: str | Path) -> None:
+    def pip(self, verb: str, *arguments: str | Path) -> None:
+        """pip of this machine, told that it is on Windows."""
         must([*find_pip(), verb, "--quiet", "--platform", "win_amd64", "--python-version", self.version,
               "--implementation", "cp", "--only-binary", ":all:", *arguments])  # fmt: skip
 

@@ -41,7 +41,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
     """The part of the loop that watches descriptors for others."""
 
     _proactor: Proactor
-    _transports: weakref.WeakValueDictionary[int, asyncio.BaseTransport]
+    _transport_refs: dict[int, weakref.ref[asyncio.BaseTransport]]
     _ensure_fd_no_transport: Callable[[HandleLike], None]
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         if self.get_debug():
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
         fd = fileno(source)
-        if fd in self._transports.data:  # type: ignore[attr-defined]  # without the frames of a WeakValueDictionary
+        if fd in self._transport_refs:
             self._ensure_fd_no_transport(source)
         context: Any = context_for(self)  # in debug mode it is none, but measures as BaseEventLoop measures Handles
         watch = _Watch(source, asyncio.Handle(callback, args, self, context))
@@ -112,7 +112,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         if self.get_debug():
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
         fd = _number_in(table, source)
-        if fd in self._transports.data:  # type: ignore[attr-defined]  # as above
+        if fd in self._transport_refs:
             self._ensure_fd_no_transport(fd)
         watch = table.pop(fd, None)
         if watch is None:

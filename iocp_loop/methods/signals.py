@@ -32,11 +32,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
 from ..operations import Operation
 from ..ports.iocp.binding import lib
-from ..proactor import Proactor
+
+if TYPE_CHECKING:  # only: os keeps what it calls after a fork, and with that all that this module has
+    from ..proactor import Proactor
 
 __all__ = ["SignalMethods"]
 

@@ -36,6 +36,8 @@ class SocketMethods(asyncio.BaseEventLoop):
     _proactor: Proactor
     #: The open transports by descriptor, so that nobody else reads from or writes to what they own.
     _transports: weakref.WeakValueDictionary[int, asyncio.BaseTransport]
+    #: What is in it: to look at this costs no frames.
+    _transport_refs: dict[int, weakref.ref[asyncio.BaseTransport]]
     #: The native tier's way for the plain case (``_native/hot/sockets.c``), or None.
     _quick: Any = None
 
@@ -47,7 +49,7 @@ class SocketMethods(asyncio.BaseEventLoop):
                 self._proactor.driver,
                 self._proactor._kept,
                 self._proactor._lines,
-                self._transports.data,  # type: ignore[attr-defined]  # not in typeshed
+                self._transport_refs,
             )
 
     def _check_sock(self, sock: socket.socket) -> None:
@@ -69,9 +71,9 @@ class SocketMethods(asyncio.BaseEventLoop):
     def _close_socket_of(self, transport: asyncio.BaseTransport, sock: socket.socket) -> None:
         """Close the socket of a transport, which is not to be found by its number any more."""
         fd = sock.fileno()
-        known = self._transports.data.get(fd)  # type: ignore[attr-defined]  # without a frame of its own
+        known = self._transport_refs.get(fd)
         if known is not None and known() is transport:
-            del self._transports[fd]
+            del self._transport_refs[fd]
         sock.close()
 
     def _goes_first(self, sock: socket.socket) -> bool:

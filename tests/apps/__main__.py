@@ -29,15 +29,24 @@ from . import FACTORY, Case, everything, new_event_loop
 #: Seconds for one case.
 PATIENCE = 180
 
+#: asyncio's own loop is another on Windows, and has a column of its own.
+ON_WINDOWS = "asyncio, Windows"
+
+#: The columns of the table, in this order.
+COLUMNS = ("uring", "poll", "iocp", "asyncio", ON_WINDOWS, "uvloop")
+
 #: Loops that are not ours.
 FACTORIES = {
-    "asyncio": "asyncio:ProactorEventLoop" if sys.platform == "win32" else "asyncio:SelectorEventLoop",
+    "asyncio": "asyncio:SelectorEventLoop",
+    ON_WINDOWS: "asyncio:ProactorEventLoop",
     "uvloop": "uvloop:new_event_loop",
 }
 
 
 def kinds() -> list[str]:
     """Our drivers that work here, asyncio's own loop, and uvloop if it is installed."""
+    if sys.platform == "win32":
+        return ["iocp", ON_WINDOWS]  # poll is available too, but is used elsewhere
     ours = [name for name in DRIVERS if availability(name).available]
     return [*ours, "asyncio", *(["uvloop"] if importlib.util.find_spec("uvloop") else [])]
 
@@ -99,9 +108,10 @@ PAGE = """\
 # Libraries
 
 Real libraries on this loop, each doing something real, beside asyncio's own loop and uvloop. This page is made by
-`make libraries`; `make test-apps` runs the same on this loop alone. Servers (PostgreSQL, Redis, mosquitto, NATS, nginx)
-and Chromium are Debian's. The [recipes](recipes.md) are run as well, among them IPython, dask's worker processes,
-tkinter, pytest-asyncio and pytest-aiohttp.
+`make libraries`; `make test-apps` runs the same on this loop alone. `iocp` is Windows' CPython under Wine, with the
+libraries that have wheels for Windows (`make libraries-windows`); an empty field was not tried. Servers (PostgreSQL,
+Redis, mosquitto, NATS, nginx) and Chromium are Debian's. The [recipes](recipes.md) are run as well, among them IPython,
+dask's worker processes, tkinter, pytest-asyncio and pytest-aiohttp.
 
 Made on {platform} with CPython {python}, iocp_loop {version}, uvloop {uvloop}.
 
@@ -125,7 +135,9 @@ def table(rows: Sequence[tuple[Case, dict[str, str]]], on: Sequence[str]) -> str
     for case, outcomes in rows:
         cells = []
         for kind in on:
-            if outcomes[kind]:
+            if kind not in outcomes:
+                cells.append("")
+            elif outcomes[kind]:
                 notes.append(f"{case.name} on {kind}: `{outcomes[kind][:160].replace('`', '')}`")
                 cells.append(f"no ({len(notes)})")
             else:
@@ -158,13 +170,15 @@ def main() -> int:
             print(f"{name}: skipped, {reason}")
             continue
         outcomes = {kind: outcome(cases[name], kind) for kind in on}
-        results[name] = outcomes
+        results[name] = results.get(name, {}) | outcomes
         for kind, why in outcomes.items():
             print(f"{name} ({versions(cases[name])}) on {kind}: {why or 'ok'}", flush=True)
-    if options.results:
-        options.results.write_text(json.dumps(results, indent=1))
+        if options.results:
+            options.results.write_text(json.dumps(results, indent=1))
     if options.table:
-        options.table.write_text(table([(cases[name], results[name]) for name in sorted(results)], on))
+        rows = [(cases[name], results[name]) for name in sorted(results)]
+        columns = [kind for kind in COLUMNS if any(kind in outcomes for _, outcomes in rows)]
+        options.table.write_text(table(rows, columns))
     return int(any(why for outcomes in results.values() for kind, why in outcomes.items() if kind in DRIVERS))
 
 

@@ -36,6 +36,7 @@ import pytest
 
 import iocp_loop.methods.pipes
 import iocp_loop.methods.unix
+from iocp_loop import readers
 from iocp_loop.policy import IocpPolicy
 
 from .expected_failures import EXPECTED_FAILURES
@@ -47,7 +48,8 @@ class Source(NamedTuple):
     """One group of CPython's tests: `bases` of `module` make one test class together.
 
     A class that an older Python lacks is named in `since`, with the first version that has it.  `system` is ``"unix"``
-    or ``"windows"`` for one that is of use there alone.  `left_out` are tests that look into private parts.
+    or ``"windows"`` for one that is of use there alone.  `left_out` are tests that look into private parts.  With
+    `own_streams` asyncio's names lead to the streams of iocp_loop/readers.py.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Source(NamedTuple):
     since: tuple[int, int] = (3, 11)
     system: str = ""
     left_out: tuple[str, ...] = ()
+    own_streams: bool = False
 
 
 #: What CPython runs once per loop.
@@ -72,6 +75,7 @@ MIXINS = (
 #: What makes its loop by name.
 CLASSES = (
     Source("Streams", "test_streams", ("StreamTests",)),
+    Source("OwnStreams", "test_streams", ("StreamTests",), own_streams=True),
     Source("TLS", "test_ssl", ("TestSSL",)),
     Source("TLSHandshake", "test_sslproto", ("SslProtoHandshakeTests",)),
     Source("Context", "test_context", ("DecimalContextTest",)),
@@ -115,6 +119,7 @@ def make_case(source: Source, driver: str) -> Any:
     """The test class of one group on one driver."""
     name = f"{source.name}_{driver}"
     case: Any = type(name, (_OnOurLoop, *bases_of(source)), {"driver": driver, "__module__": __name__})
+    case.own_streams = source.own_streams
     for left_out in source.left_out:
         setattr(case, left_out, None)
     if sys.platform == "win32" and hasattr(case, "_basetest_datagram_sendto_blocking"):
@@ -159,6 +164,7 @@ class _OnOurLoop(_Case):  # type: ignore[misc]  # the base is any class of tests
     """Goes before CPython's classes, and puts our loop under them."""
 
     driver: str
+    own_streams: bool
 
     def create_event_loop(self) -> asyncio.AbstractEventLoop:
         return iocp_loop.new_event_loop(self.driver)
@@ -167,7 +173,7 @@ class _OnOurLoop(_Case):  # type: ignore[misc]  # the base is any class of tests
 
     def run(self: Any, result: Any = None) -> Any:
         # Here and not in setUp: IsolatedAsyncioTestCase makes its loop before it calls that.
-        with _our_loop_by_name(self.driver), loops_that_run() as loops:
+        with _our_loop_by_name(self.driver), _streams_by_name(self.own_streams), loops_that_run() as loops:
             self.addCleanup(self._check_loops, loops)
             return super().run(result)
 
@@ -223,6 +229,15 @@ class _SocketModule:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(asyncio.unix_events.socket, name)  # type: ignore[attr-defined]  # not for everyone
+
+
+@contextlib.contextmanager
+def _streams_by_name(own: bool) -> Iterator[None]:
+    """Let asyncio's names of streams lead to ours, if they are wanted."""
+    with contextlib.ExitStack() as stack:
+        for name in readers.__all__ if own else ():
+            stack.enter_context(mock.patch.object(asyncio, name, getattr(readers, name)))
+        yield
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@
  * the way leads to something else than a stream transport's own method, it ends.
  */
 
-#include "hot.h"
+#include "streams.h"
 
 #ifdef __linux__
 

@@ -12,6 +12,7 @@
 
 #include <errno.h>
 
+#include "accepting.h"
 #include "receiving.h"
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -161,6 +162,55 @@ static int tell(EpollTurns *self, PyObject *op, unsigned held)
     return failed;
 }
 
+/* How many connections `op` may accept now: one, and twice as many in each turn that finds more left; what one process leaves,
+ * others that share the listener may take.  It is noted for the next turn in one number, as the driver in Python does.  0 with
+ * an exception. */
+static int burst_of(EpollTurns *self, PyObject *op)
+{
+    enum { ACCEPTS_IN_A_TURN = 16 };
+    const struct hot *hot = self->driver.hot;
+    PyObject *before = SLOT(op, hot->operation.driver_data); /* borrowed */
+    unsigned long long known = before == NULL || before == Py_None ? 0 : PyLong_AsUnsignedLongLong(before);
+    int burst = known / 2 / ACCEPTS_IN_A_TURN == self->driver.waits ? (int)(known % (2 * ACCEPTS_IN_A_TURN)) : 1;
+    unsigned long long more = 2 * burst < ACCEPTS_IN_A_TURN ? 2 * (unsigned)burst : ACCEPTS_IN_A_TURN;
+    PyObject *next = PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong((self->driver.waits + 1) * 2 * ACCEPTS_IN_A_TURN + more);
+    if (next == NULL)
+        return 0;
+    put_reference(op, &SLOT(op, hot->operation.driver_data), next);
+    return burst;
+}
+
+static int accept_some(EpollTurns *self, PyObject *op)
+{
+    struct hot *hot = self->driver.hot;
+    PyObject *listener = SLOT(op, hot->operation.handle), *error; /* the first is borrowed */
+    if (listener == NULL || !is_socket(hot, listener) || !is_stream_socket(listener))
+        return driver_call(&self->driver, hot->names.accept_some, op);
+    int burst = burst_of(self, op), failed = burst > 0 ? 0 : -1;
+    for (; !failed && burst > 0 && SLOT(op, hot->operation.state) != hot->states.done; burst--)
+        switch (accept_for_stream(hot, op)) {
+        case NONE_LEFT:
+            put_reference(op, &SLOT(op, hot->operation.driver_data), Py_NewRef(Py_None));
+            return 0;
+        case ABORTED:
+            return 0;
+        case UNHEARD:
+            failed = driver_go_on(&self->driver);
+        /* fall through */
+        case ACCEPTED:
+            self->driver.completions++;
+            break;
+        case NOT_ACCEPTED:
+            if (ends_the_loop())
+                return -1;
+            error = take_exception();
+            failed = end_stream(self, op, Py_None, error);
+            Py_DECREF(error);
+            return failed;
+        }
+    return failed;
+}
+
 static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event event)
 {
     const struct hot *hot = self->driver.hot;
@@ -177,7 +227,7 @@ static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event even
     if (alone != NULL && (PyObject *)Py_TYPE(alone) == hot->kinds.readiness_stream)
         failed = tell(self, alone, event.events);
     else if (alone != NULL && (PyObject *)Py_TYPE(alone) == hot->kinds.accept_stream)
-        failed = driver_call(&self->driver, hot->names.accept_some, alone);
+        failed = accept_some(self, alone);
     else
         failed = epoll_dispatch_other(self, watch, event);
     Py_XDECREF(alone);
@@ -202,7 +252,7 @@ int epoll_deliver(Driver *driver)
 {
     EpollTurns *self = (EpollTurns *)driver;
     while (self->next < self->count && driver->delivered < DELIVER_MOST) {
-        if (self->next >= self->looked_at)
+        if (self->next >= self->looked_at && self->count > 1) /* one has nobody to be fetched beside */
             look_at_watches(self);
         if (deliver(self, self->events[self->next++]) < 0 && driver_go_on(driver) < 0)
             return -1;
@@ -277,6 +327,7 @@ static PyMethodDef epoll_turns_methods[] = {
     {"receive_stream", (PyCFunction)(void (*)(void))epoll_receive_stream, METH_FASTCALL, NULL},
     {"readiness_stream", (PyCFunction)epoll_readiness_stream, METH_VARARGS, NULL},
     {"_cancel_alone", (PyCFunction)cancel_alone, METH_O, NULL},
+    {"drop", (PyCFunction)drop_alone, METH_O, NULL},
     {"_take_socket_wait", (PyCFunction)take_socket_wait, METH_O, NULL},
     {"_socket_waits", (PyCFunction)socket_waits, METH_NOARGS, NULL},
     {"_forget_poller", (PyCFunction)forget_poller, METH_NOARGS, "The poller is being closed."},

@@ -70,6 +70,7 @@ PyObject *cancelled_error(void);
  * waits on that descriptor, which is for the way in Python; -1: error. */
 int land_alone(EpollTurns *self, PyObject *op);
 PyObject *cancel_alone(EpollTurns *self, PyObject *op);
+PyObject *drop_alone(EpollTurns *self, PyObject *op);
 PyObject *epoll_busy_method(EpollTurns *self, PyObject *const *args, Py_ssize_t count);
 PyObject *use_watch(PyObject *ignored, PyObject *type);
 /* Verbs. */

@@ -263,6 +263,14 @@ PyObject *cancel_alone(EpollTurns *self, PyObject *op)
     return PyBool_FromLong(landed);
 }
 
+/* drop(op): the same, where nobody needs to be told of it. */
+PyObject *drop_alone(EpollTurns *self, PyObject *op)
+{
+    int landed = land_alone(self, op);
+    self->driver.completions += landed > 0;
+    return landed < 0 ? NULL : PyBool_FromLong(landed);
+}
+
 /* ---------------------------------------------------------------------------------------------------------------------
  * Looking ahead
  * ------------------------------------------------------------------------------------------------------------------ */

@@ -32,8 +32,14 @@ struct loop_head {
     PyObject_HEAD
     struct hot *hot;
     struct timers timers;
+    PyObject *transport_refs, *forget_transport; /* what is in loop._transports, and what its references call */
     char debug;
 };
+/* `loop`, borrowed, if it is one of ours; else NULL. */
+static inline struct loop_head *own_loop(const struct hot *hot, PyObject *loop)
+{
+    return PyObject_TypeCheck(loop, hot->Turns_type) ? (struct loop_head *)loop : NULL;
+}
 /* Whether `loop`, of whatever type, is in debug mode. */
 int loop_in_debug(const struct hot *hot, PyObject *loop);
 

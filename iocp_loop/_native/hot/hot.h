@@ -10,9 +10,14 @@
  *   tasks.c     create_future and create_task                                    (asyncio's)
  *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
  *   streams.c   the write and the receive of a stream transport                  (streams.py)
+ *   connections.c  how it is made, begins and ends                               (connections.py)
+ *   transports.c   its type
+ *   proactor.c  what a transport asks of its proactor                          (proactor.py)
+ *   readers.c   iocp_loop's StreamReader, its protocol and its writer            (readers.py)
+ *   stream_calls.c what their read, readline, drain and so on return             (asyncio's)
  *   sockets.c   sock_recv and sock_sendall                                       (methods/sockets.py)
  *   tls.c       the same through TLS                                             (endpoints/tls.py)
- *   connections.c accepting                                                      (ports/poll/driver.py)
+ *   accepting.c accepting, and what becomes of it        (ports/poll/driver.py, endpoints/listener.py)
  *   datagrams.c receiving and sending datagrams                                  (endpoints/datagrams.py)
  *   receiving.c one receive from a stream socket                             (ports/receiving.py)
  *   driver.c    what the turns of all drivers share; each brings a table of its own verbs (driver.h)
@@ -146,32 +151,60 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(arm, "_arm") \
     NAME(arm_all, "_arm_all") \
     NAME(arm_datagrams, "_arm_datagrams") \
+    NAME(attach, "_attach") \
+    NAME(begin, "_begin") \
     NAME(buffer_updated, "buffer_updated") \
+    NAME(call_connection_lost, "_call_connection_lost") \
     NAME(call_eof_received, "_call_eof_received") \
+    NAME(call_soon, "call_soon") \
     NAME(callback, "callback") \
+    NAME(cancel, "cancel") \
+    NAME(cancelled, "cancelled") \
     NAME(check_callback, "_check_callback") \
     NAME(check_closed, "_check_closed") \
     NAME(check_thread, "_check_thread") \
+    NAME(choose_receiver, "_choose_receiver") \
+    NAME(close, "close") \
+    NAME(connection_lost, "connection_lost") \
+    NAME(connection_made, "connection_made") \
     NAME(context, "context") \
     NAME(control_app_writing, "_control_app_writing") \
     NAME(control_ssl_reading, "_control_ssl_reading") \
+    NAME(copy, "copy") \
     NAME(create_future, "create_future") \
     NAME(data_received, "data_received") \
     NAME(delay, "delay") \
+    NAME(deliver_unclaimed, "_deliver_unclaimed") \
+    NAME(detach, "_detach") \
     NAME(do_write, "_do_write") \
     NAME(done, "done") \
     NAME(drain_ready, "_drain_ready") \
+    NAME(drop, "drop") \
     NAME(end, "_end") \
     NAME(end_stream, "_end_stream") \
+    NAME(end_unclosed, "_end_unclosed") \
     NAME(end_with, "_end_with") \
+    NAME(ended, "_ended") \
+    NAME(eof_received, "eof_received") \
+    NAME(fail_file, "_fail_file") \
+    NAME(fileno, "fileno") \
+    NAME(feed_data, "feed_data") \
     NAME(future_blocking, "_asyncio_future_blocking") \
     NAME(get_buffer, "get_buffer") \
+    NAME(get_buffer_of_protocol, "_get_buffer_of_protocol") \
+    NAME(get_extra_info, "get_extra_info") \
+    NAME(getpeername, "getpeername") \
+    NAME(getsockname, "getsockname") \
     NAME(gettimeout, "gettimeout") \
     NAME(go_on, "_go_on") \
     NAME(hand_over, "_hand_over") \
+    NAME(in_flight, "in_flight") \
+    NAME(is_closing, "is_closing") \
     NAME(keep_value, "keep_value") \
     NAME(leave_line, "_leave_line") \
+    NAME(let_go, "let_go") \
     NAME(open_ring, "_open_ring") \
+    NAME(peername, "peername") \
     NAME(pending, "pending") \
     NAME(popleft, "popleft") \
     NAME(queue_leftovers, "_queue_leftovers") \
@@ -181,7 +214,17 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(receive_data, "_receive_data") \
     NAME(receive_ended, "_receive_ended") \
     NAME(receive_once, "_receive_once") \
+    NAME(receive_otherwise, "_receive_otherwise") \
+    NAME(receive_stream, "receive_stream") \
+    NAME(receiving_failed, "_receiving_failed") \
+    NAME(received, "_received") \
+    NAME(received_into, "_received_into") \
+    NAME(run, "run") \
+    NAME(set_exception, "set_exception") \
+    NAME(set_protocol, "set_protocol") \
+    NAME(result, "result") \
     NAME(set_result, "set_result") \
+    NAME(sockname, "sockname") \
     NAME(ssl_protocol, "_ssl_protocol") \
     NAME(start_shutdown, "_start_shutdown") \
     NAME(take, "take") \
@@ -240,7 +283,18 @@ struct hot {
     struct { /* of tls.c: states; the errors that mean "not now"; ssl.SSLObject, and the class of what it wraps */
         PyObject *wrapped, *flushing, *again, *sslobject_class, *wrapped_class;
     } tls;
+    struct { /* of readers.c: asyncio's classes; the class in Python above Reader; our types */
+        PyTypeObject *reader, *writer, *plain_reader, *Reader_type, *Protocol_type, *Writer_type, *Call_type;
+    } streams;
     PyObject *tuples, *structures; /* addresses, see datagrams.c */
+    PyObject *socket_close;        /* _socket.socket.close */
+    struct { /* of connections.c */
+        PyObject *protocol, *buffered_protocol, *takes_bytes; /* classes of protocols */
+        PyObject *context_for, *send_without_delay;           /* functions in Python for what is rare */
+        PyObject *high, *low;                                 /* the limits of flow control of a new transport */
+        PyObject *keyed_ref;                                  /* weakref.KeyedRef */
+        PyObject *of_context;                                 /* the keyword: ("context",) */
+    } life;
     PyObject *nobody;              /* the `finish` of a Submission that nobody has */
     PyObject *last;
 
@@ -259,6 +313,10 @@ struct hot {
     Py_ssize_t timer_place;                        /* of our own field in a TimerHandle, behind asyncio's slots */
     Py_ssize_t socket_references, socket_closed;   /* of socket.socket; -1 where objects are made by its constructor */
     Py_ssize_t stream_offset;                      /* of a Stream's own fields */
+    struct { /* of flow control, beneath them; and of weakref.KeyedRef */
+        Py_ssize_t loop, protocol_paused, high_water, low_water, key;
+    } flow;
+    int servers_count; /* a server counts its connections, and does not know them */
     struct { /* of the _Watch of driver poll */
         Py_ssize_t events, readers, stream, writers;
     } watch;
@@ -371,6 +429,10 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+/* Whether it is one of TCP. */
+int is_tcp_socket(PyObject *sock);
+/* sock.close(), for a socket of any kind. */
+int close_socket(const struct hot *hot, PyObject *sock);
 #ifdef __linux__
 /* A socket object for `fd`, which it takes over: a non-blocking stream socket of the family and protocol of `like`.  What the
  * constructor does, without asking the system for what is known. */
@@ -404,7 +466,10 @@ PyObject *use_operations(PyObject *module, PyObject *operations);
 int intern_names(struct hot *hot);
 int check_sockets(struct hot *hot);
 
-PyObject *make_stream_type(PyObject *module, PyObject *base);
+int add_requests(struct hot *hot); /* proactor.c */
+PyObject *make_stream_type(PyObject *module, PyObject *args);
+int add_readers(struct hot *hot);
+PyObject *use_reader(PyObject *module, PyObject *class);
 PyObject *make_tls_types(PyObject *module, PyObject *args);
 #ifdef __linux__
 #include <time.h>
@@ -424,8 +489,7 @@ static inline void fetch(const void *where, size_t size)
         __builtin_prefetch((const char *)where + n, 1);
     __builtin_prefetch((const char *)where + size - 1, 1); /* it may lie across one line more */
 }
-/* streams.c: whether `self` is a stream transport; fetch one, or what would be one; then, from one, what it refers to. */
-int is_stream(PyObject *self);
+/* streams.c: fetch a stream transport, or what would be one; then, from one, what it refers to. */
 void fetch_stream(const struct hot *hot, PyObject *self);
 void fetch_stream_parts(const struct hot *hot, PyObject *self);
 
@@ -435,9 +499,6 @@ static inline int64_t clock_ns(void)
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
-
-/* connections.c */
-PyObject *accept_connection(PyObject *module, PyObject *listener);
 
 #endif
 

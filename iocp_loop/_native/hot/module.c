@@ -1,5 +1,6 @@
 /* The module iocp_loop._hot: puts the files together.  hot.h tells what is where. */
 
+#include "accepting.h"
 #include "epoll.h"
 #include "iocp.h"
 #include "sockets.h"
@@ -17,7 +18,9 @@ static PyMethodDef module_methods[] = {
     {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
 #endif
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
-    {"stream_type", make_stream_type, METH_O, "The native base of a stream transport, above a class with flow control."},
+    {"stream_type", make_stream_type, METH_VARARGS,
+     "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
+    {"use_reader", use_reader, METH_O, "use_reader(class): the class in Python above Reader."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -26,7 +29,8 @@ static int fill_module(PyObject *module)
     struct hot *hot = hot_in(module);
     hot->module = module;
     if (intern_names(hot) < 0 || check_sockets(hot) < 0 || find_asyncio_methods(hot) < 0 || add_handles(hot) < 0
-        || add_turns(hot) < 0 || add_driver(hot) < 0 || add_sockets(hot) < 0 || add_datagrams(hot) < 0)
+        || add_turns(hot) < 0 || add_driver(hot) < 0 || add_sockets(hot) < 0 || add_datagrams(hot) < 0
+        || add_accepting(hot) < 0 || add_requests(hot) < 0 || add_readers(hot) < 0)
         return -1;
 #ifdef __linux__
     if (add_epoll(hot) < 0 || add_uring(hot) < 0)

@@ -5,6 +5,7 @@
 #ifdef _WIN32
 #include <winsock2.h>
 #else
+#include <netinet/in.h>
 #include <sys/socket.h>
 #endif
 
@@ -208,6 +209,29 @@ int never_waits(const struct hot *hot, PyObject *sock)
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
+int is_tcp_socket(PyObject *sock)
+{
+    const struct socket_object *read = (struct socket_object *)sock;
+    return (read->family == AF_INET || read->family == AF_INET6) && (read->proto == 0 || read->proto == IPPROTO_TCP);
+}
+
+/* What socket.close does, without its frames; while somebody has a file of the socket's (makefile), that is the last to close. */
+int close_socket(const struct hot *hot, PyObject *sock)
+{
+    PyObject *done;
+    if (!Py_IS_TYPE(sock, hot->socket_class) || hot->socket_closed < 0)
+        done = PyObject_CallMethodNoArgs(sock, hot->names.close);
+    else {
+        put_reference(sock, &SLOT(sock, hot->socket_closed), Py_NewRef(Py_True));
+        PyObject *references = SLOT(sock, hot->socket_references); /* borrowed */
+        if (references != NULL && PyLong_Check(references) && PyLong_AsLong(references) > 0)
+            return 0;
+        done = PyObject_CallOneArg(hot->socket_close, sock);
+    }
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
 #ifdef __linux__
 PyObject *make_stream_socket(struct hot *hot, PyObject *like, int fd)
 {
@@ -292,6 +316,7 @@ int check_sockets(struct hot *hot)
         && ((PyTypeObject *)type)->tp_basicsize >= (Py_ssize_t)sizeof(struct socket_object) && reads_right(hot, sock)) {
         hot->socket_class = (PyTypeObject *)Py_NewRef(class);
         hot->socket_type = (PyTypeObject *)Py_NewRef(type);
+        hot->socket_close = PyObject_GetAttr(type, hot->names.close);
     }
     PyErr_Clear();
     Py_XDECREF(sock);

@@ -1,12 +1,10 @@
 /*
  * The two functions that every message goes through, for a stream transport: _received, which gives the protocol what
- * has come, and write, which tries to send at once.  All that is rare (an error, the end, a full socket) is left to the
- * class in Python above it, by calling a method of that.
- *
- * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
+ * has come, and write, which tries to send at once.  All that is rare (an error, a full socket) is left to the
+ * class in Python above it, by calling a method of that; the end is for connections.c.
  */
 
-#include "hot.h"
+#include "streams.h"
 
 #ifdef _WIN32
 #include <winsock2.h>
@@ -14,37 +12,6 @@
 #include <errno.h>
 #include <sys/socket.h>
 #endif
-
-struct stream {
-    PyObject *sock, *protocol, *context;
-    char direct;  /* write may send at once: nothing is queued, nothing has ended */
-    char paused, closing;
-    char by_call; /* `sock` is a plain socket, so that its descriptor can be used */
-};
-
-static void stream_dealloc(PyObject *self);
-
-/* Our type, of which the type of `self` is a class in Python; beneath it stands the class that brings flow control. */
-static PyTypeObject *stream_type_of(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    while (type->tp_dealloc != stream_dealloc)
-        type = type->tp_base;
-    return type;
-}
-
-static struct stream *stream_of(PyObject *self)
-{
-    return (struct stream *)((char *)self + stream_type_of(self)->tp_base->tp_basicsize);
-}
-
-/* Both at once.  NULL with an exception once the garbage collector has cleared the type. */
-static struct hot *hot_of_stream(PyObject *self, struct stream **stream)
-{
-    PyTypeObject *type = stream_type_of(self);
-    *stream = (struct stream *)((char *)self + type->tp_base->tp_basicsize);
-    return hot_behind(type);
-}
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * What the system says
@@ -84,12 +51,11 @@ static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
 
 static PyObject *write_otherwise(PyObject *self, PyObject *data)
 {
-    struct stream *stream;
-    const struct hot *hot = hot_of_stream(self, &stream);
+    const struct hot *hot = hot_of_stream(self);
     return hot == NULL ? NULL : PyObject_CallMethodOneArg(self, hot->names.write_otherwise, data);
 }
 
-static PyObject *stream_write(PyObject *self, PyObject *data)
+PyObject *stream_write(PyObject *self, PyObject *data)
 {
     struct stream *stream = stream_of(self);
     if (!stream->direct || !PyBytes_CheckExact(data))
@@ -121,21 +87,6 @@ static PyObject *stream_write(PyObject *self, PyObject *data)
     Py_RETURN_NONE;
 }
 
-/* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
-static inline int find_protocol(PyObject *self, struct stream *stream, PyObject **context, PyObject **protocol)
-{
-    Py_BEGIN_CRITICAL_SECTION(self);
-    *context = Py_XNewRef(stream->context);
-    *protocol = Py_XNewRef(stream->protocol);
-    Py_END_CRITICAL_SECTION();
-    if (*context != NULL && *protocol != NULL)
-        return 1;
-    Py_XDECREF(*context);
-    Py_XDECREF(*protocol);
-    PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
-    return 0;
-}
-
 /* protocol.data_received(data) in the context of the connection. */
 static PyObject *give(const struct hot *hot, PyObject *context, PyObject *protocol, PyObject *data)
 {
@@ -154,14 +105,15 @@ static PyObject *give(const struct hot *hot, PyObject *context, PyObject *protoc
     return result;
 }
 
-static PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
     }
-    struct stream *stream;
-    const struct hot *hot = hot_of_stream(self, &stream);
+    PyTypeObject *type = stream_type_of(self); /* asked once: this runs for every message */
+    struct stream *stream = (struct stream *)((char *)self + type->tp_base->tp_basicsize);
+    const struct hot *hot = hot_behind(type);
     if (hot == NULL)
         return NULL;
     int some = PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) > 0 : PyObject_IsTrue(args[0]);
@@ -231,10 +183,10 @@ static int get_buffer(const struct hot *hot, PyObject *self, Py_ssize_t hint, Py
 }
 
 /* A buffer to receive into; None if there must be none now, or the protocol failed to give one. */
-static PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    struct stream *stream;
-    const struct hot *hot = hot_of_stream(self, &stream);
+    const struct hot *hot = hot_of_stream(self);
+    struct stream *stream = stream_of(self);
     Py_ssize_t hint = -1;
     PyObject *buffer;
     Py_buffer view;
@@ -313,10 +265,10 @@ static int copy_to_protocol(const struct hot *hot, PyObject *self, PyObject *dat
     return count < size ? go_on_with_rest(self, data, count) : failed;
 }
 
-static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    struct stream *stream;
-    const struct hot *hot = hot_of_stream(self, &stream);
+    const struct hot *hot = hot_of_stream(self);
+    struct stream *stream = stream_of(self);
     if (hot == NULL)
         return NULL;
     if (count != 2 || stream->context == NULL || stream->protocol == NULL) {
@@ -348,14 +300,6 @@ static PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef __linux__
-int is_stream(PyObject *self)
-{
-    const PyTypeObject *type = Py_TYPE(self);
-    while (type != NULL && type->tp_dealloc != stream_dealloc)
-        type = type->tp_base;
-    return type != NULL;
-}
-
 static struct stream *stream_at(const struct hot *hot, PyObject *self)
 {
     return (struct stream *)((char *)self + hot->stream_offset);
@@ -380,124 +324,3 @@ void fetch_stream_parts(const struct hot *hot, PyObject *self)
         fetch(stream->sock, 32);
 }
 #endif
-
-/* ---------------------------------------------------------------------------------------------------------------------
- * The type
- * ------------------------------------------------------------------------------------------------------------------ */
-
-static PyObject *get_sock(PyObject *self, void *ignored)
-{
-    PyObject *sock = take_reference(self, &stream_of(self)->sock);
-    if (sock == NULL)
-        PyErr_SetString(PyExc_AttributeError, "_sock");
-    return sock;
-}
-
-static int set_sock(PyObject *self, PyObject *value, void *ignored)
-{
-    struct stream *stream;
-    const struct hot *hot = hot_of_stream(self, &stream);
-    if (hot == NULL)
-        return -1;
-    stream->by_call = value != NULL && is_socket(hot, value);
-    put_reference(self, &stream->sock, Py_XNewRef(value));
-    return 0;
-}
-
-static int stream_clear(PyObject *self)
-{
-    struct stream *stream = stream_of(self);
-    stream->direct = stream->by_call = 0;
-    Py_CLEAR(stream->sock);
-    Py_CLEAR(stream->protocol);
-    Py_CLEAR(stream->context);
-    clear_slots(self, stream_type_of(self)->tp_base);
-    return 0;
-}
-
-static int stream_traverse(PyObject *self, visitproc visit, void *arg)
-{
-    struct stream *stream = stream_of(self);
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(stream->sock);
-    Py_VISIT(stream->protocol);
-    Py_VISIT(stream->context);
-    return visit_slots(self, stream_type_of(self)->tp_base, visit, arg);
-}
-
-static void stream_dealloc(PyObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    stream_clear(self);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)
-{
-    return PyBool_FromLong(stream_of(self)->closing);
-}
-
-static PyMethodDef stream_methods[] = {
-    {"is_closing", stream_is_closing, METH_NOARGS,
-     "is_closing($self)\n--\n\nTrue once ``close`` or ``abort`` was called, or the connection was lost."},
-    {"write", stream_write, METH_O,
-     "write($self, data)\n--\n\n"
-               "Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."},
-    {"_received", (PyCFunction)(void (*)(void))stream_received, METH_FASTCALL,
-     "A completion for a Protocol: data, the end (empty), or an error."},
-    {"_received_into", (PyCFunction)(void (*)(void))stream_received_into, METH_FASTCALL,
-     "A completion for a BufferedProtocol: so many bytes are in its buffer already, or here they are."},
-    {"_get_buffer_of_protocol", (PyCFunction)(void (*)(void))stream_get_buffer, METH_FASTCALL,
-     "A buffer to receive into; None if there must be none now, or the protocol failed to give one."},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyGetSetDef stream_getset[] = {
-    {"_sock", get_sock, set_sock, NULL, NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
-PyObject *make_stream_type(PyObject *module, PyObject *base)
-{
-    struct hot *hot = hot_in(module);
-    if (hot->Stream_type != NULL)
-        return Py_NewRef(hot->Stream_type);
-    if (!PyType_Check(base) || !PyType_IS_GC((PyTypeObject *)base) || ((PyTypeObject *)base)->tp_weaklistoffset) {
-        PyErr_SetString(PyExc_TypeError, "the base must be a class with nothing but slots");
-        return NULL;
-    }
-    if (check_slots((PyTypeObject *)base) < 0)
-        return NULL;
-    Py_ssize_t offset = ((PyTypeObject *)base)->tp_basicsize;
-    PyMemberDef members[] = {
-        {"_protocol", T_OBJECT_EX, offset + (Py_ssize_t)offsetof(struct stream, protocol), 0, NULL},
-        {"_context", T_OBJECT_EX, offset + (Py_ssize_t)offsetof(struct stream, context), 0, NULL},
-        {"_direct", T_BOOL, offset + (Py_ssize_t)offsetof(struct stream, direct), 0, NULL},
-        {"_paused", T_BOOL, offset + (Py_ssize_t)offsetof(struct stream, paused), 0, NULL},
-        {"_closing", T_BOOL, offset + (Py_ssize_t)offsetof(struct stream, closing), 0, NULL},
-        {NULL, 0, 0, 0, NULL},
-    };
-    PyType_Slot slots[] = {
-        {Py_tp_dealloc, stream_dealloc},
-        {Py_tp_traverse, stream_traverse},
-        {Py_tp_clear, stream_clear},
-        {Py_tp_methods, stream_methods},
-        {Py_tp_members, members},
-        {Py_tp_getset, stream_getset},
-        {Py_tp_doc, (char *)"A stream transport's way of one message in and out."},
-        {0, NULL},
-    };
-    PyType_Spec spec = {
-        .name = "iocp_loop._hot.Stream",
-        .basicsize = (int)(offset + (Py_ssize_t)sizeof(struct stream)),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
-        .slots = slots,
-    };
-    PyObject *bases = PyTuple_Pack(1, base);
-    hot->stream_offset = offset;
-    hot->Stream_type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(module, &spec, bases);
-    Py_XDECREF(bases);
-    return Py_XNewRef(hot->Stream_type);
-}

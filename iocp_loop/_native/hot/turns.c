@@ -333,6 +333,8 @@ static int turns_traverse(Turns *self, visitproc visit, void *arg)
     Py_VISIT(self->completions);
     Py_VISIT(self->select);
     Py_VISIT(self->task_factory);
+    Py_VISIT(self->head.transport_refs);
+    Py_VISIT(self->head.forget_transport);
     int stop = visit_hot(self->head.hot, visit, arg);
     for (size_t n = 0; !stop && n < self->count; n++)
         stop = handle_visit(self->head.hot, self->ring[(self->first + n) & (self->room - 1)], visit, arg);
@@ -348,6 +350,8 @@ static int turns_clear(Turns *self)
     Py_CLEAR(self->wait);
     Py_CLEAR(self->dispatch);
     Py_CLEAR(self->task_factory);
+    Py_CLEAR(self->head.transport_refs);
+    Py_CLEAR(self->head.forget_transport);
     turns_forget_everything(self);
     Py_CLEAR(self->completions);
     Py_CLEAR(self->select);
@@ -397,6 +401,8 @@ static PyMemberDef turns_members[] = {
     {"_closed", T_BOOL, offsetof(Turns, closed), 0, NULL},
     {"_waited", T_BOOL, offsetof(Turns, waited), 0, NULL},
     {"_select", T_OBJECT, offsetof(Turns, select), 0, NULL},
+    {"_transport_refs", T_OBJECT_EX, offsetof(Turns, head.transport_refs), 0, NULL},
+    {"_forget_transport", T_OBJECT_EX, offsetof(Turns, head.forget_transport), 0, NULL},
     {"_task_factory", T_OBJECT, offsetof(Turns, task_factory), 0, NULL},
     {"_clock_resolution", T_DOUBLE, offsetof(Turns, resolution), 0, NULL},
     {NULL, 0, 0, 0, NULL},

@@ -373,10 +373,10 @@ class PollDriver(PollTurns, Driver):
     def _accept_some(self, op: ops.AcceptStream) -> None:
         # One, and twice as many in each turn that finds more left: what one process leaves, others that share the
         # listener may take.  None of them is to take them all because it woke first.
-        burst, turn = op.driver_data or (1, self.waits)
-        if self.waits != turn:
+        turn, burst = divmod(op.driver_data or 0, 2 * ACCEPTS_IN_A_TURN)
+        if turn != self.waits:
             burst = 1
-        op.driver_data = (min(2 * burst, ACCEPTS_IN_A_TURN), self.waits + 1)
+        op.driver_data = (self.waits + 1) * 2 * ACCEPTS_IN_A_TURN + min(2 * burst, ACCEPTS_IN_A_TURN)
         for _ in range(burst):
             if op.state is ops.DONE:
                 return

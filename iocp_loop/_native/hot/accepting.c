@@ -1,0 +1,305 @@
+/*
+ * Accepting connections (ports/poll/driver.py), and making protocol and transport for each (endpoints/listener.py).
+ */
+
+#define _GNU_SOURCE /* accept4 */
+#include "accepting.h"
+
+#include "calls.h"
+#include "streams.h"
+
+#ifdef __linux__
+#include <sys/un.h>
+#include <unistd.h>
+#endif
+
+/* What Listener inherits from. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *loop, *proactor, *sock, *welcome, *context;
+    PyObject *serves; /* (protocol factory, server, type of the transport) of a plain server, or None */
+    char stopped, in_shortage;
+} Accepting;
+
+static void accepting_dealloc(Accepting *self);
+
+/* The name of a peer: an object, or bytes as the system gave it. */
+struct name {
+    PyObject *name; /* borrowed */
+    int raw;
+};
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Welcoming a connection
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Make protocol and transport for a connection of a plain server. */
+static PyObject *serve(const struct hot *hot, Accepting *self, PyObject *sock, struct name peer)
+{
+    PyObject *factory, *server, *type, *extra, *transport = NULL; /* the first three are borrowed */
+    if (!PyArg_UnpackTuple(self->serves, "serves", 3, 3, &factory, &server, &type))
+        return NULL;
+    PyObject *protocol = PyObject_CallNoArgs(factory);
+    extra = peer.raw || protocol == NULL ? Py_NewRef(peer.name) : Py_BuildValue("{OO}", hot->names.peername, peer.name);
+    if (protocol != NULL && extra != NULL) {
+        PyObject *args[] = {self->loop, self->proactor, sock, protocol, Py_None, extra, server};
+        transport = PyObject_Vectorcall(type, args, 7, NULL);
+    }
+    Py_XDECREF(protocol);
+    Py_XDECREF(extra);
+    return transport;
+}
+
+/* self._welcome(sock, address) in `context`. */
+static PyObject *welcome_otherwise(Accepting *self, PyObject *context, PyObject *sock, struct name peer)
+{
+    PyObject *address = peer.raw ? name_object(peer.name) : Py_NewRef(peer.name), *done = NULL;
+    if (address != NULL) {
+        PyObject *args[] = {sock, address};
+        done = call_in_context(context, self->welcome, args, 2);
+        Py_DECREF(address);
+    }
+    return done;
+}
+
+static PyObject *welcome_in(const struct hot *hot, Accepting *self, PyObject *context, PyObject *sock, struct name peer)
+{
+    if (self->serves == NULL || !PyTuple_Check(self->serves) || !PyContext_CheckExact(context))
+        return welcome_otherwise(self, context, sock, peer);
+    if (PyContext_Enter(context) < 0)
+        return NULL;
+    PyObject *done = serve(hot, self, sock, peer);
+    if (PyContext_Exit(context) < 0)
+        Py_CLEAR(done);
+    return done;
+}
+
+/* Close a connection that could not be welcomed, with the exception that tells why. */
+static int turn_away(const struct hot *hot, Accepting *self, PyObject *sock)
+{
+    PyObject *error = take_exception();
+    int failed = close_socket(hot, sock);
+    if (!failed) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        failed = fail((PyObject *)self, "_report", "Error on transport creation for incoming connection");
+    }
+    Py_DECREF(error);
+    return failed;
+}
+
+/* If it raises, the connection is closed, the error is reported, and accepting goes on. */
+static int welcome(const struct hot *hot, Accepting *self, PyObject *sock, struct name peer)
+{
+    if (self->stopped)
+        return close_socket(hot, sock);
+    self->in_shortage = 0;
+    PyObject *context = self->context, *copy; /* the first is borrowed */
+    if (context == NULL || self->welcome == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "the listener is not complete");
+        return -1;
+    }
+    copy = PyContext_CheckExact(context) ? PyContext_Copy(context) : PyObject_CallMethodNoArgs(context, hot->names.copy);
+    PyObject *done = copy == NULL ? NULL : welcome_in(hot, self, copy, sock, peer);
+    Py_XDECREF(copy);
+    Py_XDECREF(done);
+    return done == NULL ? turn_away(hot, self, sock) : 0;
+}
+
+/* _accepted(value, error): a completion of the accept stream. */
+static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    const struct hot *hot = hot_of(Py_TYPE(self), (destructor)accepting_dealloc);
+    PyObject *sock, *address; /* borrowed */
+    if (hot == NULL)
+        return NULL;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "_accepted() takes a value and an error");
+        return NULL;
+    }
+    if (args[1] != Py_None)
+        return PyObject_CallMethodOneArg(self, hot->names.ended, args[1]);
+    if (!PyArg_ParseTuple(args[0], "OO", &sock, &address) || welcome(hot, (Accepting *)self, sock, (struct name){address, 0}) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Accepting
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+#ifdef __linux__
+/* Accept a connection: its descriptor, or -1 with errno, and its name as the system gives it. */
+static int accept_plain(PyObject *listener, PyObject **name)
+{
+    struct sockaddr_storage address;
+    socklen_t length = sizeof address;
+    int fd = accept4(socket_descriptor(listener), (struct sockaddr *)&address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    *name = fd < 0 ? NULL : PyBytes_FromStringAndSize((char *)&address, (Py_ssize_t)length);
+    return fd;
+}
+
+/* The socket object for `fd`, which it takes over, and the name in a form that is known here; takes over `*name` and gives it
+ * back.  NULL with an exception. */
+static PyObject *adopt(struct hot *hot, PyObject *listener, int fd, PyObject **name, int *raw)
+{
+    PyObject *sock = *name == NULL ? NULL : make_stream_socket(hot, listener, fd);
+    if (sock == NULL)
+        close(fd);
+    *raw = sock != NULL && is_name_known(*name);
+    if (sock != NULL && !*raw) {
+        Py_SETREF(*name, PyObject_CallMethodNoArgs(sock, hot->names.getpeername));
+        if (*name == NULL)
+            Py_CLEAR(sock);
+    }
+    if (sock == NULL)
+        Py_CLEAR(*name);
+    return sock;
+}
+
+PyObject *accept_connection(PyObject *module, PyObject *listener)
+{
+    struct hot *hot = hot_in(module);
+    PyObject *name;
+    int raw;
+    if (!is_socket(hot, listener) || !is_stream_socket(listener))
+        Py_RETURN_NONE;
+    int fd = accept_plain(listener, &name);
+    if (fd < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    PyObject *sock = adopt(hot, listener, fd, &name, &raw);
+    if (sock != NULL && raw)
+        Py_SETREF(name, name_object(name));
+    if (sock == NULL || name == NULL) {
+        Py_XDECREF(sock);
+        return NULL;
+    }
+    return Py_BuildValue("NN", sock, name);
+}
+
+/* The listener whose own `_accepted` this is, or NULL; borrowed. */
+static Accepting *listener_behind(PyObject *complete)
+{
+    if (complete == NULL || !PyCFunction_CheckExact(complete)
+        || PyCFunction_GET_FUNCTION(complete) != (PyCFunction)(void (*)(void))accepting_accepted)
+        return NULL;
+    return (Accepting *)PyCFunction_GET_SELF(complete);
+}
+
+static int deliver(const struct hot *hot, PyObject *op, PyObject *sock, PyObject *name, int raw)
+{
+    Accepting *listener = listener_behind(SLOT(op, hot->operation.complete));
+    if (listener != NULL) {
+        Py_INCREF(listener);
+        int failed = welcome(hot, listener, sock, (struct name){name, raw});
+        Py_DECREF(listener);
+        return failed;
+    }
+    PyObject *address = raw ? name_object(name) : Py_NewRef(name);
+    PyObject *value = address == NULL ? NULL : PyTuple_Pack(2, sock, address);
+    int failed = value == NULL ? -1 : complete_operation(hot, op, value, Py_None);
+    Py_XDECREF(address);
+    Py_XDECREF(value);
+    return failed;
+}
+
+enum accepted accept_for_stream(struct hot *hot, PyObject *op)
+{
+    PyObject *listener = Py_NewRef(SLOT(op, hot->operation.handle)), *name;
+    int raw, fd = accept_plain(listener, &name);
+    if (fd < 0) {
+        Py_DECREF(listener);
+        if (would_wait())
+            return NONE_LEFT;
+        if (errno == ECONNABORTED)
+            return ABORTED;
+        PyErr_SetFromErrno(PyExc_OSError);
+        return NOT_ACCEPTED;
+    }
+    PyObject *sock = adopt(hot, listener, fd, &name, &raw);
+    Py_DECREF(listener);
+    if (sock == NULL)
+        return NOT_ACCEPTED;
+    int failed = deliver(hot, op, sock, name, raw);
+    Py_DECREF(sock);
+    Py_DECREF(name);
+    return failed ? UNHEARD : ACCEPTED;
+}
+#endif
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The type
+ * ------------------------------------------------------------------------------------------------------------------ */
+
+static int accepting_traverse(Accepting *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->loop);
+    Py_VISIT(self->proactor);
+    Py_VISIT(self->sock);
+    Py_VISIT(self->welcome);
+    Py_VISIT(self->context);
+    Py_VISIT(self->serves);
+    return 0;
+}
+
+static int accepting_clear(Accepting *self)
+{
+    Py_CLEAR(self->loop);
+    Py_CLEAR(self->proactor);
+    Py_CLEAR(self->sock);
+    Py_CLEAR(self->welcome);
+    Py_CLEAR(self->context);
+    Py_CLEAR(self->serves);
+    return 0;
+}
+
+static void accepting_dealloc(Accepting *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    accepting_clear(self);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef accepting_methods[] = {
+    {"_accepted", (PyCFunction)(void (*)(void))accepting_accepted, METH_FASTCALL, "A completion of the accept stream."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef accepting_members[] = {
+    {"_loop", T_OBJECT_EX, offsetof(Accepting, loop), 0, NULL},
+    {"_proactor", T_OBJECT_EX, offsetof(Accepting, proactor), 0, NULL},
+    {"_sock", T_OBJECT_EX, offsetof(Accepting, sock), 0, NULL},
+    {"_welcome", T_OBJECT_EX, offsetof(Accepting, welcome), 0, NULL},
+    {"_context", T_OBJECT_EX, offsetof(Accepting, context), 0, NULL},
+    {"_serves", T_OBJECT_EX, offsetof(Accepting, serves), 0, NULL},
+    {"_stopped", T_BOOL, offsetof(Accepting, stopped), 0, NULL},
+    {"_in_shortage", T_BOOL, offsetof(Accepting, in_shortage), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot accepting_slots[] = {
+    {Py_tp_doc, (char *)"What a listener does with the connections that it accepts."},
+    {Py_tp_dealloc, accepting_dealloc},
+    {Py_tp_traverse, accepting_traverse},
+    {Py_tp_clear, accepting_clear},
+    {Py_tp_methods, accepting_methods},
+    {Py_tp_members, accepting_members},
+    {0, NULL},
+};
+
+static PyType_Spec accepting_spec = {
+    .name = "iocp_loop._hot.Accepting",
+    .basicsize = sizeof(Accepting),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = accepting_slots,
+};
+
+int add_accepting(struct hot *hot)
+{
+    PyObject *type = PyType_FromModuleAndSpec(hot->module, &accepting_spec, NULL);
+    int failed = type == NULL ? -1 : PyModule_AddObjectRef(hot->module, "Accepting", type);
+    Py_XDECREF(type);
+    return failed;
+}

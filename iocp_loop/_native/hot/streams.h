@@ -1,0 +1,98 @@
+/*
+ * A stream transport in the native tier: the way of one message (streams.c), its life (connections.c), its type
+ * (transports.c).
+ *
+ * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
+ */
+#ifndef IOCP_LOOP_STREAMS_H
+#define IOCP_LOOP_STREAMS_H
+
+#include "hot.h"
+
+enum { STREAM_OBJECTS = 12 };
+struct stream {
+    union {
+        PyObject *objects[STREAM_OBJECTS]; /* NULL before __init__, and once the garbage collector has cleared them */
+        struct {
+            PyObject *sock, *protocol, *context, *proactor, *server, *receive, *sending, *file, *queue, *held, *info;
+            PyObject *peername; /* the object, or bytes: the name as the system gave it, see name_is_raw */
+        };
+    };
+    PyObject *sockname; /* as the system gave it, once the socket is closed; else NULL */
+    Py_ssize_t queued;
+    int writes_after_loss;
+    char direct;  /* write may send at once: nothing is queued, nothing has ended */
+    char paused, closing, lost, eof_asked, at_eof, buffered;
+    char alive;       /* made, and connection_lost has not run */
+    char by_call;     /* `sock` is a plain socket, so that its descriptor can be used */
+    char name_is_raw; /* of the peer */
+};
+
+void stream_dealloc(PyObject *self); /* transports.c */
+
+/* Our type, of which the type of `self` is a class in Python; beneath it stands the class that brings flow control. */
+static inline PyTypeObject *stream_type_of(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    while (type->tp_dealloc != stream_dealloc)
+        type = type->tp_base;
+    return type;
+}
+
+/* Whether `self`, anything, is a stream transport. */
+static inline int is_stream(PyObject *self)
+{
+    const PyTypeObject *type = Py_TYPE(self);
+    while (type != NULL && type->tp_dealloc != stream_dealloc)
+        type = type->tp_base;
+    return type != NULL;
+}
+
+static inline struct stream *stream_of(PyObject *self)
+{
+    return (struct stream *)((char *)self + stream_type_of(self)->tp_base->tp_basicsize);
+}
+
+/* NULL with an exception once the garbage collector has cleared the type. */
+static inline struct hot *hot_of_stream(PyObject *self) { return hot_of(Py_TYPE(self), stream_dealloc); }
+
+/* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
+static inline int find_protocol(PyObject *self, struct stream *stream, PyObject **context, PyObject **protocol)
+{
+    Py_BEGIN_CRITICAL_SECTION(self);
+    *context = Py_XNewRef(stream->context);
+    *protocol = Py_XNewRef(stream->protocol);
+    Py_END_CRITICAL_SECTION();
+    if (*context != NULL && *protocol != NULL)
+        return 1;
+    Py_XDECREF(*context);
+    Py_XDECREF(*protocol);
+    PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+    return 0;
+}
+
+/* streams.c */
+PyObject *stream_write(PyObject *self, PyObject *data);
+PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count);
+PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* connections.c.  A name of a socket, bytes as the system gave it: whether name_object knows its family, and what the socket
+ * module makes of it. */
+int is_name_known(PyObject *raw);
+PyObject *name_object(PyObject *raw);
+int stream_init(PyObject *self, PyObject *args, PyObject *kwargs);
+void stream_finalize(PyObject *self);
+PyObject *stream_begin(PyObject *self, PyObject *waiter);
+PyObject *stream_arm_receive(PyObject *self, PyObject *ignored);
+PyObject *stream_set_protocol(PyObject *self, PyObject *protocol);
+PyObject *stream_receive_ended(PyObject *self, PyObject *error);
+PyObject *stream_close(PyObject *self, PyObject *ignored);
+PyObject *stream_stop_receiving(PyObject *self, PyObject *ignored);
+PyObject *stream_lose_connection(PyObject *self, PyObject *exception);
+PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception);
+PyObject *stream_release_socket(PyObject *self, PyObject *ignored);
+PyObject *stream_peername(PyObject *self, void *ignored);
+PyObject *stream_sockname(PyObject *self, void *ignored);
+
+#endif
