@@ -11,17 +11,17 @@
  * the way leads to something else than a stream transport's own method, it ends.
  */
 
-#include "hot.h"
+#include "streams.h"
 
 #ifdef __linux__
 
 /* The transport whose method this `complete` is, or NULL; borrowed. */
-static PyObject *transport_behind(const struct hot *hot, PyObject *complete)
+static PyObject *transport_behind(PyObject *complete)
 {
     if (complete == NULL || !PyCFunction_CheckExact(complete))
         return NULL;
     PyObject *self = PyCFunction_GET_SELF(complete);
-    return self != NULL && is_stream(hot, self) ? self : NULL;
+    return self != NULL && is_stream(self) ? self : NULL;
 }
 
 void look_ahead(const struct hot *hot, PyObject *const *ops, int count)
@@ -39,7 +39,7 @@ void look_ahead(const struct hot *hot, PyObject *const *ops, int count)
             fetch_stream(hot, PyCFunction_GET_SELF(complete));
     }
     for (int n = 0; n < count; n++) {
-        transports[n] = transport_behind(hot, SLOT(ops[n], hot->operation.complete));
+        transports[n] = transport_behind(SLOT(ops[n], hot->operation.complete));
         if (transports[n] != NULL)
             fetch_stream_parts(hot, transports[n]);
     }

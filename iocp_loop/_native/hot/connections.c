@@ -464,7 +464,7 @@ static int close_in_copy(const struct hot *hot, PyObject *self, PyObject *contex
 static int end_of_stream(const struct hot *hot, PyObject *self)
 {
     PyObject *context, *protocol, *answer;
-    if (!find_protocol(self, &context, &protocol))
+    if (!find_protocol(self, stream_of(self), &context, &protocol))
         return fail(self, "_receiving_failed", "Fatal error: protocol.eof_received() call failed.");
     answer = call_method_in(hot, context, protocol, hot->names.eof_received);
     int keep_open = answer == NULL ? -1 : PyObject_IsTrue(answer), failed = 0;

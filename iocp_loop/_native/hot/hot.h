@@ -41,7 +41,7 @@
  *   - Handles and stream transports are many: they ask their type for it (hot_of).  A type that the garbage collector has
  *     cleared does not know any more: what it takes to free such an object is found without.
  *   - What is static is constant, or a table that only CPython reads (tests/test_architecture.py looks).  Of the process is
- *     only, where there is no GIL, the memory to receive into, one for each thread, and the key that frees it (scratch).
+ *     only, where there is no GIL, the memory to receive into, one for each thread, and the key that frees it (make_scratch).
  *
  * Ownership.  A PyObject pointer in a struct owns its reference; one in a local variable owns it too unless the comment
  * beside it says "borrowed".  Functions return new references, or 0 and -1, as those of CPython do.
@@ -343,18 +343,24 @@ struct hot {
     } spare_handles, spare_timers;
     PyMethodDef create_task;   /* its signature is that of the running Python */
     char create_task_doc[400];
-    char *scratch; /* what is received into; NULL until it is needed */
+    char *scratch; /* what is received into; NULL until it is needed, and without a GIL, where each thread has one */
 };
 
 static inline struct hot *hot_in(PyObject *module) { return PyModule_GetState(module); }
 
-/* That of the module which made the type with this tp_dealloc, of which `type` is, or a class in Python that derives from it
- * (those have a tp_dealloc of their own).  NULL with an exception if the garbage collector has cleared that type. */
+/* That of the module which made `type`; NULL with an exception if the garbage collector has cleared the type. */
+static inline struct hot *hot_behind(PyTypeObject *type)
+{
+    PyObject *module = ((PyHeapTypeObject *)type)->ht_module;
+    return module == NULL ? PyType_GetModuleState(type) : PyModule_GetState(module);
+}
+
+/* The same for the type with this tp_dealloc, which is `type` or stands beneath it: classes in Python have their own. */
 static inline struct hot *hot_of(PyTypeObject *type, destructor dealloc)
 {
     while (type->tp_dealloc != dealloc)
         type = type->tp_base;
-    return PyType_GetModuleState(type);
+    return hot_behind(type);
 }
 
 /* To traverse an object that points to `hot`. */
@@ -377,7 +383,8 @@ static inline void free_with_hot(PyObject *self, struct hot *hot)
 
 /* What this thread receives into; copied out before anything else can happen.  NULL with an exception. */
 enum { SCRATCH_SIZE = 256 * 1024 };
-char *scratch(struct hot *hot);
+char *make_scratch(struct hot *hot);
+static inline char *scratch(struct hot *hot) { return hot->scratch == NULL ? make_scratch(hot) : hot->scratch; }
 
 int find_asyncio_methods(struct hot *hot);
 int look_at_method(struct asyncio_method *self);
@@ -485,8 +492,7 @@ static inline void fetch(const void *where, size_t size)
         __builtin_prefetch((const char *)where + n, 1);
     __builtin_prefetch((const char *)where + size - 1, 1); /* it may lie across one line more */
 }
-/* streams.c: whether `self` is a stream transport; fetch one, or what would be one; then, from one, what it refers to. */
-int is_stream(const struct hot *hot, PyObject *self);
+/* streams.c: fetch a stream transport, or what would be one; then, from one, what it refers to. */
 void fetch_stream(const struct hot *hot, PyObject *self);
 void fetch_stream_parts(const struct hot *hot, PyObject *self);
 

@@ -373,7 +373,7 @@ static int free_at_exit(char *made)
 }
 #endif
 
-char *scratch(struct hot *hot)
+char *make_scratch(struct hot *hot)
 {
     if (MEMORY == NULL) {
         char *made = malloc(SCRATCH_SIZE);

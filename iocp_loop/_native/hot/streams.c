@@ -87,27 +87,10 @@ PyObject *stream_write(PyObject *self, PyObject *data)
     Py_RETURN_NONE;
 }
 
-int find_protocol(PyObject *self, PyObject **context, PyObject **protocol)
-{
-    struct stream *stream = stream_of(self);
-    Py_BEGIN_CRITICAL_SECTION(self);
-    *context = Py_XNewRef(stream->context);
-    *protocol = Py_XNewRef(stream->protocol);
-    Py_END_CRITICAL_SECTION();
-    if (*context != NULL && *protocol != NULL)
-        return 1;
-    Py_XDECREF(*context);
-    Py_XDECREF(*protocol);
-    PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
-    return 0;
-}
-
 /* protocol.data_received(data) in the context of the connection. */
-static PyObject *give(const struct hot *hot, PyObject *self, PyObject *data)
+static PyObject *give(const struct hot *hot, PyObject *context, PyObject *protocol, PyObject *data)
 {
-    PyObject *context, *protocol, *result = NULL;
-    if (!find_protocol(self, &context, &protocol))
-        return NULL;
+    PyObject *result = NULL;
     int entered = enter_context(context);
     if (entered > 0) {
         result = PyObject_CallMethodOneArg(protocol, hot->names.data_received, data);
@@ -119,8 +102,6 @@ static PyObject *give(const struct hot *hot, PyObject *self, PyObject *data)
             result = call_in_context(context, method, &data, 1);
         Py_XDECREF(method);
     }
-    Py_DECREF(protocol);
-    Py_DECREF(context);
     return result;
 }
 
@@ -130,7 +111,9 @@ PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t coun
         PyErr_SetString(PyExc_TypeError, "_received() takes data and an error");
         return NULL;
     }
-    const struct hot *hot = hot_of_stream(self);
+    PyTypeObject *type = stream_type_of(self); /* asked once: this runs for every message */
+    struct stream *stream = (struct stream *)((char *)self + type->tp_base->tp_basicsize);
+    const struct hot *hot = hot_behind(type);
     if (hot == NULL)
         return NULL;
     int some = PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) > 0 : PyObject_IsTrue(args[0]);
@@ -138,11 +121,12 @@ PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t coun
         return NULL;
     if (!some)
         return PyObject_CallMethodOneArg(self, hot->names.receive_ended, args[1]);
-    if (stream_of(self)->context == NULL || stream_of(self)->protocol == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+    PyObject *context, *protocol;
+    if (!find_protocol(self, stream, &context, &protocol))
         return NULL;
-    }
-    PyObject *result = give(hot, self, args[0]);
+    PyObject *result = give(hot, context, protocol, args[0]);
+    Py_DECREF(protocol);
+    Py_DECREF(context);
     if (result != NULL)
         Py_DECREF(result);
     else if (fail(self, "_receiving_failed", "Fatal error: protocol.data_received() call failed.") < 0)
@@ -158,7 +142,7 @@ PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t coun
 static PyObject *ask(PyObject *self, PyObject *method, PyObject *argument)
 {
     PyObject *context, *protocol, *result = NULL;
-    if (!find_protocol(self, &context, &protocol))
+    if (!find_protocol(self, stream_of(self), &context, &protocol))
         return NULL;
     PyObject *callable = PyObject_GetAttr(protocol, method);
     if (callable != NULL)
@@ -316,11 +300,6 @@ PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t
  * ------------------------------------------------------------------------------------------------------------------ */
 
 #ifdef __linux__
-int is_stream(const struct hot *hot, PyObject *self)
-{
-    return hot->Stream_type != NULL && PyObject_TypeCheck(self, hot->Stream_type);
-}
-
 static struct stream *stream_at(const struct hot *hot, PyObject *self)
 {
     return (struct stream *)((char *)self + hot->stream_offset);

@@ -39,6 +39,15 @@ static inline PyTypeObject *stream_type_of(PyObject *self)
     return type;
 }
 
+/* Whether `self`, anything, is a stream transport. */
+static inline int is_stream(PyObject *self)
+{
+    const PyTypeObject *type = Py_TYPE(self);
+    while (type != NULL && type->tp_dealloc != stream_dealloc)
+        type = type->tp_base;
+    return type != NULL;
+}
+
 static inline struct stream *stream_of(PyObject *self)
 {
     return (struct stream *)((char *)self + stream_type_of(self)->tp_base->tp_basicsize);
@@ -47,8 +56,22 @@ static inline struct stream *stream_of(PyObject *self)
 /* NULL with an exception once the garbage collector has cleared the type. */
 static inline struct hot *hot_of_stream(PyObject *self) { return hot_of(Py_TYPE(self), stream_dealloc); }
 
-/* streams.c.  The protocol, and the context of the connection; 0 with an exception if there are none any more. */
-int find_protocol(PyObject *self, PyObject **context, PyObject **protocol);
+/* The protocol, and the context of the connection; 0 with an exception if there are none any more. */
+static inline int find_protocol(PyObject *self, struct stream *stream, PyObject **context, PyObject **protocol)
+{
+    Py_BEGIN_CRITICAL_SECTION(self);
+    *context = Py_XNewRef(stream->context);
+    *protocol = Py_XNewRef(stream->protocol);
+    Py_END_CRITICAL_SECTION();
+    if (*context != NULL && *protocol != NULL)
+        return 1;
+    Py_XDECREF(*context);
+    Py_XDECREF(*protocol);
+    PyErr_SetString(PyExc_RuntimeError, "the transport has no protocol");
+    return 0;
+}
+
+/* streams.c */
 PyObject *stream_write(PyObject *self, PyObject *data);
 PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count);
