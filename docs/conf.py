@@ -21,7 +21,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(_?asyncio|socket|collections)\..*"),
     # Aliases and kin.
-    ("py:class", r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno"),
+    (
+        "py:class",
+        r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.readers\.Stream\w+|iocp_loop\.operations\.HasFileno",
+    ),
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
