@@ -23,7 +23,7 @@ nitpick_ignore_regex = [
     # Aliases and kin.
     (
         "py:class",
-        r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.readers\.Stream\w+|iocp_loop\.operations\.HasFileno",
+        r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno",
     ),
 ]
 
