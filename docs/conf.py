@@ -20,6 +20,7 @@ html_css_files = ["custom.css"]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(_?asyncio|socket|collections)\..*"),
+    ("py:class", r"iocp_loop\.readers\.Stream\w+"),
     # Aliases and kin.
     (
         "py:class",
