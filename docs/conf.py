@@ -20,8 +20,12 @@ html_css_files = ["custom.css"]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(_?asyncio|socket|collections)\..*"),
+    ("py:class", r"iocp_loop\.readers\.Stream\w+"),
     # Aliases and kin.
-    ("py:class", r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno"),
+    (
+        "py:class",
+        r"HandleLike|Deliver|(iocp_loop\.threads\.)?_T|ops\.ReadinessStream|iocp_loop\.operations\.HasFileno",
+    ),
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
