@@ -71,7 +71,7 @@ NATIVE_TIER = [
     "ahead epoll_waits",
     "accepting transports",
     "connections",
-    "proactor readers sockets streams tls",
+    "addresses proactor readers sockets streams tls",
     "datagrams driver handles receiving stream_calls",
     "timers",
     "shared",

@@ -12,6 +12,7 @@
  *   streams.c   the write and the receive of a stream transport                  (streams.py)
  *   connections.c  how it is made, begins and ends                               (connections.py)
  *   transports.c   its type
+ *   addresses.c  the names of sockets
  *   proactor.c  what a transport asks of its proactor                          (proactor.py)
  *   readers.c   iocp_loop's StreamReader, its protocol and its writer            (readers.py)
  *   stream_calls.c what their read, readline, drain and so on return             (asyncio's)

@@ -77,10 +77,16 @@ PyObject *stream_received(PyObject *self, PyObject *const *args, Py_ssize_t coun
 PyObject *stream_received_into(PyObject *self, PyObject *const *args, Py_ssize_t count);
 PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
-/* connections.c.  A name of a socket, bytes as the system gave it: whether name_object knows its family, and what the socket
+/* addresses.c.  A name of a socket, bytes as the system gave it: whether name_object knows its family, and what the socket
  * module makes of it. */
 int is_name_known(PyObject *raw);
 PyObject *name_object(PyObject *raw);
+/* The name of the peer of a plain socket, or its own, so; NULL if the system gives none, or one that is not known. */
+PyObject *raw_name(PyObject *sock, int of_peer);
+/* sock.METHOD(), getpeername or getsockname; None where it says nothing. */
+PyObject *ask_for_name(const struct hot *hot, PyObject *sock, PyObject *method);
+
+/* connections.c */
 int stream_init(PyObject *self, PyObject *args, PyObject *kwargs);
 void stream_finalize(PyObject *self);
 PyObject *stream_begin(PyObject *self, PyObject *waiter);
