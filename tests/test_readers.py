@@ -376,6 +376,9 @@ async def test_what_came_before_an_error_has_its_turn_first(
 class Number:
     """What is a number to whoever asks."""
 
+    def __repr__(self) -> str:
+        return "Number()"
+
     def __index__(self) -> int:
         return 3
 

@@ -51,22 +51,6 @@ static int pause_transport(struct reader *reader)
     return 0;
 }
 
-Py_ssize_t limit_of(const struct reader *reader)
-{
-    PyObject *number = reader->limit;
-    if (PyLong_Check(number)) {
-        Py_ssize_t limit = PyLong_AsSsize_t(number);
-        if (limit != -1 || !PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_OverflowError))
-            return limit;
-        PyErr_Clear();
-    }
-    double limit = PyFloat_AsDouble(number);
-    if (limit == -1.0 && PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError))
-        return -1;
-    PyErr_Clear();
-    return limit >= 0 && limit < (double)PY_SSIZE_T_MAX ? (Py_ssize_t)limit : PY_SSIZE_T_MAX;
-}
-
 static PyObject *feed(const struct hot *hot, struct reader *reader, PyObject *data)
 {
     if (reader->eof) {

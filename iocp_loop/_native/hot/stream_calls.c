@@ -121,6 +121,22 @@ static PySendResult take(struct call *self, PyObject *buffer, Py_ssize_t n, PyOb
     return PYGEN_RETURN;
 }
 
+Py_ssize_t limit_of(const struct reader *reader)
+{
+    PyObject *number = reader->limit;
+    if (PyLong_Check(number)) {
+        Py_ssize_t limit = PyLong_AsSsize_t(number);
+        if (limit != -1 || !PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_OverflowError))
+            return limit;
+        PyErr_Clear();
+    }
+    double limit = PyFloat_AsDouble(number);
+    if (limit == -1.0 && PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError))
+        return -1;
+    PyErr_Clear();
+    return limit >= 0 && limit < (double)PY_SSIZE_T_MAX ? (Py_ssize_t)limit : PY_SSIZE_T_MAX;
+}
+
 static PySendResult read_line(struct call *self, PyObject *buffer, PyObject **result)
 {
     struct reader *reader = (struct reader *)self->owner;
