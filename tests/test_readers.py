@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import math
 import random
 import sys
 import warnings
@@ -347,3 +348,137 @@ async def test_no_frame_of_asyncios_runs_for_a_message(loop: iocp_loop.IocpEvent
         finally:
             sys.setprofile(None)
     assert ran == []
+
+
+async def at_the_same_time(kind: Any, name: str, feed: bytes) -> Any:
+    """What `name` brings once data, the end and an error have come before its task runs again."""
+    reader = make_reader(kind)
+    call = reader.readexactly(5) if name == "readexactly" else getattr(reader, name)()
+    task = asyncio.create_task(call)
+    await turns(1)
+    reader.feed_data(feed)
+    if len(feed) < 100:
+        reader.feed_eof()
+    reader.set_exception(OSError("lost"))
+    result = await outcome(task)
+    return result, bytes(reader._buffer), await outcome(reader.read(1))
+
+
+@pytest.mark.parametrize("name", ["readexactly", "readline", "readuntil"])
+@pytest.mark.parametrize("feed", [b"abc", b"x" * 100_000, b"x" * 100_000 + b"\n"])
+async def test_what_came_before_an_error_has_its_turn_first(
+    loop: iocp_loop.IocpEventLoop, name: str, feed: bytes
+) -> None:
+    expected = await at_the_same_time(asyncio.StreamReader, name, feed)
+    assert await at_the_same_time(readers.StreamReader, name, feed) == expected
+
+
+class Number:
+    """What is a number to whoever asks."""
+
+    def __repr__(self) -> str:
+        return "Number()"
+
+    def __index__(self) -> int:
+        return 3
+
+    def __lt__(self, other: int) -> bool:
+        return other > 3
+
+    def __gt__(self, other: int) -> bool:
+        return other < 3
+
+
+async def sizes(kind: Any, name: str, n: Any) -> Any:
+    reader = make_reader(kind)
+    reader.feed_data(b"abcdef")
+    reader.feed_eof()
+    call = getattr(reader, name)(n)  # raises nothing yet
+    return await outcome(call)
+
+
+@pytest.mark.parametrize("name", ["read", "readexactly"])
+@pytest.mark.parametrize("n", [True, 0, -5, 2**100, -(2**100), 1.5, None, Number()], ids=repr)
+async def test_any_size_is_as_asyncios(loop: iocp_loop.IocpEventLoop, name: str, n: Any) -> None:
+    assert await sizes(readers.StreamReader, name, n) == await sizes(asyncio.StreamReader, name, n)
+
+
+@pytest.mark.parametrize("limit", [math.inf, 2**100, sys.maxsize, 5.5])
+async def test_a_limit_may_be_beyond_any_size(loop: iocp_loop.IocpEventLoop, limit: Any) -> None:
+    reader = make_reader(limit=limit)
+    pauses: list[str] = []
+    reader.set_transport(type("T", (), {"pause_reading": lambda self: pauses.append("pause")})())
+    reader.feed_data(b"abc\n")
+    assert (await reader.readline(), pauses) == (b"abc\n", [])
+    reader.feed_data(b"x" * 100)
+    assert pauses == (["pause"] if limit < 100 else [])
+
+
+async def test_a_call_that_is_awaited_already_is_refused_and_goes_on(loop: iocp_loop.IocpEventLoop) -> None:
+    reader = make_reader()
+    call = reader.read(3)
+
+    async def wait() -> Any:
+        return await call
+
+    first = asyncio.create_task(wait())
+    await turns(1)
+    assert await outcome(wait()) == (RuntimeError, ("coroutine is being awaited already",))
+    reader.feed_data(b"abc")
+    assert await asyncio.wait_for(first, 5) == b"abc"
+
+
+@pytest.mark.parametrize("way", ["send", "throw", "close"])
+@pytest.mark.parametrize("name", ["read", "readexactly"])
+async def test_a_call_that_runs_is_not_entered_again(loop: iocp_loop.IocpEventLoop, name: str, way: str) -> None:
+    reader = make_reader(limit=10)
+    inner: list[str] = []
+
+    class Transport:
+        def pause_reading(self) -> None: ...
+
+        def resume_reading(self) -> None:
+            try:
+                getattr(call, way)(*{"send": (None,), "throw": (KeyError("x"),)}.get(way, ()))
+            except ValueError as exc:
+                inner.append(str(exc))
+            gc.collect()
+
+    reader.set_transport(Transport())
+    reader.feed_data(b"x" * 100)
+    call = getattr(reader, name)(200)  # read takes all, readexactly resumes the transport and waits
+    task = asyncio.create_task(call)
+    await turns(2)
+    reader.feed_data(b"y" * 100)
+    assert len(await asyncio.wait_for(task, 5)) == (100 if name == "read" else 200)
+    assert set(inner) == {"coroutine already executing"}
+
+
+async def test_readline_calls_the_readuntil_of_a_subclass(loop: iocp_loop.IocpEventLoop) -> None:
+    class Marked(readers.StreamReader):
+        async def readuntil(self, separator: Any = b"\n") -> bytes:
+            return b"> " + await super().readuntil(separator)
+
+    reader = make_reader(Marked)
+    reader.feed_data(b"one\n")
+    assert await asyncio.wait_for(reader.readline(), 5) == b"> one\n"
+
+
+async def test_a_call_that_is_dropped_leaves_the_context_of_an_error_alone(loop: iocp_loop.IocpEventLoop) -> None:
+    def started() -> Any:
+        call = make_reader().read(1)
+        call.send(None)
+        return call
+
+    def fail() -> None:
+        try:
+            raise KeyError
+        except KeyError:
+            raise IndexError from None
+
+    try:
+        raise ArithmeticError
+    except ArithmeticError:
+        with pytest.raises(IndexError) as caught:
+            print(started(), fail())
+    assert isinstance(caught.value.__context__, KeyError)

@@ -75,7 +75,7 @@ static PyObject *feed(const struct hot *hot, struct reader *reader, PyObject *da
     if (wake(hot, reader) < 0)
         return NULL;
     if (is_set(reader->transport) && !reader->paused) {
-        Py_ssize_t limit = reader->limit == NULL ? -1 : PyLong_AsSsize_t(reader->limit);
+        Py_ssize_t limit = reader->limit == NULL ? -1 : limit_of(reader);
         if (limit == -1 && PyErr_Occurred())
             return NULL;
         if (size / 2 + size % 2 > limit && pause_transport(reader) < 0)
@@ -106,10 +106,13 @@ static PyObject *argument(PyObject *const *args, Py_ssize_t count, PyObject *kwn
 static PyObject *call_with_size(PyObject *self, enum call_kind kind, PyObject *number)
 {
     struct hot *hot = hot_of(Py_TYPE(self), reader_dealloc);
-    Py_ssize_t n = number == NULL ? -1 : PyLong_AsSsize_t(number);
     if (hot == NULL || PyErr_Occurred())
         return NULL;
-    return make_call(hot, self, kind, n);
+    Py_ssize_t n = number == NULL ? -1 : PyLong_Check(number) ? PyLong_AsSsize_t(number) : -2;
+    if (n >= -1 && !PyErr_Occurred())
+        return make_call(hot, self, kind, n);
+    PyErr_Clear(); /* too large, or less, or something else: asyncio's coroutine tells */
+    return PyObject_CallMethod((PyObject *)hot->streams.reader, kind == READ ? "read" : "readexactly", "OO", self, number);
 }
 
 static PyObject *reader_read(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *kwnames)

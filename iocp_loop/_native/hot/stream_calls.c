@@ -7,7 +7,7 @@
 
 #include "readers.h"
 
-enum progress { NEW, WAITING, LEFT_TO_ASYNCIO, FINISHED };
+enum progress { NEW, RUNNING, WAITING, LEFT_TO_ASYNCIO, FINISHED }; /* RUNNING: in a step of it here */
 
 struct call {
     PyObject_HEAD
@@ -18,6 +18,7 @@ struct call {
     Py_ssize_t n, seen;  /* so many bytes are asked for; in so many there is no end of a line */
     enum call_kind kind;
     enum progress progress;
+    char waited;
 };
 
 static const char *const method_names[] = {
@@ -26,6 +27,31 @@ static const char *const method_names[] = {
 /* ---------------------------------------------------------------------------------------------------------------------
  * One step
  * ------------------------------------------------------------------------------------------------------------------ */
+
+/* Go on with asyncio's coroutine.  What that calls may come back here, and is refused then: it may not free it meanwhile. */
+static PySendResult send_to_coroutine(struct call *self, PyObject *value, PyObject **result)
+{
+    self->progress = RUNNING;
+    PySendResult what = PyIter_Send(self->coroutine, value, result);
+    self->progress = LEFT_TO_ASYNCIO;
+    return what;
+}
+
+/* Begin asyncio's coroutine after we have waited.  It looks for an exception before it waits, and not afterwards: so one
+ * that came meanwhile is put aside.  What came before it, data or the end, has its turn first. */
+static PySendResult begin_coroutine_late(struct call *self, PyObject **result)
+{
+    PyObject *owner = Py_NewRef(self->owner), **place = &((struct reader *)owner)->exception, *aside;
+    aside = take_reference(owner, place);
+    if (is_set(aside))
+        put_reference(owner, place, Py_NewRef(Py_None));
+    PySendResult what = send_to_coroutine(self, Py_None, result);
+    if (is_set(aside) && !is_set(*place))
+        put_reference(owner, place, Py_NewRef(aside));
+    Py_XDECREF(aside);
+    Py_DECREF(owner);
+    return what;
+}
 
 /* PYGEN_NEXT: `result` is awaited; PYGEN_RETURN: it is the result; PYGEN_ERROR. */
 static PySendResult leave_to_asyncio(struct call *self, PyObject **result)
@@ -38,8 +64,7 @@ static PySendResult leave_to_asyncio(struct call *self, PyObject **result)
         self->coroutine = PyObject_CallMethod(class, name, "O", self->owner);
     if (self->coroutine == NULL)
         return PYGEN_ERROR;
-    self->progress = LEFT_TO_ASYNCIO;
-    return PyIter_Send(self->coroutine, Py_None, result);
+    return self->waited ? begin_coroutine_late(self, result) : send_to_coroutine(self, Py_None, result);
 }
 
 /* Give up waiting: what asyncio's coroutine does at the end, however that comes. */
@@ -69,6 +94,7 @@ static PySendResult wait_for_data(struct call *self, PyObject **result)
     put_reference(self->owner, &reader->waiter, Py_NewRef(waiter));
     self->waiter = waiter;
     self->progress = WAITING;
+    self->waited = 1;
     *result = Py_NewRef(waiter);
     return PYGEN_NEXT;
 }
@@ -95,10 +121,26 @@ static PySendResult take(struct call *self, PyObject *buffer, Py_ssize_t n, PyOb
     return PYGEN_RETURN;
 }
 
+Py_ssize_t limit_of(const struct reader *reader)
+{
+    PyObject *number = reader->limit;
+    if (PyLong_Check(number)) {
+        Py_ssize_t limit = PyLong_AsSsize_t(number);
+        if (limit != -1 || !PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_OverflowError))
+            return limit;
+        PyErr_Clear();
+    }
+    double limit = PyFloat_AsDouble(number);
+    if (limit == -1.0 && PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError))
+        return -1;
+    PyErr_Clear();
+    return limit >= 0 && limit < (double)PY_SSIZE_T_MAX ? (Py_ssize_t)limit : PY_SSIZE_T_MAX;
+}
+
 static PySendResult read_line(struct call *self, PyObject *buffer, PyObject **result)
 {
     struct reader *reader = (struct reader *)self->owner;
-    Py_ssize_t size = PyByteArray_GET_SIZE(buffer), limit = PyLong_AsSsize_t(reader->limit);
+    Py_ssize_t size = PyByteArray_GET_SIZE(buffer), limit = limit_of(reader);
     const char *start = PyByteArray_AS_STRING(buffer);
     const char *end = self->seen < size ? memchr(start + self->seen, '\n', (size_t)(size - self->seen)) : NULL;
     if (limit == -1 && PyErr_Occurred())
@@ -109,20 +151,22 @@ static PySendResult read_line(struct call *self, PyObject *buffer, PyObject **re
     return end != NULL || reader->eof || size > limit ? leave_to_asyncio(self, result) : wait_for_data(self, result);
 }
 
-static PySendResult read_some(struct call *self, int waited, PyObject **result)
+static PySendResult read_some(struct call *self, PyObject **result)
 {
     struct reader *reader = (struct reader *)self->owner;
     PyObject *buffer = take_reference(self->owner, &reader->buffer);
     PySendResult what;
     Py_ssize_t size = buffer != NULL && PyByteArray_CheckExact(buffer) ? PyByteArray_GET_SIZE(buffer) : -1;
-    if (size < 0 || reader->limit == NULL || (!waited && is_set(reader->exception)))
+    if (size < 0 || reader->limit == NULL || (!self->waited && is_set(reader->exception)))
         what = leave_to_asyncio(self, result);
+    else if (self->kind == READLINE && Py_TYPE(reader) != self->hot->streams.plain_reader)
+        what = leave_to_asyncio(self, result); /* asyncio's calls readuntil, which may be another */
     else if (self->kind == READLINE || self->kind == READUNTIL)
         what = read_line(self, buffer, result);
     else if (self->n <= 0)
         what = leave_to_asyncio(self, result);
     else if (self->kind == READ)
-        what = size == 0 && !reader->eof && !waited ? wait_for_data(self, result)
+        what = size == 0 && !reader->eof && !self->waited ? wait_for_data(self, result)
                                                     : take(self, buffer, size < self->n ? size : self->n, result);
     else if (size >= self->n)
         what = take(self, buffer, self->n, result);
@@ -146,16 +190,17 @@ static int may_write(struct call *self)
         return 0;
     PyObject *transport = take_reference(self->owner, &writer->transport);
     PyObject *closing = PyObject_CallMethodNoArgs(transport, hot->names.is_closing);
-    int may = closing == NULL ? -1 : !PyObject_IsTrue(closing);
+    int is_closing = closing == NULL ? -1 : PyObject_IsTrue(closing);
     Py_XDECREF(closing);
     Py_DECREF(transport);
-    return may;
+    return is_closing < 0 ? -1 : !is_closing;
 }
 
 static PySendResult begin(struct call *self, PyObject **result)
 {
+    self->progress = RUNNING;
     if (self->kind != DRAIN)
-        return read_some(self, 0, result);
+        return read_some(self, result);
     int may = may_write(self);
     if (may < 0)
         return PYGEN_ERROR;
@@ -169,12 +214,13 @@ static PySendResult go_on(struct call *self, PyObject **result)
 {
     PyObject *waiter = Py_NewRef(self->waiter), *done;
     stop_waiting(self);
+    self->progress = RUNNING;
     done = PyObject_CallMethodNoArgs(waiter, self->hot->names.result);
     Py_DECREF(waiter);
     if (done == NULL)
         return PYGEN_ERROR;
     Py_DECREF(done);
-    return read_some(self, 1, result);
+    return read_some(self, result);
 }
 
 static PySendResult finish(struct call *self, PySendResult what)
@@ -186,20 +232,28 @@ static PySendResult finish(struct call *self, PySendResult what)
     return what;
 }
 
+/* Whether nothing can be done with it now: then with the exception that a coroutine raises. */
+static int refuse(const struct call *self)
+{
+    if (self->progress == FINISHED)
+        PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
+    else if (self->progress == RUNNING)
+        PyErr_SetString(PyExc_ValueError, "coroutine already executing");
+    else
+        return 0;
+    return 1;
+}
+
 static PySendResult call_send(PyObject *object, PyObject *value, PyObject **result)
 {
     struct call *self = (struct call *)object;
     PySendResult what = PYGEN_ERROR;
     *result = NULL;
-    if (self->progress == FINISHED) {
-        PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
+    if (refuse(self))
         return PYGEN_ERROR;
-    }
-    if (self->progress == LEFT_TO_ASYNCIO) {
-        PyObject *coroutine = Py_NewRef(self->coroutine);
-        what = PyIter_Send(coroutine, value, result);
-        Py_DECREF(coroutine);
-    } else if (self->progress == NEW && value != Py_None)
+    if (self->progress == LEFT_TO_ASYNCIO)
+        what = send_to_coroutine(self, value, result);
+    else if (self->progress == NEW && value != Py_None)
         PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
     else
         what = self->progress == NEW ? begin(self, result) : go_on(self, result);
@@ -226,6 +280,16 @@ static PyObject *call_next(PyObject *self)
     PyObject *result;
     PySendResult what = call_send(self, Py_None, &result);
     return as_iterator(what, result);
+}
+
+static PyObject *call_await(PyObject *object)
+{
+    const struct call *self = (struct call *)object;
+    if (self->progress == WAITING || self->progress == LEFT_TO_ASYNCIO) {
+        PyErr_SetString(PyExc_RuntimeError, "coroutine is being awaited already");
+        return NULL;
+    }
+    return Py_NewRef(object);
 }
 
 static PyObject *call_method_send(PyObject *self, PyObject *value)
@@ -257,20 +321,19 @@ static void raise_what_is_thrown(PyObject *args)
 static PyObject *call_throw(PyObject *object, PyObject *args)
 {
     struct call *self = (struct call *)object;
+    if (refuse(self))
+        return NULL;
     if (self->progress == LEFT_TO_ASYNCIO) {
-        PyObject *coroutine = Py_NewRef(self->coroutine), *throw, *result;
-        throw = PyObject_GetAttrString(coroutine, "throw");
+        PyObject *throw = PyObject_GetAttrString(self->coroutine, "throw"), *result;
+        self->progress = RUNNING;
         result = throw == NULL ? NULL : PyObject_CallObject(throw, args);
+        self->progress = LEFT_TO_ASYNCIO;
         Py_XDECREF(throw);
-        Py_DECREF(coroutine);
         if (result == NULL)
             finish(self, PYGEN_ERROR);
         return result;
     }
-    if (self->progress == FINISHED)
-        PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
-    else
-        raise_what_is_thrown(args);
+    raise_what_is_thrown(args);
     if (self->progress == WAITING)
         stop_waiting(self);
     self->progress = FINISHED;
@@ -280,11 +343,17 @@ static PyObject *call_throw(PyObject *object, PyObject *args)
 static PyObject *call_close(PyObject *object, PyObject *ignored)
 {
     struct call *self = (struct call *)object;
-    PyObject *done = Py_NewRef(Py_None);
-    if (self->progress == LEFT_TO_ASYNCIO)
-        Py_SETREF(done, PyObject_CallMethod(self->coroutine, "close", NULL));
-    else if (self->progress == WAITING)
-        stop_waiting(self);
+    PyObject *done = NULL;
+    if (self->progress == RUNNING && refuse(self))
+        return NULL;
+    if (self->progress == LEFT_TO_ASYNCIO) {
+        self->progress = RUNNING;
+        done = PyObject_CallMethod(self->coroutine, "close", NULL);
+    } else {
+        if (self->progress == WAITING)
+            stop_waiting(self);
+        done = Py_NewRef(Py_None);
+    }
     finish(self, PYGEN_RETURN);
     return done;
 }
@@ -319,6 +388,7 @@ PyObject *make_call(struct hot *hot, PyObject *owner, enum call_kind kind, Py_ss
     self->waiter = self->coroutine = NULL;
     self->n = n;
     self->seen = 0;
+    self->waited = 0;
     self->kind = kind;
     self->progress = NEW;
     PyObject_GC_Track(self);
@@ -328,7 +398,8 @@ PyObject *make_call(struct hot *hot, PyObject *owner, enum call_kind kind, Py_ss
 static void call_finalize(PyObject *object)
 {
     struct call *self = (struct call *)object;
-    PyObject *before = PyErr_Occurred() ? take_exception() : NULL;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
     if (self->progress == WAITING)
         stop_waiting(self);
     else if (self->progress == NEW
@@ -336,10 +407,7 @@ static void call_finalize(PyObject *object)
                                  self->kind == DRAIN ? "StreamWriter" : "StreamReader", method_names[self->kind])
                     < 0)
         PyErr_WriteUnraisable(object);
-    if (before != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(before), before);
-        Py_DECREF(before);
-    }
+    PyErr_Restore(type, value, traceback); /* unlike PyErr_SetObject it leaves the context alone */
 }
 
 static int call_traverse(PyObject *object, visitproc visit, void *arg)
@@ -394,7 +462,7 @@ int add_stream_calls(struct hot *hot)
         {Py_tp_clear, call_clear},
         {Py_tp_iter, PyObject_SelfIter},
         {Py_tp_iternext, call_next},
-        {Py_am_await, PyObject_SelfIter},
+        {Py_am_await, call_await},
         {Py_am_send, call_send},
         {Py_tp_methods, call_methods},
         {Py_tp_getset, call_getset},
