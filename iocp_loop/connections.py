@@ -91,6 +91,25 @@ class PythonConnection(PythonStream):
     ) -> None:
         if server is not None:
             attach(server, self)  # before anything else: a server that has been closed meanwhile refuses
+        try:
+            self._set_up(loop, proactor, sock, protocol, waiter, extra, server, context)
+        except BaseException:
+            self._server = None
+            if server is not None:
+                detach(server, self)
+            raise
+
+    def _set_up(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        proactor: Proactor,
+        sock: socket.socket,
+        protocol: asyncio.BaseProtocol,
+        waiter: asyncio.Future[None] | None,
+        extra: dict[str, Any] | None,
+        server: Any,
+        context: contextvars.Context | None,
+    ) -> None:
         # The peer's name can't be asked for any more once the peer has reset the connection.
         self._peername = extra.pop("peername", None) if extra else name_of(sock.getpeername)
         self._info: dict[str, Any] | None = extra or None  # of get_extra_info, as far as it was asked for
@@ -113,7 +132,7 @@ class PythonConnection(PythonStream):
         self._finished = False  # connection_lost has run
         self._writes_after_loss = 0
         # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
-        self._context = context_for(loop, context)
+        self._context = context_for(loop, context, 3)
         self._init_flow_control()
         self.set_protocol(protocol)
         send_without_delay(sock)
@@ -168,7 +187,7 @@ class PythonConnection(PythonStream):
 
     def _end_of_stream(self) -> None:
         try:
-            keep_open = self._context.run(self._protocol.eof_received)
+            keep_open = bool(self._context.run(self._protocol.eof_received))
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as exc:

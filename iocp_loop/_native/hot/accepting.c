@@ -32,20 +32,30 @@ struct name {
  * Welcoming a connection
  * ------------------------------------------------------------------------------------------------------------------ */
 
+static PyObject *not_complete(void)
+{
+    PyErr_SetString(PyExc_RuntimeError, "the listener is not complete");
+    return NULL;
+}
+
 /* Make protocol and transport for a connection of a plain server. */
 static PyObject *serve(const struct hot *hot, Accepting *self, PyObject *sock, struct name peer)
 {
-    PyObject *factory, *server, *type, *extra, *transport = NULL; /* the first three are borrowed */
-    if (!PyArg_UnpackTuple(self->serves, "serves", 3, 3, &factory, &server, &type))
-        return NULL;
-    PyObject *protocol = PyObject_CallNoArgs(factory);
+    PyObject *factory, *server, *type, *extra, *transport = NULL; /* the first three are borrowed: `serves` has them */
+    if (self->loop == NULL || self->proactor == NULL)
+        return not_complete();
+    PyObject *loop = Py_NewRef(self->loop), *proactor = Py_NewRef(self->proactor), *serves = Py_NewRef(self->serves);
+    PyObject *protocol = PyArg_UnpackTuple(serves, "serves", 3, 3, &factory, &server, &type) ? PyObject_CallNoArgs(factory) : NULL;
     extra = peer.raw || protocol == NULL ? Py_NewRef(peer.name) : Py_BuildValue("{OO}", hot->names.peername, peer.name);
     if (protocol != NULL && extra != NULL) {
-        PyObject *args[] = {self->loop, self->proactor, sock, protocol, Py_None, extra, server};
+        PyObject *args[] = {loop, proactor, sock, protocol, Py_None, extra, server};
         transport = PyObject_Vectorcall(type, args, 7, NULL);
     }
     Py_XDECREF(protocol);
     Py_XDECREF(extra);
+    Py_DECREF(loop);
+    Py_DECREF(proactor);
+    Py_DECREF(serves);
     return transport;
 }
 
@@ -94,7 +104,7 @@ static int welcome(const struct hot *hot, Accepting *self, PyObject *sock, struc
     self->in_shortage = 0;
     PyObject *context = self->context, *copy; /* the first is borrowed */
     if (context == NULL || self->welcome == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "the listener is not complete");
+        not_complete();
         return -1;
     }
     copy = PyContext_CheckExact(context) ? PyContext_Copy(context) : PyObject_CallMethodNoArgs(context, hot->names.copy);

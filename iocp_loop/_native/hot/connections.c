@@ -28,15 +28,37 @@ static int done_with(PyObject *result)
     return result == NULL ? -1 : 0;
 }
 
+/* A new reference to what is in `*place`, a field of `self`; AttributeError if `self` was not made by its constructor. */
+static PyObject *take_field(PyObject *self, PyObject **place, const char *name)
+{
+    PyObject *object = take_reference(self, place);
+    if (object == NULL)
+        PyErr_SetString(PyExc_AttributeError, name);
+    return object;
+}
+
+/* self._proactor.METHOD(argument), or without `argument`. */
+static PyObject *ask_proactor(PyObject *self, PyObject *method, PyObject *argument)
+{
+    PyObject *proactor = take_field(self, &stream_of(self)->proactor, "_proactor"), *done;
+    if (proactor == NULL)
+        return NULL;
+    done = argument == NULL ? PyObject_CallMethodNoArgs(proactor, method) : PyObject_CallMethodOneArg(proactor, method, argument);
+    Py_DECREF(proactor);
+    return done;
+}
+
 /* loop.call_soon(self.NAME, argument), in `context` if that is not NULL. */
 static int call_soon(const struct hot *hot, PyObject *self, PyObject *name, PyObject *argument, PyObject *context)
 {
-    PyObject *loop = SLOT(self, hot->flow.loop), *callback = loop == NULL ? NULL : PyObject_GetAttr(self, name);
-    if (callback == NULL)
-        return -1;
-    PyObject *args[] = {loop, callback, argument, context};
-    PyObject *handle = PyObject_VectorcallMethod(hot->names.call_soon, args, 3, context == NULL ? NULL : hot->life.of_context);
-    Py_DECREF(callback);
+    PyObject *loop = take_field(self, &SLOT(self, hot->flow.loop), "_loop"), *handle = NULL;
+    PyObject *callback = loop == NULL ? NULL : PyObject_GetAttr(self, name);
+    if (callback != NULL) {
+        PyObject *args[] = {loop, callback, argument, context};
+        handle = PyObject_VectorcallMethod(hot->names.call_soon, args, 3, context == NULL ? NULL : hot->life.of_context);
+    }
+    Py_XDECREF(callback);
+    Py_XDECREF(loop);
     return done_with(handle);
 }
 
@@ -54,9 +76,7 @@ static int keep_peername(const struct hot *hot, struct stream *stream)
 PyObject *stream_peername(PyObject *self, void *ignored)
 {
     struct stream *stream = stream_of(self);
-    PyObject *name = take_reference(self, &stream->peername);
-    if (name == NULL)
-        PyErr_SetString(PyExc_AttributeError, "_peername");
+    PyObject *name = take_field(self, &stream->peername, "_peername");
     if (name == NULL || !stream->name_is_raw)
         return name;
     Py_SETREF(name, name_object(name));
@@ -78,11 +98,9 @@ PyObject *stream_sockname(PyObject *self, void *ignored)
         Py_SETREF(kept, name_object(kept));
         return kept;
     }
-    sock = take_reference(self, &stream->sock);
-    if (sock == NULL) {
-        PyErr_SetString(PyExc_AttributeError, "_sock");
+    sock = take_field(self, &stream->sock, "_sock");
+    if (sock == NULL)
         return NULL;
-    }
     name = ask_for_name(hot, sock, hot->names.getsockname);
     Py_DECREF(sock);
     return name;
@@ -92,9 +110,9 @@ PyObject *stream_sockname(PyObject *self, void *ignored)
 static int keep_sockname(const struct hot *hot, PyObject *self, PyObject *sock)
 {
     struct stream *stream = stream_of(self);
-    if (PyDict_Check(stream->info) && PyDict_GetItemWithError(stream->info, hot->names.sockname) != NULL)
+    if (stream->info != NULL && PyDict_Check(stream->info) && PyDict_GetItemWithError(stream->info, hot->names.sockname) != NULL)
         return 0;
-    PyObject *raw = stream->by_call ? raw_name(sock, 0) : NULL;
+    PyObject *raw = is_socket(hot, sock) ? raw_name(sock, 0) : NULL;
     put_reference(self, &stream->sockname, raw);
     if (raw != NULL || PyErr_Occurred())
         return raw == NULL ? -1 : 0;
@@ -112,10 +130,10 @@ static int tell_server(const struct hot *hot, PyObject *server, PyObject *method
                                            : PyObject_CallMethodOneArg(server, method, self));
 }
 
-static PyObject *number_of_socket(const struct hot *hot, struct stream *stream)
+static PyObject *number_of_socket(const struct hot *hot, PyObject *sock)
 {
-    return stream->by_call ? PyLong_FromLongLong((long long)socket_descriptor(stream->sock))
-                           : PyObject_CallMethodNoArgs(stream->sock, hot->names.fileno);
+    return is_socket(hot, sock) ? PyLong_FromLongLong((long long)socket_descriptor(sock))
+                                : PyObject_CallMethodNoArgs(sock, hot->names.fileno);
 }
 
 /* weakref.KeyedRef(self, remove, number), without its frames. */
@@ -130,9 +148,9 @@ static PyObject *keyed_reference(const struct hot *hot, PyObject *self, PyObject
 }
 
 /* loop._transports[the number of its socket] = self: a WeakValueDictionary, which would take several frames for it. */
-static int enter_table(const struct hot *hot, PyObject *self, PyObject *loop)
+static int enter_table(const struct hot *hot, PyObject *self, PyObject *sock, PyObject *loop)
 {
-    PyObject *number = number_of_socket(hot, stream_of(self));
+    PyObject *number = number_of_socket(hot, sock);
     if (number == NULL)
         return -1;
     struct loop_head *head = own_loop(hot, loop);
@@ -148,7 +166,7 @@ static int enter_table(const struct hot *hot, PyObject *self, PyObject *loop)
 /* Close the socket, which is not to be found by its number any more. */
 static int leave_table_and_close(const struct hot *hot, PyObject *self, PyObject *sock)
 {
-    PyObject *loop = SLOT(self, hot->flow.loop), *number = number_of_socket(hot, stream_of(self)), *known = NULL; /* the first is borrowed */
+    PyObject *loop = SLOT(self, hot->flow.loop), *number = number_of_socket(hot, sock), *known = NULL; /* the first is borrowed */
     struct loop_head *head = loop == NULL ? NULL : own_loop(hot, loop);
     PyObject *table = head == NULL ? NULL : head->transport_refs;
     PyObject *reference = number == NULL || table == NULL ? NULL : find(table, number);
@@ -186,7 +204,7 @@ static int parse_arguments(PyObject *args, PyObject *kwargs, struct arguments *g
 /* Take what get_extra_info is to know, out of which comes the peer's name, or ask for that. */
 static int take_extra(const struct hot *hot, struct stream *stream, PyObject *extra)
 {
-    if (PyBytes_CheckExact(extra)) { /* of a connection that was accepted here */
+    if (PyBytes_CheckExact(extra) && is_name_known(extra)) { /* of a connection that was accepted here */
         stream->name_is_raw = 1;
         Py_XSETREF(stream->peername, Py_NewRef(extra));
         return 0;
@@ -216,6 +234,7 @@ static PyObject *context_for(const struct hot *hot, PyObject *loop, PyObject *co
 static int set_up(const struct hot *hot, PyObject *self, const struct arguments *given)
 {
     struct stream *stream = stream_of(self);
+    stream->by_call = stream->direct = stream->name_is_raw = 0; /* what goes now, of an earlier call, may look at it */
     for (size_t n = 0; n < STREAM_OBJECTS; n++)
         Py_XSETREF(stream->objects[n], Py_NewRef(Py_None));
     Py_SETREF(stream->sock, Py_NewRef(given->sock));
@@ -248,6 +267,17 @@ static int send_without_delay(const struct hot *hot, struct stream *stream)
     return 0;
 }
 
+/* The constructor fails with an exception: `server` knows of no connection then. */
+static int take_back(const struct hot *hot, PyObject *self, PyObject *server)
+{
+    PyObject *error = take_exception();
+    put_reference(self, &stream_of(self)->server, Py_NewRef(Py_None));
+    if (server == Py_None || tell_server(hot, server, hot->names.detach, self) == 0)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+    return -1;
+}
+
 int stream_init(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     const struct hot *hot = hot_of_stream(self);
@@ -261,12 +291,13 @@ int stream_init(PyObject *self, PyObject *args, PyObject *kwargs)
     if (given.server != Py_None && tell_server(hot, given.server, hot->names.attach, self) < 0)
         return -1;
     if (set_up(hot, self, &given) < 0)
-        return -1;
+        return take_back(hot, self, given.server);
     stream->alive = 1;
     if (done_with(PyObject_CallMethodOneArg(self, hot->names.set_protocol, given.protocol)) < 0 || send_without_delay(hot, stream) < 0
-        || call_soon(hot, self, hot->names.begin, given.waiter, CONTEXT_OF_ENDS(stream)) < 0)
-        return -1;
-    return enter_table(hot, self, given.loop);
+        || call_soon(hot, self, hot->names.begin, given.waiter, CONTEXT_OF_ENDS(stream)) < 0
+        || enter_table(hot, self, given.sock, given.loop) < 0)
+        return take_back(hot, self, given.server);
+    return 0;
 }
 
 /* Whether a protocol provides the memory to receive into; -1 with an exception. */
@@ -276,8 +307,10 @@ static int is_buffered(const struct hot *hot, PyObject *protocol)
     int plain = PyObject_TypeCheck(protocol, (PyTypeObject *)hot->life.protocol)
                 && !PyObject_TypeCheck(protocol, (PyTypeObject *)hot->life.buffered_protocol);
     int buffered = plain ? 0 : PyObject_IsInstance(protocol, hot->life.buffered_protocol);
-    int bytes = buffered > 0 ? PyObject_IsInstance(protocol, hot->life.takes_bytes) : 0;
-    return bytes < 0 ? -1 : buffered && !bytes;
+    if (buffered <= 0)
+        return buffered;
+    int bytes = PyObject_IsInstance(protocol, hot->life.takes_bytes);
+    return bytes < 0 ? -1 : !bytes;
 }
 
 PyObject *stream_set_protocol(PyObject *self, PyObject *protocol)
@@ -308,10 +341,15 @@ static int arm_receive(const struct hot *hot, PyObject *self)
     int buffered = stream->buffered;
     PyObject *deliver = PyObject_GetAttr(self, buffered ? hot->names.received_into : hot->names.received);
     PyObject *get_buffer = buffered ? PyObject_GetAttr(self, hot->names.get_buffer_of_protocol) : NULL, *op = NULL;
-    if (deliver != NULL && (get_buffer != NULL || !buffered)) {
-        PyObject *args[] = {stream->proactor, stream->sock, deliver, get_buffer};
+    PyObject *proactor = NULL, *sock = NULL;
+    if (deliver != NULL && (get_buffer != NULL || !buffered)
+        && (proactor = take_field(self, &stream->proactor, "_proactor")) != NULL
+        && (sock = take_field(self, &stream->sock, "_sock")) != NULL) {
+        PyObject *args[] = {proactor, sock, deliver, get_buffer};
         op = PyObject_VectorcallMethod(hot->names.receive_stream, args, buffered ? 4 : 3, NULL);
     }
+    Py_XDECREF(proactor);
+    Py_XDECREF(sock);
     Py_XDECREF(deliver);
     Py_XDECREF(get_buffer);
     if (op == NULL)
@@ -347,7 +385,7 @@ PyObject *stream_begin(PyObject *self, PyObject *waiter)
     if (hot == NULL)
         return NULL;
     struct stream *stream = stream_of(self);
-    PyObject *protocol = take_reference(self, &stream->protocol), *error = NULL;
+    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *error = NULL;
     int failed = protocol == NULL ? -1 : done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_made, self));
     Py_XDECREF(protocol);
     if (!failed && is_none(stream->receive) && !stream->closing && !stream->paused)
@@ -456,14 +494,14 @@ PyObject *stream_stop_receiving(PyObject *self, PyObject *ignored)
     put_reference(self, &stream->held, PyTuple_New(0));
     if (is_none(stream->receive))
         Py_RETURN_NONE;
-    PyObject *receive = take_reference(self, &stream->receive);
-    PyObject *done = receive == NULL ? NULL : PyObject_CallMethodOneArg(stream->proactor, hot->names.drop, receive);
+    PyObject *receive = take_field(self, &stream->receive, "_receive");
+    PyObject *done = receive == NULL ? NULL : ask_proactor(self, hot->names.drop, receive);
     if (done == Py_True)
         put_reference(self, &stream->receive, Py_NewRef(Py_None));
     else if (done != NULL) {
         Py_SETREF(done, PyObject_CallMethodNoArgs(self, hot->names.choose_receiver));
         if (done != NULL)
-            Py_SETREF(done, PyObject_CallMethodOneArg(stream->proactor, hot->names.cancel, receive));
+            Py_SETREF(done, ask_proactor(self, hot->names.cancel, receive));
     }
     Py_XDECREF(receive);
     return done;
@@ -521,19 +559,31 @@ static int is_in_flight(const struct hot *hot, PyObject *op)
     return in_flight;
 }
 
+/* Whether a socket of any kind is open; -1 with an exception. */
+static int is_open(const struct hot *hot, PyObject *sock)
+{
+    if (is_socket(hot, sock))
+        return socket_descriptor(sock) != NO_DESCRIPTOR;
+    PyObject *number = number_of_socket(hot, sock);
+    long long descriptor = number == NULL ? -1 : PyLong_AsLongLong(number);
+    Py_XDECREF(number);
+    return PyErr_Occurred() ? -1 : descriptor >= 0;
+}
+
 /* Close the socket when the protocol is done with it and the kernel too. */
 static int release_socket(const struct hot *hot, PyObject *self)
 {
     struct stream *stream = stream_of(self);
     PyObject *sock = stream->alive ? NULL : take_reference(self, &stream->sock);
-    if (sock == NULL || (stream->by_call && socket_descriptor(sock) == NO_DESCRIPTOR)) {
+    int open = sock == NULL ? 0 : is_open(hot, sock);
+    if (open <= 0) {
         Py_XDECREF(sock);
-        return 0;
+        return open;
     }
     int receiving = is_in_flight(hot, stream->receive), sending = is_in_flight(hot, stream->sending), failed = 0;
     int free = !receiving && !sending;
     if (!free && receiving >= 0 && sending >= 0) {
-        PyObject *gone = PyObject_CallMethodNoArgs(stream->proactor, hot->names.let_go);
+        PyObject *gone = ask_proactor(self, hot->names.let_go, NULL);
         free = gone == NULL ? -1 : PyObject_IsTrue(gone);
         Py_XDECREF(gone);
     }
@@ -561,7 +611,7 @@ PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception)
     if (hot == NULL)
         return NULL;
     struct stream *stream = stream_of(self);
-    PyObject *protocol = take_reference(self, &stream->protocol), *server, *error = NULL;
+    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *server, *error = NULL;
     if (protocol == NULL || done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_lost, exception)) < 0)
         error = take_exception();
     Py_XDECREF(protocol);

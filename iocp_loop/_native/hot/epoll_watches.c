@@ -263,9 +263,11 @@ PyObject *cancel_alone(EpollTurns *self, PyObject *op)
     return PyBool_FromLong(landed);
 }
 
-/* drop(op): the same, where nobody needs to be told of it. */
+/* drop(op): the same, where nobody needs to be told of it.  What stands on the ready queue may be for `op`. */
 PyObject *drop_alone(EpollTurns *self, PyObject *op)
 {
+    if (has_items(self->driver.ready))
+        Py_RETURN_FALSE;
     int landed = land_alone(self, op);
     self->driver.completions += landed > 0;
     return landed < 0 ? NULL : PyBool_FromLong(landed);

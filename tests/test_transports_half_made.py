@@ -1,0 +1,192 @@
+"""Stream transports that were made by half, twice or with odd arguments, and odd answers of protocols.
+
+They lead to an exception, and neither to a crash nor to anything that stays behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import warnings
+from typing import Any
+
+import pytest
+
+import iocp_loop
+from iocp_loop import native
+from iocp_loop.operations import Receive
+from iocp_loop.transports import SocketTransport
+
+from .support import Recorder, closed, connected, turns, until
+
+Loop = iocp_loop.IocpEventLoop
+Pair = tuple[socket.socket, socket.socket]
+Reports = list[dict[str, Any]]
+
+natively = pytest.mark.skipif(native.hot is None, reason=f"the native tier is not in force: {native.why_not}")
+
+
+class OnPurpose(Exception):
+    """Raised by the protocols here."""
+
+
+class Unasked:
+    """Does not tell what it is."""
+
+    @property  # type: ignore[misc]  # that is the point
+    def __class__(self) -> Any:
+        raise OnPurpose
+
+
+CALLS = {
+    "_arm_receive": (),
+    "_begin": (None,),
+    "_call_connection_lost": (None,),
+    "_lose_connection": (None,),
+    "close": (),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_transport_without_its_constructor(name: str, pair: Pair) -> None:
+    transport: Any = SocketTransport.__new__(SocketTransport)
+    transport._sock = pair[0]
+    with pytest.raises(AttributeError):
+        getattr(transport, name)(*CALLS[name])
+
+
+@natively
+def test_its_socket_can_be_closed(pair: Pair) -> None:
+    transport: Any = SocketTransport.__new__(SocketTransport)
+    transport._sock = pair[0]
+    transport._release_socket()
+    assert pair[0].fileno() < 0
+
+
+async def test_a_transport_whose_proactor_was_taken_away(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport: Any = protocol.transport
+    proactor = transport._proactor
+    del transport._proactor
+    with pytest.raises(AttributeError, match="_proactor"):
+        transport._stop_receiving()
+    transport._proactor = proactor
+    await closed(protocol)
+
+
+async def test_a_second_constructor_leaves_no_way_to_a_strange_descriptor(loop: Loop, pair: Pair) -> None:
+    """What it lets go of may look at the transport, which has no socket at that moment."""
+    seen = []
+
+    class Last(asyncio.Protocol):
+        def __del__(self) -> None:
+            seen.append(transport._sock is None and transport._direct)
+
+    protocol = await connected(loop, pair)
+    transport: Any = protocol.transport
+    await closed(protocol)
+    transport._direct = True
+    transport.set_protocol(Last())
+    protocol = Recorder()
+    pair[1].setblocking(False)
+    transport.__init__(loop, loop._proactor, pair[1], protocol)
+    gc.collect()
+    assert seen == [False]
+    await until(lambda: protocol.calls)
+    await closed(protocol)
+
+
+@natively
+async def test_no_name_is_read_out_of_any_bytes(loop: Loop, pair: Pair) -> None:
+    extra: Any = b"\2\0" + b"x" * 100_000
+    protocol = Recorder()
+    transport = SocketTransport(loop, loop._proactor, pair[0], protocol, None, extra)
+    assert transport.get_extra_info("peername") == pair[1].getsockname()
+    await until(lambda: protocol.calls)
+    await closed(protocol)
+
+
+async def test_a_protocol_that_does_not_tell_what_it_is(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    odd: Any = Unasked()
+    with pytest.raises(OnPurpose):
+        protocol.transport.set_protocol(odd)
+    assert protocol.transport.get_protocol() in (protocol, odd)
+    protocol.transport.set_protocol(protocol)
+    await closed(protocol)
+
+
+async def test_a_server_forgets_a_transport_that_could_not_be_made(loop: Loop, reports: Reports) -> None:
+    factory: Any = Unasked
+    server: Any = await loop.create_server(factory, "127.0.0.1", 0)
+    with warnings.catch_warnings(), socket.create_connection(server.sockets[0].getsockname()):
+        warnings.simplefilter("ignore", ResourceWarning)  # half made, it is unclosed
+        await until(lambda: reports)
+        assert isinstance(reports.pop()["exception"], OnPurpose)
+        gc.collect()
+    assert not (server._clients if hasattr(server, "_clients") else server._active_count)
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_listener_whose_parts_are_taken_away(loop: Loop) -> None:
+    protocol = Recorder()
+
+    def factory() -> Recorder:
+        del listener._loop, listener._proactor, listener._serves
+        return protocol
+
+    server = await loop.create_server(factory, "127.0.0.1", 0)
+    (listener,) = list[Any](loop._listeners.values())
+    with socket.create_connection(server.sockets[0].getsockname()):
+        await until(lambda: protocol.calls)
+        await closed(protocol)
+        listener._proactor = loop._proactor
+        server.close()
+        await turns()
+
+
+async def test_an_answer_to_the_end_that_can_not_be_asked(loop: Loop, pair: Pair, reports: Reports) -> None:
+    class Answer:
+        def __bool__(self) -> bool:
+            raise OnPurpose
+
+    class Odd(Recorder):
+        def eof_received(self) -> Any:
+            return Answer()
+
+    protocol = await connected(loop, pair, Odd())
+    pair[1].shutdown(socket.SHUT_WR)
+    await until(lambda: protocol.finished)
+    assert isinstance(protocol.lost, OnPurpose)
+    assert "eof_received() call failed" in reports.pop()["message"]
+
+
+async def test_nothing_comes_after_close_of_what_was_kept_for_the_stream(loop: Loop, pair: Pair) -> None:
+    """What a cancelled ``sock_recv`` had left stands on the driver's ready queue when the transport is closed."""
+    loop._proactor.keep_value(Receive(pair[0], 10), b"kept")
+    protocol = Recorder()
+    transport = SocketTransport(loop, loop._proactor, pair[0], protocol)
+    loop.call_soon(transport.close)  # in the turn in which it begins
+    await until(lambda: protocol.finished)
+    assert protocol.calls == ["connection_made", "connection_lost"]
+
+
+async def test_a_socket_of_a_class_of_its_own_is_closed_once(loop: Loop, pair: Pair) -> None:
+    closes = []
+
+    class Own(socket.socket):
+        def close(self) -> None:
+            closes.append(self)
+            super().close()
+
+    sock = Own(fileno=pair[0].detach())
+    sock.setblocking(False)
+    protocol = await connected(loop, (sock, pair[1]))
+    await turns()
+    protocol.transport.write(b"x" * 8_000_000)
+    protocol.transport.abort()
+    await until(lambda: not loop._proactor.in_flight)
+    await turns()
+    assert closes == [sock]
