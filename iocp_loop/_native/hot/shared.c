@@ -247,8 +247,14 @@ PyObject *make_stream_socket(struct hot *hot, PyObject *like, descriptor fd)
         PyObject *made = PyObject_CallFunction((PyObject *)class, "iiiK", model->family, SOCK_STREAM, model->proto,
                                                (unsigned long long)fd);
         PyObject *done = made == NULL ? NULL : PyObject_CallMethod(made, "settimeout", "i", 0);
-        if (done == NULL)
+        if (made != NULL && done == NULL) { /* the descriptor stays the caller's, who closes it */
+            PyObject *error = take_exception();
+            Py_XDECREF(PyObject_CallMethod(made, "detach", NULL));
+            PyErr_Clear();
+            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+            Py_DECREF(error);
             Py_CLEAR(made);
+        }
         Py_XDECREF(done);
         return made;
     }
