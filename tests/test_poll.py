@@ -105,7 +105,7 @@ def test_a_hang_up_ends_a_stream_by_the_short_way(no_leak: None, monkeypatch: py
     """Over UNIX sockets each connection ended by the long way, which cost as much as all of its life."""
     rig = Rig(poll.PollDriver())
     long_ways: list[int] = []
-    monkeypatch.setattr(rig.driver, "_dispatch_other", lambda fd, watch, events: long_ways.append(events), raising=False)
+    monkeypatch.setattr(rig.driver, "_dispatch_other", lambda *args: long_ways.append(args[-1]))
     for last in (b"", b"the last words"):
         ours, peer = socket.socketpair()
         ours.setblocking(False)
