@@ -59,7 +59,8 @@ HEADERS = [
     "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
-    "linux/uring.h windows/iocp.h",
+    "linux/pool.h",
+    "linux/kernel.h linux/uring.h windows/iocp.h",
 ]
 
 #: And for the C of the native tier: a file calls only functions, and uses only data, of files below its own line.
