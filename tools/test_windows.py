@@ -48,7 +48,7 @@ def requirements() -> list[str]:
     """What the tests need, as pyproject.toml names it; requirements with an environment marker are not for here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["test"], *extras["libraries"], "pytest-rerunfailures>=16"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["libraries"]]
     here = re.compile("|".join(("iocp_loop", *NOT_INSTALLABLE)))
     return [each for each in wanted if ";" not in each and not here.match(each)]
 
