@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,7 @@ def serve(mode: str, loop_name: str, where: str, connections: int) -> None:
             ended.set()
 
     class Echo(asyncio.Protocol):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            assert isinstance(transport, asyncio.Transport)
+        def connection_made(self, transport: Any) -> None:  # uvloop's are no asyncio.Transport
             self.transport = transport
 
         def data_received(self, data: bytes) -> None:
@@ -172,11 +171,11 @@ def counted(mode: str, loop_name: str, units: int) -> int:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
             try:
-                client: Coroutine[Any, Any, None] = call(mode, where, units)
-                asyncio.run(asyncio.wait_for(client, 600))
-                _, said = server.communicate(timeout=60)
-            finally:
+                asyncio.run(asyncio.wait_for(call(mode, where, units), 600))
+            except (OSError, EOFError, TimeoutError) as error:
                 server.kill()
+                raise SystemExit(f"{mode} on {loop_name} failed: {error!r}\n{server.communicate()[1]}") from None
+            _, said = server.communicate(timeout=60)
         found = re.search(r"Collected : (\d+)", said)
         if server.returncode != 0 or found is None:
             raise SystemExit(f"{mode} on {loop_name} failed\n{said}")
