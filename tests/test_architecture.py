@@ -29,8 +29,8 @@ LAYERS = [
     "threads",
     "policy readers",
     "loop",
-    "methods.clock methods.embedding methods.names methods.pipes methods.readiness methods.signals methods.sockets",
-    "methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
+    "methods.clock methods.connecting methods.embedding methods.names methods.pipes methods.readiness methods.signals",
+    "methods.sockets methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
     "endpoints.datagrams endpoints.tls pipes.named pipes.unix pipes.windows",
     "pipes.transports pipes.channels pipes.__init__ endpoints.listener",
     "transports",
@@ -42,8 +42,9 @@ LAYERS = [
     "ports.port",
     "ports.choice",
     "ports.iocp.driver ports.uring.driver",
-    "ports.iocp.turns ports.iocp.files ports.iocp.readiness ports.iocp.sockets ports.poll.driver ports.uring.turns",
-    "ports.iocp.receiving ports.poll.turns",
+    "ports.iocp.turns ports.iocp.files ports.iocp.readiness ports.iocp.sockets ports.poll.driver ports.uring.files",
+    "ports.uring.turns",
+    "ports.iocp.receiving ports.poll.calls ports.poll.pollers ports.poll.turns",
     "ports.iocp.datagrams",
     "ports.iocp.requests",
     "ports.iocp.binding ports.uring.binding ports.iocp.__init__ ports.uring.__init__ ports.poll.__init__",
@@ -55,11 +56,12 @@ LAYERS = [
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
-    "hot/accepting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
+    "hot/accepting.h hot/connecting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
     "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
-    "linux/uring.h windows/iocp.h",
+    "linux/pool.h",
+    "linux/kernel.h linux/uring.h windows/iocp.h",
 ]
 
 #: And for the C of the native tier: a file calls only functions, and uses only data, of files below its own line.
@@ -67,11 +69,11 @@ NATIVE_TIER = [
     "module",
     "turns uring iocp",
     "epoll iocp_sockets schedule tasks",
-    "epoll_watches ready",
-    "ahead epoll_waits",
+    "epoll_watches iocp_datagrams iocp_once ready",
+    "ahead epoll_waits iocp_submissions",
     "accepting transports",
     "connections",
-    "addresses proactor readers sockets streams tls",
+    "addresses connecting proactor readers sockets streams tls",
     "datagrams driver handles receiving stream_calls",
     "timers",
     "shared",

@@ -27,7 +27,8 @@
  *   epoll_watches.c, epoll_waits.c  what stands on its descriptors; receives of sock_recv that wait there
  *   calls.h     the system's calls on sockets, the same on each system
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
- *   iocp_sockets.c  its receives, datagrams and sends                  (ports/iocp/receiving.py, datagrams.py)
+ *   iocp_submissions.c  its requests: the slots that they borrow, and how they end       (ports/iocp/requests.py)
+ *   iocp_sockets.c, iocp_once.c, iocp_datagrams.c  of streams, of sock_recv, of datagrams (ports/iocp/receiving.py, datagrams.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it
@@ -431,6 +432,9 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+int socket_family(PyObject *sock);
+/* Whether Python's own calls on it don't wait either. */
+int is_nonblocking(PyObject *sock);
 /* Whether it is one of TCP. */
 int is_tcp_socket(PyObject *sock);
 /* sock.close(), for a socket of any kind. */
@@ -453,6 +457,8 @@ struct sockaddr_storage;
 PyObject *make_tuple(const struct sockaddr_storage *address);
 /* The same by way of a table; of an address without length, that of a connection: None. */
 PyObject *tuple_of(struct hot *hot, const struct sockaddr_storage *address, Py_ssize_t length);
+/* And back, of a literal address (host, port, ...): what the system takes, in bytes; NULL, perhaps without an exception. */
+PyObject *structure_of(struct hot *hot, int family, PyObject *tuple);
 /* Receive for the ReceiveFromStream `op` what there is, up to `most` datagrams, and deliver each.  Their number; -1 with an
  * exception; NOT_PLAIN for the way in Python. */
 int receive_datagrams_for(struct hot *hot, PyObject *driver, PyObject *op, int most);
