@@ -13,7 +13,6 @@ import asyncio
 import contextvars
 import errno
 import functools
-import logging
 import socket
 from asyncio import trsock
 from collections import deque
@@ -28,17 +27,12 @@ from ..proactor import Proactor
 
 __all__ = ["DatagramTransport"]
 
-_logger = logging.getLogger("asyncio")
-
 #: Bytes of the largest datagram.  The length field of IP has 16 bits; UNIX sockets are limited by their send buffer.
 _MOST_INET = 64 * 1024
 _MOST_UNIX = 256 * 1024
 
 #: What a queued datagram counts beside its data, bytes: so that empty ones fill the buffer too.
 _HEADER = 8
-
-#: Datagrams sent after the end silently ignored before we warn.
-_PATIENCE = 5
 
 #: Seconds between two tries to send where no event tells that there is room again.
 _RETRY_DELAY = 0.005
@@ -78,13 +72,12 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
         self._retry: asyncio.TimerHandle | None = None
         self._queue: deque[tuple[Any, Any]] = deque()  # data and address
         self._queued = 0  # bytes in _queue, with a header for each datagram
-        self._writes_after_loss = 0
         super().__init__(loop, protocol, waiter, extra)
         self._init_flow_control()
         self._describe(sock)
 
     def _describe(self, sock: socket.socket) -> None:
-        info = self._extra
+        info: dict[str, Any] = self._extra
         info["socket"] = trsock.TransportSocket(sock)
         for name, ask in (("sockname", sock.getsockname), ("peername", sock.getpeername)):
             if name not in info:
@@ -162,9 +155,7 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
                 raise ValueError(f"Invalid address: must be None or {self._address}")
             addr = self._address
         if self._state >= LOST:
-            self._writes_after_loss += 1
-            if self._writes_after_loss >= _PATIENCE:
-                _logger.warning("socket.send() raised exception.")
+            self._count_late_write()
             return
         if not self._queue and self._try_to_send(data, addr):
             return
@@ -283,4 +274,4 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
         self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     def _give_up(self) -> None:
-        self._sock.close()  # the collector may have closed it before it came here
+        self._sock.close()

@@ -20,6 +20,7 @@ import errno
 import functools
 import logging
 import os
+from asyncio import constants
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,6 @@ from ..operations import writable_view
 __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
 
 _logger = logging.getLogger("asyncio")
-
-#: Writes to a lost pipe silently ignored before we warn.
-_PATIENCE = 5
 
 
 class PipeTransport(Life):
@@ -164,8 +162,10 @@ class WritingSide(PipeTransport, FlowControl):
     #: What is in flight for writing; false: nothing is, and nothing is queued.
     _writing: Any
 
+    _patience = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
+    _words_for_late_writes = "pipe closed by peer or os.write(pipe, data) raised exception."
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._writes_after_loss = 0
         super().__init__(*args, **kwargs)
         self._init_flow_control()
 
@@ -180,10 +180,8 @@ class WritingSide(PipeTransport, FlowControl):
             return
         if self._state < CLOSING:
             self._write(data)
-            return
-        self._writes_after_loss += 1
-        if self._writes_after_loss > _PATIENCE:
-            _logger.warning("pipe closed by peer or os.write(pipe, data) raised exception.")  # in asyncio's words
+        else:
+            self._count_late_write()
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:
         """Write or queue `data`, which is not empty and may change later."""
