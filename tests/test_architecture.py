@@ -70,6 +70,7 @@ NATIVE_TIER = [
     "epoll_watches ready",
     "ahead epoll_waits",
     "accepting transports",
+    "life",
     "connections",
     "addresses proactor readers sockets streams tls",
     "datagrams driver handles receiving stream_calls",

@@ -53,6 +53,8 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
     `address`: where every datagram goes; None: where ``sendto`` says, or where the socket is connected.
     """
 
+    _extra: dict[str, Any]
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -77,7 +79,7 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
         self._describe(sock)
 
     def _describe(self, sock: socket.socket) -> None:
-        info: dict[str, Any] = self._extra
+        info = self._extra
         info["socket"] = trsock.TransportSocket(sock)
         for name, ask in (("sockname", sock.getsockname), ("peername", sock.getpeername)):
             if name not in info:

@@ -39,6 +39,8 @@ class PipeTransport(Life):
     If making one fails, the pipe is still the caller's.
     """
 
+    _extra: dict[str, Any]
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
