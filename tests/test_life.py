@@ -49,7 +49,8 @@ def test_the_native_tier_has_the_same_table() -> None:
 def test_the_native_tier_numbers_the_states_in_the_same_way() -> None:
     header = (ROOT / "iocp_loop" / "_native" / "hot" / "streams.h").read_text(encoding="utf-8")
     found = re.search(r"enum life_state \{ UNMADE, ([\w, ]+), STATES \}", header)
-    assert found and found[1].split(", ") == [state.name for state in State]
+    assert found
+    assert found[1].split(", ") == [state.name for state in State]
     assert [state.value for state in State] == list(range(1, len(State) + 1))
 
 
