@@ -1,7 +1,7 @@
-"""The life of a stream transport: how it is made, how it begins, how it ends.
+"""A stream transport is made, receives and ends: what it puts into the life that all transports have (life.py).
 
-A short connection costs what is here, and little else.  The native tier has it in C (``_native/hot/connections.c``).
-What is rare in a life (a file that is being sent, a queue that has to empty first) is SocketTransport's.
+A short connection costs what is here, and little else.  The native tier has it in C (``_native/hot/connections.c`` and
+``life.c``).  What is rare in a life (a file that is being sent, a queue that has to empty first) is SocketTransport's.
 """
 
 from __future__ import annotations
