@@ -10,13 +10,13 @@ import asyncio
 import contextvars
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import operations as ops
 from .debugging import context_for
 from .flow import TakesBytes
-from .life import CLOSING, MADE, Event, Life
+from .life import CLOSING, MADE, Life
 from .native import hot
 from .proactor import Proactor
 from .streams import PythonStream, StreamBase
@@ -180,10 +180,8 @@ class PythonConnection(Life, PythonStream):
         if not keep_open:
             self._context.copy().run(self.close)  # connection_lost inherits it
 
-    def close(self) -> None:
-        """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._happens(Event.CLOSE) and self._sending is None:
-            self._lose_connection(None)
+    def _is_sending(self) -> bool:
+        return self._sending is not None
 
     def _stop_receiving(self) -> None:
         self._held = ()
@@ -212,9 +210,8 @@ class PythonConnection(Life, PythonStream):
             if server is not None:
                 detach(server, self)
 
-    def _may_be_closed(self) -> bool:
-        in_flight = any(op is not None and op.in_flight for op in (self._receive, self._sending))
-        return not in_flight or self._proactor.let_go()
+    def _operations(self) -> Iterable[ops.Operation | None]:
+        return self._receive, self._sending
 
     def _close_handle(self) -> None:
         self.get_extra_info("sockname")  # can't be asked for afterwards

@@ -19,10 +19,12 @@ import enum
 import logging
 import warnings
 from asyncio import constants
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from .debugging import context_for, unclosed
+from .operations import Operation
+from .proactor import Proactor
 
 __all__ = ["CLOSED", "CLOSING", "LIFE", "LOST", "MADE", "OPEN", "OVER", "Event", "Life", "LifeBase", "State"]
 
@@ -141,6 +143,8 @@ class Life(LifeBase):
     if not TYPE_CHECKING:  # see LifeBase
         __slots__ = ()
 
+    _proactor: Proactor
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -169,6 +173,11 @@ class Life(LifeBase):
         """True once ``close`` or ``abort`` was called, the peer has ended, or the transport has failed."""
         return self._state >= CLOSING
 
+    def close(self) -> None:
+        """Send what is queued, then close; ``connection_lost(None)`` follows."""
+        if self._happens(Event.CLOSE) and not self._is_sending():
+            self._lose_connection(None)
+
     # -- what differs ------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -177,12 +186,21 @@ class Life(LifeBase):
     def _stop_receiving(self) -> None:
         """Ask for the end of what is in flight for receiving, where that may end before the rest."""
 
+    def _is_sending(self) -> bool:
+        """Whether anything is still to be sent."""
+        raise NotImplementedError
+
     def _stop(self) -> None:
         """Drop what is queued, and ask for the end of all that is in flight.  Its completions come all the same."""
         raise NotImplementedError
 
     def _may_be_closed(self) -> bool:
         """After ``_stop``: whether nothing is in flight any more, or it has to be let go of."""
+        in_flight = any(op is not None and op.in_flight for op in self._operations())
+        return not in_flight or self._proactor.let_go()
+
+    def _operations(self) -> Iterable[Operation | None]:
+        """All that may be in flight on the handle."""
         raise NotImplementedError
 
     def _close_handle(self) -> None:

@@ -16,11 +16,12 @@ import functools
 import socket
 from asyncio import trsock
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from .. import operations as ops
 from ..flow import FlowControl
-from ..life import CLOSING, LOST, MADE, Event, Life
+from ..life import CLOSING, LOST, MADE, Life
 from ..native import hot
 from ..operations import was_cancelled
 from ..proactor import Proactor
@@ -246,10 +247,8 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._happens(Event.CLOSE) and not self._queue:
-            self._lose_connection(None)
+    def _is_sending(self) -> bool:
+        return bool(self._queue)
 
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
@@ -268,9 +267,8 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
             self._proactor.cancel(self._sending)
         self._stop_receiving()
 
-    def _may_be_closed(self) -> bool:
-        in_flight = any(op is not None and op.in_flight for op in (self._receive, self._sending))
-        return not in_flight or self._proactor.let_go()
+    def _operations(self) -> Iterable[ops.Operation | None]:
+        return self._receive, self._sending
 
     def _close_handle(self) -> None:
         self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own

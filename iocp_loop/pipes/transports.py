@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..flow import FlowControl
-from ..life import CLOSING, Event, Life
+from ..life import CLOSING, Life
 from ..operations import writable_view
 
 __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
@@ -201,11 +201,9 @@ class WritingSide(PipeTransport, FlowControl):
         """Nobody reads at the other end any more.  Called in the context of receiving."""
         self._note_the_peer_left()
         exc = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if self.get_write_buffer_size() else None
-        self._drop_unsent()
         self._lose_connection(exc)
 
     def _write_failed(self, exc: BaseException) -> None:
-        self._drop_unsent()
         self._fatal_error(exc, "Fatal write error on pipe transport")
 
     def _written(self) -> None:
@@ -222,12 +220,13 @@ class WritingSide(PipeTransport, FlowControl):
         """Close the pipe once everything written has been taken by the system."""
         self.close()
 
-    def close(self) -> None:
-        """Write what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._happens(Event.CLOSE) and not self._writing:
-            self._lose_connection(None)
-
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
-        self._drop_unsent()
         self._lose_connection(None)
+
+    def _is_sending(self) -> bool:
+        return bool(self._writing)
+
+    def _stop(self) -> None:
+        self._drop_unsent()
+        super()._stop()
