@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from iocp_loop import operations as ops
+from iocp_loop.ports.poll import driver as poll
 from iocp_loop.ports.poll import pollers
 
 from .rig import POLLERS, Rig, driver_of_another_system
