@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from iocp_loop import operations as ops
-from iocp_loop.ports.poll import driver as poll
 from iocp_loop.ports.poll import pollers
 from iocp_loop.ports.poll.driver import PollDriver
 
