@@ -170,7 +170,7 @@ format: $(VENV)/.dev ## let ruff format, and fix what it can
 
 # A second run for Windows: code behind a check of sys.platform is looked at only for its own system.  These files look
 # for what a system has by hasattr, which mypy does not follow, or are of no use there.
-NOT_ON_WINDOWS := iocp_loop/ports/uring/driver.py iocp_loop/ports/poll/driver.py iocp_loop/methods/unix.py iocp_loop/pipes/unix.py
+NOT_ON_WINDOWS := iocp_loop/ports/uring/driver.py iocp_loop/ports/uring/files.py iocp_loop/ports/poll/calls.py iocp_loop/ports/poll/pollers.py iocp_loop/methods/unix.py iocp_loop/pipes/unix.py
 ON_WINDOWS := $(filter-out $(NOT_ON_WINDOWS),$(shell find iocp_loop -name "*.py" -not -path "*/_startup/*"))
 
 types: $(VENV)/.dev ## mypy --strict, for Linux and for Windows

@@ -15,6 +15,7 @@ from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, Operation
 from iocp_loop.ports import Driver, make_driver
 from iocp_loop.ports.poll import driver as poll
+from iocp_loop.ports.poll import pollers
 
 from .support import LIMIT
 
@@ -126,8 +127,8 @@ def waiting_operations(sock: socket.socket) -> list[Operation]:
 def driver_of_another_system(poller: type, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """A poll driver on `poller`, one of POLLERS, with the waker of systems that have no eventfd."""
     monkeypatch.setattr(selectors, "DefaultSelector", poller)
-    monkeypatch.setattr(poll, "make_poller", poll._SelectorPoller)
-    monkeypatch.setattr(poll, "make_waker", poll._SocketWaker)
+    monkeypatch.setattr(poll, "make_poller", pollers.SelectorPoller)
+    monkeypatch.setattr(poll, "make_waker", pollers.SocketWaker)
     return make_driver("poll")
 
 

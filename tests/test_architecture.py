@@ -42,8 +42,9 @@ LAYERS = [
     "ports.port",
     "ports.choice",
     "ports.iocp.driver ports.uring.driver",
-    "ports.iocp.turns ports.iocp.files ports.iocp.readiness ports.iocp.sockets ports.poll.driver ports.uring.turns",
-    "ports.iocp.receiving ports.poll.turns",
+    "ports.iocp.turns ports.iocp.files ports.iocp.readiness ports.iocp.sockets ports.poll.driver ports.uring.files",
+    "ports.uring.turns",
+    "ports.iocp.receiving ports.poll.calls ports.poll.pollers ports.poll.turns",
     "ports.iocp.datagrams",
     "ports.iocp.requests",
     "ports.iocp.binding ports.uring.binding ports.iocp.__init__ ports.uring.__init__ ports.poll.__init__",
@@ -59,7 +60,8 @@ HEADERS = [
     "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
-    "linux/uring.h windows/iocp.h",
+    "linux/pool.h",
+    "linux/kernel.h linux/uring.h windows/iocp.h",
 ]
 
 #: And for the C of the native tier: a file calls only functions, and uses only data, of files below its own line.
@@ -67,8 +69,8 @@ NATIVE_TIER = [
     "module",
     "turns uring iocp",
     "epoll iocp_sockets schedule tasks",
-    "epoll_watches ready",
-    "ahead epoll_waits",
+    "epoll_watches iocp_datagrams iocp_once ready",
+    "ahead epoll_waits iocp_submissions",
     "accepting transports",
     "connections",
     "addresses proactor readers sockets streams tls",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from iocp_loop import operations as ops
-from iocp_loop.ports.poll import driver as poll
+from iocp_loop.ports.poll import pollers
 
 from .rig import POLLERS, Rig, driver_of_another_system
 from .support import LIMIT, in_thread, tcp_pair
@@ -92,7 +92,7 @@ def test_what_another_thread_begins_to_watch_is_watched(rig: Rig, pair: Pair) ->
 
 
 def test_a_waker_that_is_full_does_not_block(rig: Rig) -> None:
-    for waker in (poll._SocketWaker(), poll.make_waker()):
+    for waker in (pollers.SocketWaker(), pollers.make_waker()):
         for _ in range(5000):
             waker.wake()
         waker.drain()

@@ -30,6 +30,10 @@ NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_ioc
 #: Libraries that pip cannot install from here: they need one that has no wheel.
 NOT_INSTALLABLE = ("blockbuster",)
 
+#: Once in many thousand times Wine fails to start a process: the child ends before its server knows of it, and
+#: CreateProcess says ERROR_INTERNAL_ERROR.  A test that shows this runs again, and no other; the log tells of it.
+RERUN = ("--reruns=2", "--only-rerun=WinError 1359", "-raR")
+
 #: The libraries of tests/apps that have wheels for Windows and need no server from elsewhere.  What they want there
 #: beside is named too, since pip judges markers by the Python that runs it.
 APPS = (
@@ -133,7 +137,7 @@ def main() -> int:
                     arguments[:0] = ["--driver", "iocp"]
                 # Beside an installed wheel there are no sources to read.
                 no_sources = ["--ignore=tests/test_architecture.py"] if options.wheel else []
-                arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider", *no_sources]
+                arguments[:0] = ["-m", "pytest", "-p", "no:cacheprovider", *RERUN, *no_sources]
             return python.run(arguments, cwd=folder, timeout=options.timeout)
     except SetupError as exc:
         say(str(exc))

@@ -27,7 +27,8 @@
  *   epoll_watches.c, epoll_waits.c  what stands on its descriptors; receives of sock_recv that wait there
  *   calls.h     the system's calls on sockets, the same on each system
  *   iocp.c      the wait and the dispatch of driver iocp, on Windows             (ports/iocp/driver.py)
- *   iocp_sockets.c  its receives, datagrams and sends                  (ports/iocp/receiving.py, datagrams.py)
+ *   iocp_submissions.c  its requests: the slots that they borrow, and how they end       (ports/iocp/requests.py)
+ *   iocp_sockets.c, iocp_once.c, iocp_datagrams.c  of streams, of sock_recv, of datagrams (ports/iocp/receiving.py, datagrams.py)
  *   ahead.c     fetching what the next messages will touch       (nothing in Python)
  *   shared.c    what all of them need                                            (native.py)
  *   module.c    puts them together; no other file knows of it

@@ -1,7 +1,7 @@
 /*
- * The wait and the dispatch of driver iocp; iocp_sockets.c has its receives and its sends.  A class in Python inherits
- * from IocpTurns first and from the driver that is written in Python behind it; ports/iocp/driver.py tells how it all
- * works.
+ * The wait and the dispatch of driver iocp; iocp_sockets.c and the files beside it have its receives and its sends.  A class
+ * in Python inherits from IocpTurns first and from the driver that is written in Python behind it; ports/iocp/driver.py
+ * tells how it all works.
  *
  * The port is opened and closed in Python, through cffi; what is called here are a few functions of the binding, whose
  * addresses come from there.  A turn is one iocp_wait, without the GIL if it may block.  The batch that it gathers stays

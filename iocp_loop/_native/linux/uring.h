@@ -1,7 +1,8 @@
 /*
  * One io_uring instance, for the driver in ports/uring/driver.py.
  *
- * The functions return 0 or a count, or a negative errno; they never touch Python.  uring.c tells how they work.
+ * The functions return 0 or a count, or a negative errno; they never touch Python.  setup.c opens and closes
+ * a ring, uring.c submits and waits.
  */
 #ifndef IOCP_LOOP_URING_H
 #define IOCP_LOOP_URING_H

@@ -27,33 +27,26 @@ Manuals: epoll(7), epoll_ctl(2) (https://man7.org/linux/man-pages/man7/epoll.7.h
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import math
 import mmap
 import os
-import select
-import selectors
 import socket
-import stat
 from collections.abc import Callable
 from typing import Any, cast
 
 from ... import operations as ops
 from ...operations import READABLE, WRITABLE, Operation
-from ...system import system
 from ..accepting import accept_now
 from ..driver import Driver, cancelled_error
 from ..receiving import AGAIN, SCRATCH_SIZE, receive_datagrams, receive_for_stream
+from .calls import ATTEMPTS, may_block, receive_from, start_connect
+from .pollers import EpollPoller, SelectorPoller, make_poller, make_waker
 from .turns import PollTurns
 
 __all__ = ["PollDriver"]
 
 #: How many connections a listener takes at most before the others have their turn.
 ACCEPTS_IN_A_TURN = 16
-
-#: What an attempt returns when the descriptor was not ready after all.
-NOT_YET = object()
 
 # A hang-up or an error (POLLHUP, POLLERR) makes every attempt worthwhile: the call itself tells what happened.
 _READ_MASK = ~WRITABLE
@@ -104,32 +97,16 @@ class PollDriver(PollTurns, Driver):
         self._scratch = mmap.mmap(-1, SCRATCH_SIZE)
         self._new: set[int] = set()  # descriptors whose watch is newer than the events
         self._open_poller()
-        self._attempts: dict[type[Operation], Callable[[Any], Any]] = {
-            ops.Receive: _receive,
-            ops.ReceiveInto: _receive_into,
-            ops.Send: _send,
-            ops.SendAll: _send_all,
-            ops.Accept: _accept,
-            ops.Connect: _connect,
-            ops.ReceiveFrom: _receive_from,
-            ops.ReceiveFromInto: _receive_from_into,
-            ops.SendTo: _send_to,
-            ops.Read: _read,
-            ops.ReadInto: _read_into,
-            ops.Write: _write,
-        }
-        if hasattr(os, "sendfile"):
-            self._attempts[ops.SendFile] = _send_file
         self._stream_steps: dict[type[Operation], Callable[[Any], None]] = {
             ops.ReceiveStream: self._receive_while_others_read,
             ops.ReceiveFromStream: self._receive_datagrams,
             ops.AcceptStream: self._accept_some,
         }
-        self.kinds = frozenset({*self._attempts, *self._stream_steps, ops.Readiness, ops.ReadinessStream})
+        self.kinds = frozenset({*ATTEMPTS, *self._stream_steps, ops.Readiness, ops.ReadinessStream})
 
     def _open_poller(self) -> None:
         self._unarmed_poller = False  # whether the poller knows none of the watches
-        self._poller: _EpollPoller | _SelectorPoller = make_poller()
+        self._poller: EpollPoller | SelectorPoller = make_poller()
         self._use_poller()
         self._waker = make_waker()
         self._watch_waker()
@@ -151,7 +128,7 @@ class PollDriver(PollTurns, Driver):
         self._launch(op)
         if kind is ops.Connect:
             try:
-                if _start_connect(op):  # type: ignore[arg-type]  # its kind was looked at
+                if start_connect(op):  # type: ignore[arg-type]  # its kind was looked at
                     self._finish(op, None)
                     return
             except (SystemExit, KeyboardInterrupt):
@@ -160,7 +137,7 @@ class PollDriver(PollTurns, Driver):
             except BaseException as error:
                 self._finish(op, None, error)
                 return
-        elif kind in self._attempts and op.fd not in self._watches and not _may_block(op) and self._attempt(op):
+        elif kind in ATTEMPTS and op.fd not in self._watches and not may_block(op) and self._attempt(op):
             return
         try:
             self._add(op, op.events)
@@ -181,7 +158,7 @@ class PollDriver(PollTurns, Driver):
     def _attempt(self, op: Operation) -> bool:
         """Make the call of an ordinary operation; True when it is over, well or badly."""
         try:
-            value = self._attempts[type(op)](op)
+            value = ATTEMPTS[type(op)](op)
         except AGAIN:
             return False
         except (SystemExit, KeyboardInterrupt):
@@ -189,8 +166,6 @@ class PollDriver(PollTurns, Driver):
         except BaseException as error:  # not only OSError: the argument may be wrong, the socket's class somebody's own
             self._finish(op, None, error)
             return True
-        if value is NOT_YET:
-            return False
         self._finish(op, value)
         return True
 
@@ -364,7 +339,7 @@ class PollDriver(PollTurns, Driver):
     def _receive_datagrams(self, op: ops.ReceiveFromStream) -> None:
         # A few per turn: one busy endpoint must not starve the others.
         try:
-            self.completions += receive_datagrams(self, op, _receive_from)
+            self.completions += receive_datagrams(self, op, receive_from)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -431,242 +406,3 @@ class PollDriver(PollTurns, Driver):
 
 
 PollDriver._use_watch(_Watch)  # once, not by each driver: the native turn has it for all threads
-
-# --------------------------------------------------------------------------------------------------
-# The calls.  Each makes one attempt, without blocking, and returns a value, NOT_YET, or raises.
-# --------------------------------------------------------------------------------------------------
-
-
-def _receive(op: ops.Receive) -> Any:
-    return op.handle.recv(op.size)  # type: ignore[union-attr]  # socket operations hold sockets
-
-
-def _receive_into(op: ops.ReceiveInto) -> Any:
-    return op.handle.recv_into(op.buffer)  # type: ignore[union-attr]  # as above
-
-
-def _send(op: ops.Send) -> Any:
-    return op.handle.send(op.data)  # type: ignore[union-attr]  # as above
-
-
-def _send_all(op: ops.SendAll) -> Any:
-    sock: Any = op.handle
-    gather = getattr(sock, "sendmsg", None)  # Windows has none
-    while op.buffers:
-        op.advance(gather(op.buffers[:_IOV_MAX]) if gather is not None else sock.send(op.buffers[0]))
-    return op.sent
-
-
-def _accept(op: ops.Accept) -> Any:
-    return accept_now(op.handle)
-
-
-def _start_connect(op: ops.Connect) -> bool:
-    """Begin to connect; True when it is done already."""
-    if op.begun:
-        return False
-    try:
-        op.handle.connect(op.address)
-    except AGAIN as exc:
-        if exc.errno == errno.EAGAIN:
-            raise  # a UNIX listener's backlog is full, or there are no ports left: nothing is under way
-        return False
-    return True
-
-
-def _connect(op: ops.Connect) -> Any:
-    code = op.handle.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code:
-        raise ops.connect_error(code, op.address)
-    return None
-
-
-def _receive_from(op: ops.ReceiveFrom | ops.ReceiveFromStream) -> Any:
-    return op.handle.recvfrom(op.size)  # type: ignore[union-attr]  # as above
-
-
-def _receive_from_into(op: ops.ReceiveFromInto) -> Any:
-    return op.handle.recvfrom_into(op.buffer)  # type: ignore[union-attr]  # as above
-
-
-def _send_to(op: ops.SendTo) -> Any:
-    sock: Any = op.handle
-    return sock.send(op.data) if op.address is None else sock.sendto(op.data, op.address)
-
-
-def _send_file(op: ops.SendFile) -> Any:
-    # The descriptor is asked for anew: the socket may have been closed, and its number given to another.
-    return system.sendfile(op.handle.fileno(), op.file, op.offset, op.count)  # type: ignore[union-attr]  # as above
-
-
-def _may_block(op: Operation) -> bool:
-    """Whether a call for `op` on what is not ready would block; a file that is always ready is no matter."""
-    return isinstance(op, ops.FileOperation) and os.get_blocking(op.fd) and not stat.S_ISREG(os.fstat(op.fd).st_mode)
-
-
-def _read(op: ops.Read) -> Any:
-    return os.read(op.fd, op.size) if op.offset is None else os.pread(op.fd, op.size, op.offset)
-
-
-def _read_into(op: ops.ReadInto) -> Any:
-    return os.readv(op.fd, [op.buffer]) if op.offset is None else os.preadv(op.fd, [op.buffer], op.offset)
-
-
-def _write(op: ops.Write) -> Any:
-    return os.write(op.fd, op.data) if op.offset is None else os.pwrite(op.fd, op.data, op.offset)
-
-
-_IOV_MAX = 1024  # Linux's and the BSDs' limit on buffers in one call, limits.h
-
-
-# --------------------------------------------------------------------------------------------------
-# The pollers: watch(fd, old events, new events), poll(timeout) -> [(fd, events)], close().
-# --------------------------------------------------------------------------------------------------
-
-
-class _EpollPoller:
-    """Linux's epoll; its event bits are those of poll(2), which are ours."""
-
-    #: True where a wait does not notice what another thread has begun to watch meanwhile.
-    looks_once = False
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self.fileno = self._epoll.fileno
-
-    def watch(self, fd: int, old: int, new: int) -> None:
-        epoll = self._epoll
-        if not new:
-            epoll.unregister(fd)
-        elif not old:
-            try:
-                epoll.register(fd, new)
-            except FileExistsError:
-                epoll.modify(fd, new)
-        else:
-            epoll.modify(fd, new)
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        if timeout == 0:
-            return self._epoll.poll(0, 1024)
-        # epoll counts milliseconds: round up, so that a timer is never early.
-        seconds = -1 if timeout is None else math.ceil(timeout * 1000) / 1000
-        try:
-            return self._epoll.poll(seconds, 1024)
-        except InterruptedError:
-            return []
-
-    def close(self) -> None:
-        self._epoll.close()
-
-
-class _SelectorPoller:
-    """kqueue, poll or select, by way of :mod:`selectors`."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self.looks_once = not hasattr(select, "kqueue")
-
-    def watch(self, fd: int, old: int, new: int) -> None:
-        bits = (selectors.EVENT_READ if new & READABLE else 0) | (selectors.EVENT_WRITE if new & WRITABLE else 0)
-        if not new:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(fd)
-        elif fd in self._selector.get_map():
-            self._selector.modify(fd, bits)
-        else:
-            self._selector.register(fd, bits)
-
-    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
-        try:
-            ready = self._selector.select(timeout)
-        except OSError:
-            closed = self._closed()
-            if not closed:
-                raise
-            return closed
-        return [
-            (
-                key.fd,
-                (READABLE if bits & selectors.EVENT_READ else 0) | (WRITABLE if bits & selectors.EVENT_WRITE else 0),
-            )
-            for key, bits in ready
-        ]
-
-    def _closed(self) -> list[tuple[int, int]]:
-        """Descriptors closed behind our back, for which select() refuses all; as ready, so that their calls fail."""
-        closed = []
-        for key in list(self._selector.get_map().values()):
-            try:
-                select.select([key.fd], [], [], 0)
-            except OSError:
-                self._selector.unregister(key.fd)
-                closed.append((key.fd, READABLE | WRITABLE))
-        return closed
-
-    def close(self) -> None:
-        self._selector.close()
-
-
-def make_poller() -> _EpollPoller | _SelectorPoller:
-    """The best poller of this system."""
-    return _EpollPoller() if hasattr(select, "epoll") else _SelectorPoller()
-
-
-# --------------------------------------------------------------------------------------------------
-# The wakers: a descriptor that becomes readable when another thread wants the wait to end.
-# --------------------------------------------------------------------------------------------------
-
-
-class _EventfdWaker:
-    """Linux's eventfd(2): one descriptor, a counter."""
-
-    def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: then a wake is on its way already
-            os.eventfd_write(self._fd, 1)
-
-    def drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    __del__ = close  # once, whoever comes first
-
-
-class _SocketWaker:
-    """A socket pair, for systems without eventfd; select() on Windows takes nothing but sockets."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._reader.fileno()
-
-    def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: then a wake is on its way already
-            self._writer.send(b"\0")
-
-    def drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._reader.recv(4096)
-
-    def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
-
-
-def make_waker() -> _EventfdWaker | _SocketWaker:
-    """The cheapest waker of this system."""
-    return _EventfdWaker() if hasattr(os, "eventfd") else _SocketWaker()

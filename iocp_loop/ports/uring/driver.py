@@ -67,18 +67,18 @@ import logging
 import math
 import os
 import socket
-import stat
 import sys
 import time
 import warnings
 from collections import deque
-from typing import Any, TypeAlias
+from typing import Any
 
 from ... import operations as ops
 from ...operations import CANCELLING, IN_FLIGHT, READABLE, Operation
 from ..driver import DriverUnavailable, cancelled_error, leak
 from ..poll.driver import PollDriver
-from .binding import ffi, forget_probe, lib, new_bytes, open_ring, probe, why_enter_failed
+from .binding import ffi, forget_probe, lib, open_ring, probe, why_enter_failed
+from .files import ASKED_AGAIN, FileRequest, FileRequests, file_of, is_regular, status_if_blocking
 from .turns import UringTurns
 
 if sys.platform != "linux":
@@ -88,15 +88,8 @@ __all__ = ["UringDriver", "probe"]
 
 _logger = logging.getLogger("asyncio")
 
-#: Bytes that one request can move, the kernel's MAX_RW_COUNT on the smallest page size.
-_MOST = 0x7FFF_F000
-
-# Results that end a request but not what it was for.
-_AGAIN = frozenset({-errno.ECANCELED, -errno.EINTR})
-_RECEIVE_AGAIN = frozenset({*_AGAIN, -errno.EAGAIN, -errno.ENOBUFS})
-
-#: What the functions that queue a request return (an int, but cffi tells no types): 0, or a negative errno.
-_Code: TypeAlias = Any
+#: The same of a receive.
+_RECEIVE_AGAIN = frozenset({*ASKED_AGAIN, -errno.EAGAIN, -errno.ENOBUFS})
 
 
 class _Stream:
@@ -113,19 +106,7 @@ class _Stream:
         self.cookie: int | None = None  # of the socket; None before the first request
 
 
-class _FileRequest:
-    """The `driver_data` of an operation on a file: which file that is, and the memory that the kernel has."""
-
-    __slots__ = ("file", "line", "memory")
-
-    def __init__(self, op: Operation, status: os.stat_result) -> None:
-        self.file = status.st_dev, status.st_ino
-        self.memory = _memory_of(op)
-        # Who shares a position, or the order of a pipe's bytes: a regular file has one position for both directions.
-        self.line = op.fd, *self.file, type(op) is ops.Write and not stat.S_ISREG(status.st_mode)
-
-
-class UringDriver(UringTurns, PollDriver):
+class UringDriver(FileRequests, UringTurns, PollDriver):
     """The contract of :class:`~iocp_loop.ports.driver.Driver` over io_uring.
 
     Raises DriverUnavailable where io_uring can't be used, OSError when a resource is short.
@@ -147,7 +128,7 @@ class UringDriver(UringTurns, PollDriver):
         self._undispatched = False
         self._unsubmitted: list[Operation] = []  # in flight here, but the kernel had no room for their request
         self._uncancelled: list[Operation] = []  # ... or for the request that cancels theirs
-        self._lines: dict[tuple[int, ...], deque[Operation]] = {}  # who must not overtake each other on a file
+        self._lines: dict[tuple[int, ...], deque[Operation]] = {}
         super().__init__(concurrency)
         if self._shared:
             try:
@@ -174,8 +155,8 @@ class UringDriver(UringTurns, PollDriver):
             op.driver_data = _Stream()
             op.driver_data.large = op.fd in self._watches  # behind who reads there already
             self._go_on(op)
-        elif isinstance(op, ops.FileOperation) and (status := _status_if_blocking(op.fd)) is not None:
-            request = _FileRequest(op, status)
+        elif isinstance(op, ops.FileOperation) and (status := status_if_blocking(op.fd)) is not None:
+            request = FileRequest(op, status)
             self._launch(op)
             op.driver_data = request
             self._submit_file(op)
@@ -228,7 +209,7 @@ class UringDriver(UringTurns, PollDriver):
     def _in_ring(self, op: Operation) -> bool:
         """Whether `op` is the ring's business, if only to rest there."""
         kind = type(op.driver_data)
-        return kind is _FileRequest or (kind is _Stream and not op.driver_data.watched)
+        return kind is FileRequest or (kind is _Stream and not op.driver_data.watched)
 
     def cancel(self, op: Operation) -> None:
         if not self._in_ring(op):
@@ -240,7 +221,7 @@ class UringDriver(UringTurns, PollDriver):
         if op in self._unsubmitted:
             self._unsubmitted.remove(op)
             waits_here = True
-        elif type(op.driver_data) is _FileRequest:
+        elif type(op.driver_data) is FileRequest:
             waits_here = waits_here or self._waits_in_line(op)
         if waits_here or self._cancel_request(op):
             self._finish(op, None, cancelled_error())
@@ -256,7 +237,7 @@ class UringDriver(UringTurns, PollDriver):
 
     def _land(self, op: Operation) -> bool:
         landed = super()._land(op)
-        if landed and type(op.driver_data) is _FileRequest:
+        if landed and type(op.driver_data) is FileRequest:
             self._leave_line(op)
         return landed
 
@@ -320,13 +301,13 @@ class UringDriver(UringTurns, PollDriver):
                 self._hand_to_poller(op, old is not None)
 
     def _hand_to_poller(self, op: Any, had_ring: bool) -> None:
-        had_request = had_ring and type(op.driver_data) is _FileRequest
+        had_request = had_ring and type(op.driver_data) is FileRequest
         if had_request:
             leak(op)  # as in _move_file_request
-        if op.state is CANCELLING or (had_request and op.offset is None and _is_regular(op.fd)):
+        if op.state is CANCELLING or (had_request and op.offset is None and is_regular(op.fd)):
             self._finish(op, None, cancelled_error())
             return
-        if not (self._same_socket(op) if type(op) is ops.ReceiveStream else _identity(op.fd) == op.driver_data.file):
+        if not (self._same_socket(op) if type(op) is ops.ReceiveStream else file_of(op.fd) == op.driver_data.file):
             self._finish(op, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
             return
         op.driver_data = None
@@ -466,71 +447,6 @@ class UringDriver(UringTurns, PollDriver):
         stream.watched = False
         stream.streak = 0
 
-    # -- files, and pipes that block ---------------------------------------------------------------
-
-    def _submit_file(self, op: Any) -> None:
-        """Queue the request, or let `op` stand in line if it shares the file's position with an earlier one."""
-        if op.offset is None:
-            line = self._lines.setdefault(op.driver_data.line, deque())
-            line.append(op)
-            if len(line) > 1:
-                return
-        self._arm(op)
-
-    def _waits_in_line(self, op: Any) -> bool:
-        return op.offset is None and self._lines[op.driver_data.line][0] is not op
-
-    def _leave_line(self, op: Any) -> None:
-        """`op` has ended: the next in its line has its turn."""
-        line = self._lines.get(op.driver_data.line) if op.offset is None else None
-        if line is None:
-            return
-        was_first = line[0] is op
-        line.remove(op)
-        if not line:
-            del self._lines[op.driver_data.line]
-        elif was_first and not self.closed:
-            following = line[0]
-            if _identity(following.fd) == following.driver_data.file:
-                self._arm(following)
-            else:  # the number has become another file's
-                self._finish(following, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
-
-    def _queue_file_request(self, op: Any) -> _Code:
-        memory = op.driver_data.memory
-        prepare = lib.uring_prep_write if type(op) is ops.Write else lib.uring_prep_read
-        request = self._ring, op.fd, op.token
-        offset = -1 if op.offset is None else op.offset
-        if type(op) is ops.Read:
-            return prepare(*request, memory, min(len(memory), _MOST), offset)
-        with ffi.from_buffer(memory) as data:  # let go at once, even by an error whose traceback lives on
-            return prepare(*request, data, min(len(data), _MOST), offset)
-
-    def _move_file_request(self, op: Any, had_ring: bool) -> None:
-        """Submit `op` to a new ring, perhaps after another ring had it."""
-        if had_ring:
-            # A worker thread of the old ring may still be busy with the memory, and may have moved the position of a
-            # regular file, so that it can't be done again.
-            leak(op)
-            if op.offset is None and _is_regular(op.fd):
-                self._finish(op, None, cancelled_error())
-                return
-        if _identity(op.fd) == op.driver_data.file:
-            self._arm(op)
-        else:
-            self._finish(op, None, OSError(errno.EBADF, os.strerror(errno.EBADF)))
-
-    def _reap_file(self, op: Any, result: int) -> None:
-        if result >= 0:
-            memory = op.driver_data.memory
-            self._end(op, ffi.buffer(memory, result)[:] if type(op) is ops.Read else result)
-        elif result not in _AGAIN:
-            self._end(op, None, OSError(-result, os.strerror(-result)))
-        elif op.state is CANCELLING:
-            self._end(op, None, cancelled_error())
-        else:
-            self._arm(op)
-
     # -- closing -----------------------------------------------------------------------------------
 
     def _release(self, timeout: float) -> None:
@@ -567,7 +483,7 @@ class UringDriver(UringTurns, PollDriver):
 
     def _requests_with_memory(self) -> list[Operation]:
         """Those with memory of their own that the kernel may touch."""
-        return [op for op in self._requests() if type(op.driver_data) is _FileRequest]
+        return [op for op in self._requests() if type(op.driver_data) is FileRequest]
 
     def __del__(self) -> None:
         # Nobody closed it.  The kernel ends what is in flight, in its own time.
@@ -616,11 +532,6 @@ class UringDriver(UringTurns, PollDriver):
 UringDriver._use_stream(_Stream)  # once, not by each driver: the native turn has it for all threads
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small helpers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _is_stream_socket(sock: Any) -> bool:
     try:
         return ops.type_of(sock) == _SOCK_STREAM
@@ -629,30 +540,3 @@ def _is_stream_socket(sock: Any) -> bool:
 
 
 _SOCK_STREAM = int(socket.SOCK_STREAM)
-
-
-def _memory_of(op: Any) -> Any:
-    """The memory that the kernel reads or writes for an operation on a file."""
-    if type(op) is ops.Read:
-        return new_bytes(op.size)
-    return memoryview(op.data if type(op) is ops.Write else op.buffer)
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    """What tells the file behind a descriptor from others; of no file where the number means none."""
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return -1, -1
-    return status.st_dev, status.st_ino
-
-
-def _is_regular(fd: int) -> bool:
-    return stat.S_ISREG(os.fstat(fd).st_mode)
-
-
-def _status_if_blocking(fd: int) -> os.stat_result | None:
-    """The status of a file on which calls may block; None for others.  OSError if `fd` is closed."""
-    status = os.fstat(fd)
-    mode = status.st_mode
-    return status if stat.S_ISREG(mode) or stat.S_ISBLK(mode) or os.get_blocking(fd) else None
