@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 NATIVE := setup.py iocp_loop/_cffi_build.py $(shell find iocp_loop/_native -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak test-apps libraries libraries-windows test-suites newcomer newcomer-windows test-all test-debian test-free-threaded stress test-windows test-windows-all msvc lint format types docs coverage bench wheel wheels test-wheel clean
+.PHONY: help venv echo doctor test test-python-tier fuzz sanitize soak apps-environment test-apps libraries libraries-windows test-suites newcomer newcomer-windows test-all test-debian test-free-threaded stress test-windows test-windows-all msvc lint format types docs coverage bench wheel wheels test-wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -102,15 +102,16 @@ sanitize: $(VENV)/.test ## the tests under AddressSanitizer, UndefinedBehaviorSa
 soak: $(VENV)/.test ## 100,000 connections, 1,000,000 callbacks and timers: nothing may be left (ARGS=)
 	@IOCP_LOOP_SOAK=50 $(RUN) -m pytest -o faulthandler_timeout=1800 tests/test_references.py $(ARGS)
 
-test-apps: ## the recipes and real libraries on this loop, on uring and poll (ARGS=)
+apps-environment: # what test-apps and libraries need
 	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
+
+test-apps: apps-environment ## the recipes and real libraries on this loop, on uring and poll (ARGS=)
 	@$(APPS)/bin/python -m pytest tests/test_recipes.py tests/test_apps.py tests/test_pytest_plugin.py $(ARGS)
 
 # Kept, so that some may be run again (ARGS="tornado") and the table is of all.
 RESULTS := $(APPS)/results.json
 
-libraries: ## the same libraries on asyncio and uvloop too, as a table in docs/libraries.md
-	@$(MAKE) --no-print-directory VENV=$(APPS) $(APPS)/.apps
+libraries: apps-environment ## the same libraries on asyncio and uvloop too, as a table in docs/libraries.md
 	@$(APPS)/bin/python -m tests.apps --results $(RESULTS) --table docs/libraries.md $(ARGS)
 
 libraries-windows: $(VENV)/.made ## those that have Windows wheels, under Wine; then `make libraries` has them in its table (VERSION=, ARGS=)

@@ -130,7 +130,10 @@ def _describe_gil(gil: dict[str, bool]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The program; its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m iocp_loop", description="Which drivers work on this machine, and which one is taken."
+        prog="python -m iocp_loop",
+        description="Which drivers work on this machine, and which one is taken.",
+        epilog="`iocp-loop run PROGRAM ...` runs a program on this loop, `python -m iocp_loop.echo` an echo server;"
+        " both have a --help of their own.",
     )
     parser.add_argument("--json", action="store_true", help="the same for programs")
     facts = examine()

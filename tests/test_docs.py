@@ -192,3 +192,61 @@ def test_the_figures_of_the_readme_are_those_of_the_performance_page() -> None:
     assert cells(readme, "CPython's own tests of every loop, passed")[:3] == counted
     ours, stock, uvloop = map(float, cells(readme, "memory of an idle TLS connection, KiB")[:3])
     assert [stock, uvloop, ours] == [round(cost) for cost in costs("protocol tls, 1000 idle after 1 KiB")]
+    windows = page[page.index("## Windows: calls per message") :]
+    counted = [cells(windows, f"protocol | 100 | {name}")[3] for name in ("iocp_loop", "asyncio's Proactor", "winloop")]
+    assert cells(readme, "calls for I/O per message on Windows")[:2] == [str(round(float(n))) for n in counted[:2]]
+    assert cells(readme, "calls for I/O per message on Windows")[3] == str(round(float(counted[2])))
+
+
+#: What a measurement looks like: a unit of time or a percentage, a share, a cell of a table with a decimal.
+FIGURE = re.compile(r"\d[\d.,]* (?:us|µs|ns|instructions|per)\b|\d ?%|\| *[\d,]+\.\d+ *(?:\([\d.]+\) *)?\|")
+COMMAND = re.compile(r"\b(?:python3? -m [a-z]|make [a-z]|strace )|\btools/\w+|\.ci/run")
+
+#: Figures that are constants of the code and not measured.
+CONSTANTS = {"docs/architecture.md": ["50 us"]}
+
+
+def parts(text: str) -> list[str]:
+    """A page, cut at its headings; what a program makes is one part, whatever its headings."""
+    made = re.compile(r"^<!-- begin: .*?^<!-- end: .*?$", re.MULTILINE | re.DOTALL)
+    found = made.findall(text)
+    for part in re.split(r"^#+ .*$", made.sub("", text), flags=re.MULTILINE):
+        # A block of code has no figures of ours.
+        found.append(re.sub(r"^```python.*?^```", "", part, flags=re.MULTILINE | re.DOTALL))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_figure_names_its_command(page: Path) -> None:
+    """Beneath the same heading; README's are those of the performance page, see above."""
+    if page.name == "CHANGELOG.md":
+        pytest.skip("it tells of versions that are gone")
+    name = page.relative_to(ROOT).as_posix()
+    for part in parts(page.read_text(encoding="utf-8")):
+        figures = [figure for figure in FIGURE.findall(part) if figure not in CONSTANTS.get(name, ())]
+        assert not figures or COMMAND.search(part), f"{figures[:5]} without a command that measures them: {part[:200]}"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands that a page shows, in blocks and between backticks, as words without comments."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [*re.findall(r"^(?:    |\$ )(.*)$", text, re.MULTILINE), *re.findall(r"`([^`]+)`", text)]
+    return [line.split("#")[0].split() for line in lines]
+
+
+@pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="the sources are not here: a wheel is tested")
+@pytest.mark.skipif(WINDOWS, reason="the pages are the same on every system")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_is_there(page: Path) -> None:
+    """The benchmark takes these arguments, make has this target, the tool is a file."""
+    from benchmarks.__main__ import _parser
+
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for words in commands(page):
+        match words:
+            case ["python" | "python3", "-m", "benchmarks", name, *arguments] if not name.startswith("-"):
+                _parser().parse_args([name, *arguments])
+            case ["make", target, *_] if re.fullmatch(r"[a-z-]+", target):
+                assert target in targets, f"make {target}: no such target"
+            case ["python" | "python3", tool, *_] if tool.startswith("tools/"):
+                assert (ROOT / tool).exists(), tool

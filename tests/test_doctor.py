@@ -92,6 +92,12 @@ def test_an_environment_that_cannot_be_followed_is_told(name: str, reason: str) 
     assert f"in force   none, a new loop cannot be made: {found['problem']}" in output(IOCP_LOOP_DRIVER=name)
 
 
+def test_its_help_names_the_other_programs() -> None:
+    text = " ".join(output("--help").split())
+    assert "iocp-loop run PROGRAM" in text
+    assert "python -m iocp_loop.echo" in text
+
+
 def test_it_tells_which_tier_is_in_force_and_why() -> None:
     found = facts(IOCP_LOOP_NATIVE="0")["tier"]
     assert found == {"name": "python", "path": None, "reason": "IOCP_LOOP_NATIVE=0", "environment": "0"}

@@ -17,6 +17,8 @@ async def pyzmq(folder: Path) -> None:
     context = load("zmq.asyncio").Context()
     replying, asking = context.socket(zmq.REP), context.socket(zmq.REQ)
     publishing, subscribing = context.socket(zmq.PUB), context.socket(zmq.SUB)
+    for socket in (publishing, subscribing):
+        socket.set_hwm(0)  # else it drops the 1,001st message when its thread has not run meanwhile
     asking.connect(f"tcp://127.0.0.1:{replying.bind_to_random_port('tcp://127.0.0.1')}")
     subscribing.connect(f"tcp://127.0.0.1:{publishing.bind_to_random_port('tcp://127.0.0.1')}")
     subscribing.subscribe(b"")
