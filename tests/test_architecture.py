@@ -29,8 +29,8 @@ LAYERS = [
     "threads",
     "policy readers",
     "loop",
-    "methods.clock methods.embedding methods.names methods.pipes methods.readiness methods.signals methods.sockets",
-    "methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
+    "methods.clock methods.connecting methods.embedding methods.names methods.pipes methods.readiness methods.signals",
+    "methods.sockets methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
     "endpoints.datagrams endpoints.tls pipes.named pipes.unix pipes.windows",
     "pipes.transports pipes.channels pipes.__init__ endpoints.listener",
     "transports",
@@ -56,7 +56,7 @@ LAYERS = [
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
-    "hot/accepting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
+    "hot/accepting.h hot/connecting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
     "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
@@ -73,7 +73,7 @@ NATIVE_TIER = [
     "ahead epoll_waits iocp_submissions",
     "accepting transports",
     "connections",
-    "addresses proactor readers sockets streams tls",
+    "addresses connecting proactor readers sockets streams tls",
     "datagrams driver handles receiving stream_calls",
     "timers",
     "shared",

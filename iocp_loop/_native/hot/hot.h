@@ -432,6 +432,9 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+int socket_family(PyObject *sock);
+/* Whether Python's own calls on it don't wait either. */
+int is_nonblocking(PyObject *sock);
 /* Whether it is one of TCP. */
 int is_tcp_socket(PyObject *sock);
 /* sock.close(), for a socket of any kind. */
@@ -454,6 +457,8 @@ struct sockaddr_storage;
 PyObject *make_tuple(const struct sockaddr_storage *address);
 /* The same by way of a table; of an address without length, that of a connection: None. */
 PyObject *tuple_of(struct hot *hot, const struct sockaddr_storage *address, Py_ssize_t length);
+/* And back, of a literal address (host, port, ...): what the system takes, in bytes; NULL, perhaps without an exception. */
+PyObject *structure_of(struct hot *hot, int family, PyObject *tuple);
 /* Receive for the ReceiveFromStream `op` what there is, up to `most` datagrams, and deliver each.  Their number; -1 with an
  * exception; NOT_PLAIN for the way in Python. */
 int receive_datagrams_for(struct hot *hot, PyObject *driver, PyObject *op, int most);

@@ -215,6 +215,10 @@ int never_waits(const struct hot *hot, PyObject *sock)
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
 
+int socket_family(PyObject *sock) { return ((struct socket_object *)sock)->family; }
+
+int is_nonblocking(PyObject *sock) { return ((struct socket_object *)sock)->timeout == 0; }
+
 int is_tcp_socket(PyObject *sock)
 {
     const struct socket_object *read = (struct socket_object *)sock;
