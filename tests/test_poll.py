@@ -15,6 +15,7 @@ import pytest
 
 from iocp_loop import operations as ops
 from iocp_loop.ports.poll import pollers
+from iocp_loop.ports.poll.driver import PollDriver
 
 from .rig import POLLERS, Rig, driver_of_another_system
 from .support import LIMIT, in_thread, tcp_pair
@@ -103,7 +104,7 @@ def test_a_waker_that_is_full_does_not_block(rig: Rig) -> None:
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="only epoll tells of a hang-up beside what can be read")
 def test_a_hang_up_ends_a_stream_by_the_short_way(no_leak: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over UNIX sockets each connection ended by the long way, which cost as much as all of its life."""
-    rig = Rig(poll.PollDriver())
+    rig = Rig(PollDriver())
     long_ways: list[int] = []
     monkeypatch.setattr(rig.driver, "_dispatch_other", lambda *args: long_ways.append(args[-1]))
     for last in (b"", b"the last words"):
@@ -123,7 +124,7 @@ def test_a_hang_up_ends_a_stream_by_the_short_way(no_leak: None, monkeypatch: py
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="as above")
 def test_a_hang_up_is_told_to_who_sends_as_well(no_leak: None) -> None:
-    rig = Rig(poll.PollDriver())
+    rig = Rig(PollDriver())
     ours, peer = socket.socketpair()
     ours.setblocking(False)
     with ours, peer:
