@@ -29,6 +29,7 @@ static PyMethodDef module_methods[] = {
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
     {"stream_type", make_stream_type, METH_VARARGS,
      "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
+    {"set_most_at_once", set_most_at_once, METH_O, "set_most_at_once(size): what one call of send gets at most, bytes."},
     {"use_reader", use_reader, METH_O, "use_reader(class): the class in Python above Reader."},
     {NULL, NULL, 0, NULL},
 };
