@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-import warnings
 from typing import Any
 
 import pytest
@@ -130,11 +129,12 @@ async def test_a_protocol_that_does_not_tell_what_it_is(loop: Loop, pair: Pair) 
     await closed(protocol)
 
 
+# It is half made, so unclosed.  No catch_warnings within: without a GIL that holds in the context of the task alone.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 async def test_a_server_forgets_a_transport_that_could_not_be_made(loop: Loop, reports: Reports) -> None:
     factory: Any = Unasked
     server: Any = await loop.create_server(factory, "127.0.0.1", 0)
-    with warnings.catch_warnings(), socket.create_connection(server.sockets[0].getsockname()):
-        warnings.simplefilter("ignore", ResourceWarning)  # half made, it is unclosed
+    with socket.create_connection(server.sockets[0].getsockname()):
         await until(lambda: reports)
         assert isinstance(reports.pop()["exception"], OnPurpose)
         gc.collect()
