@@ -118,7 +118,6 @@ static int welcome(const struct hot *hot, Accepting *self, PyObject *sock, struc
 static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     const struct hot *hot = hot_of(Py_TYPE(self), (destructor)accepting_dealloc);
-    PyObject *sock, *address; /* borrowed */
     if (hot == NULL)
         return NULL;
     if (count != 2) {
@@ -127,7 +126,12 @@ static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ss
     }
     if (args[1] != Py_None)
         return PyObject_CallMethodOneArg(self, hot->names.ended, args[1]);
-    if (!PyArg_ParseTuple(args[0], "OO", &sock, &address) || welcome(hot, (Accepting *)self, sock, (struct name){address, 0}) < 0)
+    if (!PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2) {
+        PyErr_SetString(PyExc_TypeError, "a completion of an accept stream is a pair: the connection and its address");
+        return NULL;
+    }
+    PyObject *sock = PyTuple_GET_ITEM(args[0], 0), *address = PyTuple_GET_ITEM(args[0], 1); /* borrowed */
+    if (welcome(hot, (Accepting *)self, sock, (struct name){address, 0}) < 0)
         return NULL;
     Py_RETURN_NONE;
 }
@@ -290,36 +294,27 @@ enum accepted accept_for_stream(struct hot *hot, PyObject *op)
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
 
+#define OWNED(DO) DO(self->loop); DO(self->proactor); DO(self->sock); DO(self->welcome); DO(self->context); \
+    DO(self->serves)
+
 static int accepting_traverse(Accepting *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->loop);
-    Py_VISIT(self->proactor);
-    Py_VISIT(self->sock);
-    Py_VISIT(self->welcome);
-    Py_VISIT(self->context);
-    Py_VISIT(self->serves);
+    OWNED(Py_VISIT);
     return 0;
 }
 
 static int accepting_clear(Accepting *self)
 {
-    Py_CLEAR(self->loop);
-    Py_CLEAR(self->proactor);
-    Py_CLEAR(self->sock);
-    Py_CLEAR(self->welcome);
-    Py_CLEAR(self->context);
-    Py_CLEAR(self->serves);
+    OWNED(Py_CLEAR);
     return 0;
 }
 
 static void accepting_dealloc(Accepting *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     accepting_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_object((PyObject *)self);
 }
 
 static PyMethodDef accepting_methods[] = {
@@ -358,8 +353,7 @@ static PyType_Spec accepting_spec = {
 
 int add_accepting(struct hot *hot)
 {
-    PyObject *type = PyType_FromModuleAndSpec(hot->module, &accepting_spec, NULL);
-    int failed = type == NULL ? -1 : PyModule_AddObjectRef(hot->module, "Accepting", type);
-    Py_XDECREF(type);
-    return failed;
+    PyTypeObject *type = add_type(hot, &accepting_spec, NULL);
+    Py_XDECREF(type); /* the module has it */
+    return type == NULL ? -1 : 0;
 }

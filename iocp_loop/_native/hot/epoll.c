@@ -366,7 +366,7 @@ static PyType_Spec epoll_turns_spec = {
 
 int add_epoll(struct hot *hot)
 {
-    hot->EpollTurns_type = add_driver_type(hot, &epoll_turns_spec, NULL);
+    hot->EpollTurns_type = add_type(hot, &epoll_turns_spec, hot->Driver_type);
     return hot->EpollTurns_type == NULL ? -1 : 0;
 }
 
