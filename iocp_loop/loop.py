@@ -19,6 +19,7 @@ from .endpoints.datagrams import DatagramTransport
 from .endpoints.listener import Listener
 from .endpoints.sendfile import begin_at
 from .methods.clock import ClockMethods
+from .methods.connecting import ConnectingMethods
 from .methods.embedding import EmbeddingMethods
 from .methods.names import NameMethods
 from .methods.pipes import PipeMethods
@@ -43,6 +44,7 @@ class IocpEventLoop(
     SocketMethods,
     ReadinessMethods,
     NameMethods,
+    ConnectingMethods,
     UnixMethods,
     TlsMethods,
     SignalMethods,
@@ -130,21 +132,12 @@ class IocpEventLoop(
         **more: Any,
     ) -> Any:
         if not ssl and not arguments and more.get("context") is None:
-            # As BaseEventLoop does, without what is there for TLS; most connections come this way.
             try:
                 sock.setblocking(False)
-                protocol = protocol_factory()
-                waiter = self.create_future()
-                plain = self._make_socket_transport(sock, protocol, waiter)
             except BaseException:
                 sock.close()
                 raise
-            try:
-                await waiter
-            except BaseException:
-                plain.close()
-                raise
-            return plain, protocol
+            return await self._make_plain_connection(sock, protocol_factory)
         make: Any = super()._create_connection_transport  # type: ignore[misc]  # BaseEventLoop's
         try:
             return await make(sock, protocol_factory, ssl, server_hostname, *arguments, **more)
@@ -154,6 +147,24 @@ class IocpEventLoop(
             if not isinstance(transport, SocketTransport) or not transport.owns(sock):
                 sock.close()
             raise
+
+    async def _make_plain_connection(
+        self, sock: socket.socket, protocol_factory: Callable[[], asyncio.BaseProtocol]
+    ) -> Any:
+        """As `_create_connection_transport`, of a non-blocking socket and without TLS; most come this way."""
+        try:
+            protocol = protocol_factory()
+            waiter = self.create_future()
+            transport = self._make_socket_transport(sock, protocol, waiter)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            await waiter
+        except BaseException:
+            transport.close()
+            raise
+        return transport, protocol
 
     def _make_datagram_transport(
         self,

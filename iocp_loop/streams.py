@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 from . import operations as ops
 from .debugging import DebugContext
 from .flow import FlowControl
+from .native import hot
 
 __all__ = ["MOST_AT_ONCE", "PythonStream"]
 
 #: The most that is handed to one call of ``send``, bytes.  Windows takes all that it is given, where other systems take
 #: what their buffer has room for: nobody would ever have to wait for a slow peer.
 MOST_AT_ONCE = 256 * 1024 if sys.platform == "win32" else sys.maxsize
+if hot is not None:
+    hot.set_most_at_once(MOST_AT_ONCE)
 
 
 class PythonStream(FlowControl):

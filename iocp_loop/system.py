@@ -6,6 +6,7 @@ function which of asyncio's calls to let pass.  They can't know ours; ours do no
 
 from __future__ import annotations
 
+import socket
 import sys
 
 if sys.platform == "win32":
@@ -13,4 +14,7 @@ if sys.platform == "win32":
 else:
     import posix as system
 
-__all__ = ["system"]
+__all__ = ["NONBLOCKING", "system"]
+
+#: Beside the type of a new socket: it is non-blocking from the start.  0 where the system has no such flag.
+NONBLOCKING: int = getattr(socket, "SOCK_NONBLOCK", 0)

@@ -141,3 +141,40 @@ def ask(sock: socket.socket, data: bytes) -> bytes:
     answer = read_all(sock)
     sender.join()
     return answer
+
+
+#: Serves one connection on a loop, with what a tier has to do with, and tells by which types.
+USE_IT = """
+import asyncio, socket, sys
+import iocp_loop
+from iocp_loop import native
+from iocp_loop.ports import DRIVERS, availability
+
+async def main():
+    loop = asyncio.get_running_loop()
+    one, two = socket.socketpair()
+    with one, two:
+        one.setblocking(False)
+        two.setblocking(False)
+        loop.call_soon(two.send, b"hello")
+        assert await loop.sock_recv(one, 100) == b"hello"
+    server = await asyncio.start_server(lambda reader, writer: echo(reader, writer), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(b"x" * 100_000)
+    assert await reader.readexactly(100_000) == b"x" * 100_000
+    writer.close()
+    await writer.wait_closed()
+    server.close()
+    await asyncio.sleep(0.01)
+
+async def echo(reader, writer):
+    writer.write(await reader.readexactly(100_000))
+    await reader.read()
+    writer.close()
+
+for driver in DRIVERS:
+    if availability(driver).available:
+        with asyncio.Runner(loop_factory=lambda: iocp_loop.new_event_loop(driver)) as runner:
+            runner.run(main())
+print(native.hot is not None, native.why_not)
+"""

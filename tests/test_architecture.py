@@ -29,8 +29,8 @@ LAYERS = [
     "threads",
     "policy readers",
     "loop",
-    "methods.clock methods.embedding methods.names methods.pipes methods.readiness methods.signals methods.sockets",
-    "methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
+    "methods.clock methods.connecting methods.embedding methods.names methods.pipes methods.readiness methods.signals",
+    "methods.sockets methods.subprocesses methods.tls methods.turns methods.unix methods.__init__ statistics",
     "endpoints.datagrams endpoints.tls pipes.named pipes.unix pipes.windows",
     "pipes.transports pipes.channels pipes.__init__ endpoints.listener",
     "transports",
@@ -56,7 +56,7 @@ LAYERS = [
 
 #: The same for headers in C: a file includes only what stands below its own line; a .c file stands on its headers.
 HEADERS = [
-    "hot/accepting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
+    "hot/accepting.h hot/connecting.h hot/epoll.h hot/iocp.h hot/sockets.h hot/streams.h hot/turns.h",
     "hot/calls.h hot/driver.h hot/handles.h hot/readers.h hot/receiving.h",
     "hot/hot.h",
     "windows/shared.h",
@@ -73,7 +73,7 @@ NATIVE_TIER = [
     "ahead epoll_waits iocp_submissions",
     "accepting transports",
     "connections",
-    "addresses proactor readers sockets streams tls",
+    "addresses connecting proactor readers sockets streams tls",
     "datagrams driver handles receiving stream_calls",
     "timers",
     "shared",
@@ -269,6 +269,42 @@ def test_the_way_of_a_byte_is_short() -> None:
     for way, case, stations in rows:
         files = dict.fromkeys(re.findall(r"`([\w/]+\.(?:py|c))::", stations))
         assert len(files) <= (5 if way == "in" else 4), f"{case}: {list(files)}"
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+#: Lines; house rules, so that a file has one subject and a function fits a screen.
+LONGEST_FILE = 600
+LONGEST_FUNCTION = 50
+
+#: Files that may be longer for now, and why.
+LONGER = {"connections.c": "is being made smaller"}
+
+
+def functions_in_c(text: str) -> Iterator[tuple[str, int]]:
+    """The name of each function that a file defines, and its lines."""
+    code = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.DOTALL)
+    function = r"^\w[^;={}()]*?(\w+)\([^;{}]*\)\s*\{(?:[^\n]*\}$|.*?^\})"
+    for found in re.finditer(function, code, re.MULTILINE | re.DOTALL):
+        yield found[1], found[0].count("\n") + 1
+
+
+def functions_in_python(text: str) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, _FUNCTIONS):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield node.name, (node.end_lineno or first) - first + 1
+
+
+@pytest.mark.parametrize("path", [*modules().values(), *c_files()], ids=lambda path: "/".join(path.parts[-2:]))
+def test_files_and_functions_are_of_a_size(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGEST_FILE or path.name in LONGER, f"{path.name} has {text.count(chr(10))} lines"
+    functions = list(functions_in_python(text) if path.suffix == ".py" else functions_in_c(text))
+    long = {name: lines for name, lines in functions if lines > LONGEST_FUNCTION}
+    assert not long, f"{path.name} has functions of more than {LONGEST_FUNCTION} lines: {long}"
+    if path.suffix == ".c":
+        assert defined(path) <= {name for name, _ in functions}, "a function that was not measured"
 
 
 # -- the tests themselves --------------------------------------------------------------------------

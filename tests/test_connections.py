@@ -390,3 +390,116 @@ async def test_extra_info_of_tcp(loop: Loop, listener: socket.socket) -> None:
     await close(protocol)
     assert info("sockname") == address
     assert info("peername") == listener.getsockname()
+
+
+# -- the short way of create_connection -------------------------------------------------------------
+
+
+def how_it_ends(loop: asyncio.AbstractEventLoop, *args: Any, **options: Any) -> tuple[Any, ...]:
+    """What a create_connection comes to: the ends of the connection, or the error."""
+
+    async def connect() -> tuple[Any, ...]:
+        try:
+            transport, protocol = await loop.create_connection(asyncio.Protocol, *args, **options)
+        except (Exception, asyncio.CancelledError) as error:
+            return type(error), str(error)
+        try:
+            sock = transport.get_extra_info("socket")
+            kind = type(protocol), sock.family, sock.type, sock.proto, sock.gettimeout()
+            return *kind, sock.getsockname()[0], transport.get_extra_info("peername")
+        finally:
+            transport.close()
+            await asyncio.sleep(0.01)
+
+    return loop.run_until_complete(connect())
+
+
+def test_the_short_way_ends_as_asyncios(loop: Loop, listener: socket.socket, refused: tuple[str, int]) -> None:
+    host, port = listener.getsockname()
+    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((host, port), {}),
+        ((host, str(port)), {}),
+        ((host, port), {"ssl": None, "family": 0, "local_addr": None, "happy_eyeballs_delay": None}),
+        ((host, port), {"ssl": False}),
+        ((host, port), {"family": socket.AF_INET6}),
+        ((host, port), {"server_hostname": host}),
+        ((host, port), {"server_hostname": ""}),
+        ((host, port), {"ssl_handshake_timeout": 0}),
+        ((host, port), {"sock": listener}),
+        ((host, port), {"interleave": 1}),
+        (refused, {}),
+        ((host, 65536), {}),
+        ((host, -1), {}),
+        ((host, True), {}),
+        (("::ffff:127.0.0.1", port), {}),
+        (("::1", refused[1]), {}),
+        (("255.255.255.255", port), {}),
+        ((host.encode(), port), {}),
+        ((None, None), {}),
+    ]
+    stock: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
+    with contextlib.closing(stock):
+        for args, options in cases:
+            assert how_it_ends(loop, *args, **options) == how_it_ends(stock, *args, **options), (args, options)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+async def test_the_short_way_is_taken_outside_debug_mode(
+    loop: Loop, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, debug: bool
+) -> None:
+    """In debug mode BaseEventLoop's own way is gone, which logs its steps."""
+    ways: list[str] = []
+    connect_sock: Any = asyncio.BaseEventLoop._connect_sock  # type: ignore[attr-defined]  # not in typeshed
+
+    async def watched(self: Any, *args: Any, **options: Any) -> Any:
+        ways.append("BaseEventLoop's")
+        return await connect_sock(self, *args, **options)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "_connect_sock", watched)
+    loop.set_debug(debug)
+    transport, _ = await loop.create_connection(asyncio.Protocol, *listener.getsockname())
+    assert bool(ways) is debug
+    transport.close()
+
+
+async def test_the_short_way_connects_by_sock_connect(
+    loop: Loop, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which some replace, to watch or to forbid connections."""
+    seen: list[Any] = []
+
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        seen.append((sock.getsockname, address))
+        raise ConnectionRefusedError("not from here")
+
+    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    with pytest.raises(ConnectionRefusedError, match="not from here"):
+        await loop.create_connection(asyncio.Protocol, *listener.getsockname())
+    assert [address for _, address in seen] == [listener.getsockname()]
+    assert seen[0][0].__self__.fileno() == -1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the calls of Linux")
+async def test_to_connect_is_audited(loop: Loop, listener: socket.socket) -> None:
+    seen: list[Any] = []
+    watching = True
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:  # it stays for the life of the process
+        if watching and event == "socket.connect":
+            seen.append(args[1])
+
+    sys.addaudithook(hook)
+    try:
+        transport, _ = await loop.create_connection(asyncio.Protocol, *listener.getsockname())
+    finally:
+        watching = False
+    assert set(seen) == {listener.getsockname()}
+    transport.close()
+
+
+async def test_a_blocking_socket_is_not_connected_by_the_short_way(loop: Loop, silent: tuple[str, int]) -> None:
+    """A call in C that waits would hold the loop and everybody else."""
+    with socket.socket() as sock:
+        sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            await loop.sock_connect(sock, silent)

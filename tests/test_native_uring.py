@@ -20,7 +20,7 @@ import pytest
 from iocp_loop import native
 from iocp_loop import operations as ops
 from iocp_loop.operations import READABLE, Operation
-from iocp_loop.ports import DriverUnavailable, availability, make_driver
+from iocp_loop.ports import availability, make_driver
 
 from .rig import Pair, Rig, received
 from .support import LIMIT, fill, in_thread, listening_socket, run_python, tcp_pair
@@ -253,6 +253,29 @@ def test_a_datagram_is_not_cut_to_the_size_of_the_pools_buffers(rig: Rig) -> Non
         data = os.urandom(50_000)
         peer.send(data)
         assert rig.value(rig.submit(ops.Receive(ours, 65536))) == data
+
+
+@needs_uring
+def test_a_stream_that_finds_the_pool_empty_asks_no_more(rig: Rig) -> None:
+    """Else it would ask in vain in every turn, as long as others empty the pool in each."""
+    pairs = [socket.socketpair() for _ in range(80)]
+    try:
+        sent = 0
+        for ours, peer in pairs:
+            ours.setblocking(False)
+            peer.setblocking(False)
+            sent += peer.send(bytes(150_000))
+        assert sent > 2 << 20  # twice what the pool holds
+        streams = [ops.ReceiveStream(ours) for ours, _ in pairs]
+        polled: dict[Operation, bool] = {}  # whether its first piece came by polling
+        for op in streams:
+            rig.submit(op, lambda value, error, op=op: polled.setdefault(op, op.driver_data.watched))  # type: ignore[misc]  # a default binds it
+        rig.until(lambda: len(polled) == len(streams))
+        assert any(polled.values())
+    finally:
+        rig.driver.close()
+        for sock in (sock for pair in pairs for sock in pair):
+            sock.close()
 
 
 # -- other threads ---------------------------------------------------------------------------------
@@ -633,77 +656,3 @@ def test_the_collector_may_find_operations_with_buffers(no_leak: None, pair: Pai
     else:
         del op, rig
         gc.collect()
-
-
-# -- where io_uring is not available ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("code", "setting", "told"),
-    [
-        (errno.EPERM, "2", "kernel.io_uring_disabled=2"),
-        (errno.EPERM, "1", "kernel.io_uring_group"),
-        (errno.EPERM, "0", "seccomp"),
-        (errno.EACCES, "", "SELinux"),
-        (errno.ENOSYS, "", "has no io_uring"),
-        (errno.EINVAL, "", "use a newer kernel"),
-        (errno.ENOMEM, "", "RLIMIT_MEMLOCK"),
-        (errno.EMFILE, "", "RLIMIT_NOFILE"),
-    ],
-)
-def test_the_reason_names_the_cause_and_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, code: int, setting: str, told: str
-) -> None:
-    if binding.lib is None:
-        pytest.skip("the native module is not built")
-
-    class Refusing:
-        NULL = binding.ffi.NULL
-        errno = code
-        new = binding.ffi.new
-
-    monkeypatch.setattr(binding, "_works", False)
-    monkeypatch.setattr(binding, "ffi", Refusing)
-    monkeypatch.setattr(binding, "lib", _RefusingLibrary(binding.lib))
-    monkeypatch.setattr(binding, "_io_uring_disabled", lambda: setting)
-    reason = binding.probe()
-    assert reason is not None
-    assert told in reason
-    assert errno.errorcode[code] in reason
-    with pytest.raises(DriverUnavailable, match=told):
-        uring.UringDriver()
-
-
-class _RefusingLibrary(_OlderKernel):
-    def uring_open(self, flags: int, wake_fd: int, epoll_fd: int, step: Any) -> Any:
-        return binding.ffi.NULL
-
-
-def test_without_the_native_module_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_works", False)
-    monkeypatch.setattr(binding, "lib", None)
-    monkeypatch.setattr(binding, "_NOT_BUILT", "not built", raising=False)
-    assert binding.probe() == "not built"
-
-
-@needs_uring
-def test_a_stream_that_finds_the_pool_empty_asks_no_more(rig: Rig) -> None:
-    """Else it would ask in vain in every turn, as long as others empty the pool in each."""
-    pairs = [socket.socketpair() for _ in range(80)]
-    try:
-        sent = 0
-        for ours, peer in pairs:
-            ours.setblocking(False)
-            peer.setblocking(False)
-            sent += peer.send(bytes(150_000))
-        assert sent > 2 << 20  # twice what the pool holds
-        streams = [ops.ReceiveStream(ours) for ours, _ in pairs]
-        polled: dict[Operation, bool] = {}  # whether its first piece came by polling
-        for op in streams:
-            rig.submit(op, lambda value, error, op=op: polled.setdefault(op, op.driver_data.watched))  # type: ignore[misc]  # a default binds it
-        rig.until(lambda: len(polled) == len(streams))
-        assert any(polled.values())
-    finally:
-        rig.driver.close()
-        for sock in (sock for pair in pairs for sock in pair):
-            sock.close()

@@ -5,6 +5,7 @@ Tests of the drivers' contract that are marked `every_poller` run on them as wel
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from iocp_loop import operations as ops
 from iocp_loop.ports.poll import pollers
+from iocp_loop.ports.poll.driver import PollDriver
 
 from .rig import POLLERS, Rig, driver_of_another_system
 from .support import LIMIT, in_thread, tcp_pair
@@ -97,3 +99,41 @@ def test_a_waker_that_is_full_does_not_block(rig: Rig) -> None:
             waker.wake()
         waker.drain()
         waker.close()
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="only epoll tells of a hang-up beside what can be read")
+def test_a_hang_up_ends_a_stream_by_the_short_way(no_leak: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over UNIX sockets each connection ended by the long way, which cost as much as all of its life."""
+    rig = Rig(PollDriver())
+    long_ways: list[int] = []
+    monkeypatch.setattr(rig.driver, "_dispatch_other", lambda *args: long_ways.append(args[-1]))
+    for last in (b"", b"the last words"):
+        ours, peer = socket.socketpair()
+        ours.setblocking(False)
+        with ours, peer:
+            op = rig.submit(ops.ReceiveStream(ours))
+            rig.turn()
+            if last:
+                peer.send(last)
+            peer.close()
+            rig.until(lambda op=op: not op.in_flight)  # type: ignore[misc]  # a default binds the operation
+            assert rig.values(op) == [last, b""][not last :]
+    assert not long_ways
+    rig.driver.close()
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="as above")
+def test_a_hang_up_is_told_to_who_sends_as_well(no_leak: None) -> None:
+    rig = Rig(PollDriver())
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    with ours, peer:
+        receiving = rig.submit(ops.ReceiveStream(ours))
+        sending = rig.submit(ops.SendAll(ours, [bytes(10_000_000)]))
+        rig.turn()
+        assert sending.in_flight
+        peer.close()
+        rig.until(lambda: not receiving.in_flight and not sending.in_flight)
+        ((_, error),) = rig.completions(sending)
+        assert isinstance(error, (BrokenPipeError, ConnectionResetError))
+    rig.driver.close()

@@ -15,7 +15,8 @@ copy=build/sanitize
 # What has to do with the native part.  Of the rest, the subprocesses of other programs and long random runs add nothing
 # but time.
 subjects=(
-    tests/test_native_tier.py tests/test_readers.py tests/test_native_uring.py tests/test_socket_waits.py
+    tests/test_native_tier.py tests/test_interpreters.py tests/test_handles.py tests/test_turns.py tests/test_readers.py
+    tests/test_native_uring.py tests/test_uring_refused.py tests/test_socket_waits.py tests/test_loop_forks.py
     tests/test_bulk_receive.py tests/test_drivers*.py tests/test_transports*.py tests/test_sockets.py
     tests/test_datagrams.py tests/test_loop.py tests/test_start_tls.py tests/test_tls.py tests/test_debug_mode.py
     tests/test_contexts.py tests/test_servers.py tests/test_port.py
@@ -29,7 +30,9 @@ seeds=5
 threaded=(tests/test_threads_in_parallel.py tests/test_run_threads.py tests/test_port.py tests/test_echo_traffic.py)
 # Under valgrind everything takes some 30 times as long.  It lets no other thread run while one is in io_uring_enter, so
 # what sends from a thread is only for driver poll.
-without_threads=(tests/test_native_tier.py tests/test_socket_waits.py)
+without_threads=(
+    tests/test_native_tier.py tests/test_interpreters.py tests/test_handles.py tests/test_turns.py tests/test_socket_waits.py
+)
 fewer=("${without_threads[@]}" tests/test_bulk_receive.py tests/test_datagrams.py)
 # These count on time, or make so many things that they would take hours.
 too_slow='not chain and not strike and not memory and not slow and not many and not timeout'

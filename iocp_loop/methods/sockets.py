@@ -29,6 +29,7 @@ _WOULD_BLOCK = (BlockingIOError, InterruptedError)
 #: The native tier's ways; what they answer with None is not the plain case.
 _receive_datagram: Any = getattr(hot, "receive_datagram", None)
 _send_datagram: Any = getattr(hot, "send_datagram", None)
+_connect: Any = getattr(hot, "connect", None)
 
 
 class SocketMethods(asyncio.BaseEventLoop):
@@ -203,6 +204,11 @@ class SocketMethods(asyncio.BaseEventLoop):
 
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         """Connect to `address`, resolving it first where the family has names."""
+        done = None if _connect is None else _connect(sock, address)
+        if done is not None:
+            if done is not True:
+                await self._connected(sock, address, done)
+            return
         self._check_sock(sock)
         family = family_of(sock)
         if family in (socket.AF_INET, socket.AF_INET6):
@@ -218,6 +224,12 @@ class SocketMethods(asyncio.BaseEventLoop):
             await self._connect_unix(sock, address)
             return
         await self._proactor.connect(sock, address)
+
+    async def _connected(self, sock: socket.socket, address: Any, code: int) -> None:
+        """Wait for the end of a connect that has begun; or `code` is its error, if that is known."""
+        if code:
+            raise connect_error(code, address)
+        await self._proactor.connect(sock, address, begun=True)
 
     async def _connect_unix(self, sock: socket.socket, address: Any) -> None:
         """Connect a UNIX socket: done at once, unless the listener's backlog is full; no event tells when it is not."""

@@ -19,7 +19,7 @@ from asyncio import base_events
 from collections.abc import Callable
 from typing import Any
 
-from ..system import system
+from ..system import NONBLOCKING, system
 
 __all__ = ["UnixMethods"]
 
@@ -70,6 +70,8 @@ class UnixMethods(asyncio.BaseEventLoop):
             except BaseException:
                 sock.close()
                 raise
+            if not ssl:
+                return await self._make_plain_connection(sock, protocol_factory)  # type: ignore[attr-defined, no-any-return]  # the loop's
         else:
             if sock is None:
                 raise ValueError("no path and sock were specified")
@@ -207,13 +209,14 @@ def _new_socket() -> socket.socket:
     if family is None:
         raise NotImplementedError("this Python has no UNIX sockets (there is no socket.AF_UNIX)")
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM | NONBLOCKING)
     except OSError as exc:
         if exc.errno != errno.EAFNOSUPPORT:
             raise
         # Windows has them since version 10.0.17063; a Python that knows them may run on an older one.
         raise NotImplementedError("this system has no UNIX sockets") from exc
-    sock.setblocking(False)
+    if not NONBLOCKING:
+        sock.setblocking(False)
     return sock
 
 

@@ -290,36 +290,27 @@ enum accepted accept_for_stream(struct hot *hot, PyObject *op)
  * The type
  * ------------------------------------------------------------------------------------------------------------------ */
 
+#define OWNED(DO) DO(self->loop); DO(self->proactor); DO(self->sock); DO(self->welcome); DO(self->context); \
+    DO(self->serves)
+
 static int accepting_traverse(Accepting *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->loop);
-    Py_VISIT(self->proactor);
-    Py_VISIT(self->sock);
-    Py_VISIT(self->welcome);
-    Py_VISIT(self->context);
-    Py_VISIT(self->serves);
+    OWNED(Py_VISIT);
     return 0;
 }
 
 static int accepting_clear(Accepting *self)
 {
-    Py_CLEAR(self->loop);
-    Py_CLEAR(self->proactor);
-    Py_CLEAR(self->sock);
-    Py_CLEAR(self->welcome);
-    Py_CLEAR(self->context);
-    Py_CLEAR(self->serves);
+    OWNED(Py_CLEAR);
     return 0;
 }
 
 static void accepting_dealloc(Accepting *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     accepting_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_object((PyObject *)self);
 }
 
 static PyMethodDef accepting_methods[] = {
@@ -358,8 +349,7 @@ static PyType_Spec accepting_spec = {
 
 int add_accepting(struct hot *hot)
 {
-    PyObject *type = PyType_FromModuleAndSpec(hot->module, &accepting_spec, NULL);
-    int failed = type == NULL ? -1 : PyModule_AddObjectRef(hot->module, "Accepting", type);
-    Py_XDECREF(type);
-    return failed;
+    PyTypeObject *type = add_type(hot, &accepting_spec, NULL);
+    Py_XDECREF(type); /* the module has it */
+    return type == NULL ? -1 : 0;
 }

@@ -109,7 +109,7 @@ static int is_literal(PyObject *tuple)
 }
 
 /* As make_structure, by way of the table. */
-static PyObject *structure_of(struct hot *hot, int family, PyObject *tuple)
+PyObject *structure_of(struct hot *hot, int family, PyObject *tuple)
 {
     if (!is_literal(tuple))
         return NULL;

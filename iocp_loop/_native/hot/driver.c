@@ -226,22 +226,18 @@ PyObject *driver_new(PyTypeObject *type, const struct verbs *verbs)
     return (PyObject *)self;
 }
 
+#define OWNED(DO) DO(self->in_flight); DO(self->submissions); DO(self->ready); DO(self->before_sleep)
+
 int driver_traverse(Driver *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->in_flight);
-    Py_VISIT(self->submissions);
-    Py_VISIT(self->ready);
-    Py_VISIT(self->before_sleep);
+    OWNED(Py_VISIT);
     return visit_hot(self->hot, visit, arg);
 }
 
 int driver_clear(Driver *self)
 {
-    Py_CLEAR(self->in_flight);
-    Py_CLEAR(self->submissions);
-    Py_CLEAR(self->ready);
-    Py_CLEAR(self->before_sleep);
+    OWNED(Py_CLEAR);
     return 0;
 }
 
@@ -316,16 +312,6 @@ static PyType_Spec driver_spec = {
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = driver_slots,
 };
-
-PyTypeObject *add_driver_type(struct hot *hot, PyType_Spec *spec, PyTypeObject *base)
-{
-    PyObject *bases = PyTuple_Pack(1, base == NULL ? hot->Driver_type : base);
-    PyTypeObject *type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, spec, bases);
-    Py_XDECREF(bases);
-    if (type != NULL && PyModule_AddType(hot->module, type) < 0)
-        Py_CLEAR(type);
-    return type;
-}
 
 int add_driver(struct hot *hot)
 {

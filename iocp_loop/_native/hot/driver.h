@@ -75,8 +75,6 @@ int driver_traverse(Driver *self, visitproc visit, void *arg);
 int driver_clear(Driver *self);
 /* The end of a dealloc. */
 void driver_free(Driver *self);
-/* Make a type of `spec`, above `base` or, with NULL, above what all share, and put it into the module. */
-PyTypeObject *add_driver_type(struct hot *hot, PyType_Spec *spec, PyTypeObject *base);
 int add_driver(struct hot *hot);
 
 #endif

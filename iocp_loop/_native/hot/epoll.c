@@ -216,7 +216,9 @@ static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event even
     const struct hot *hot = self->driver.hot;
     PyObject *stream = watch_stream_of(hot, watch), *alone;
     int failed;
-    if (event.events == EPOLLIN && stream != NULL && stream != Py_None) {
+    /* The end of a UNIX connection hangs up as well, that of TCP may: for who only receives, that is an end like any other. */
+    if (stream != NULL && stream != Py_None
+        && (event.events == EPOLLIN || (event.events & EPOLLIN && !has_items(SLOT(watch, hot->watch.writers))))) {
         self->driver.completions++;
         failed = receive_some(self, stream);
         Py_DECREF(stream);
@@ -364,7 +366,7 @@ static PyType_Spec epoll_turns_spec = {
 
 int add_epoll(struct hot *hot)
 {
-    hot->EpollTurns_type = add_driver_type(hot, &epoll_turns_spec, NULL);
+    hot->EpollTurns_type = add_type(hot, &epoll_turns_spec, hot->Driver_type);
     return hot->EpollTurns_type == NULL ? -1 : 0;
 }
 

@@ -12,12 +12,10 @@
 
 PyObject *use_watch(PyObject *turns, PyObject *kind)
 {
+    static const struct slot_place places[] = {PLACE(watch, events), PLACE(watch, readers), PLACE(watch, stream),
+                                               PLACE(watch, writers)};
     struct hot *hot = driver_hot((PyTypeObject *)turns);
-    hot->watch.events = slot_offset(kind, "events");
-    hot->watch.readers = slot_offset(kind, "readers");
-    hot->watch.stream = slot_offset(kind, "stream");
-    hot->watch.writers = slot_offset(kind, "writers");
-    if (PyErr_Occurred())
+    if (FIND_SLOTS(hot, kind, places) < 0)
         return NULL;
     Py_XSETREF(hot->kinds.watch, Py_NewRef(kind));
     Py_RETURN_NONE;

@@ -366,10 +366,7 @@ static PyTypeObject *make_type(struct hot *hot, PyObject *base, const char *name
     };
     if (check_slots((PyTypeObject *)base) < 0)
         return NULL;
-    PyObject *bases = PyTuple_Pack(1, base);
-    PyObject *type = bases == NULL ? NULL : PyType_FromModuleAndSpec(hot->module, &spec, bases);
-    Py_XDECREF(bases);
-    return (PyTypeObject *)type;
+    return add_type(hot, &spec, (PyTypeObject *)base);
 }
 
 int add_handles(struct hot *hot)
@@ -398,10 +395,5 @@ int add_handles(struct hot *hot)
     }
     Py_XDECREF(handle);
     Py_XDECREF(timer);
-    if (hot->Handle_type == NULL || hot->TimerHandle_type == NULL)
-        return -1;
-    return PyModule_AddObjectRef(hot->module, "Handle", (PyObject *)hot->Handle_type) < 0
-                   || PyModule_AddObjectRef(hot->module, "TimerHandle", (PyObject *)hot->TimerHandle_type) < 0
-               ? -1
-               : 0;
+    return hot->Handle_type == NULL || hot->TimerHandle_type == NULL ? -1 : 0;
 }

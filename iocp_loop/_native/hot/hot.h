@@ -139,6 +139,17 @@ static inline PyObject *find(PyObject *table, PyObject *key)
 /* Where the slot `name` of `type` is, in bytes from the start of an instance; -1 with an exception. */
 Py_ssize_t slot_offset(PyObject *type, const char *name);
 
+/* The same for several, each of which has its place in `struct hot`: PLACE(watch, events) is that of the slot `events` in
+ * hot->watch.events.  0 or -1. */
+struct slot_place {
+    const char *name;
+    size_t where;
+};
+#define PLACE(group, slot) {#slot, offsetof(struct hot, group.slot)}
+#define FIND_SLOTS(hot, type, places) find_slots(hot, type, places, sizeof(places) / sizeof *(places))
+struct hot;
+int find_slots(struct hot *hot, PyObject *type, const struct slot_place *places, size_t count);
+
 /* The slots of a class written in Python, and of those above it, as traverse and clear of a type of ours that derives from
  * it see them.  -1 with an ImportError if an instance has anything else. */
 int check_slots(PyTypeObject *class);
@@ -318,6 +329,7 @@ struct hot {
     struct { /* of flow control, beneath them; and of weakref.KeyedRef */
         Py_ssize_t loop, protocol_paused, high_water, low_water, key;
     } flow;
+    size_t most_at_once; /* MOST_AT_ONCE of streams.py */
     int servers_count; /* a server counts its connections, and does not know them */
     struct { /* of the _Watch of driver poll */
         Py_ssize_t events, readers, stream, writers;
@@ -373,12 +385,18 @@ static inline int visit_hot(struct hot *hot, visitproc visit, void *arg)
     return 0;
 }
 
-/* The end of the dealloc of such an object. */
-static inline void free_with_hot(PyObject *self, struct hot *hot)
+/* The end of a dealloc. */
+static inline void free_object(PyObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     type->tp_free(self);
     Py_DECREF(type);
+}
+
+/* The same for an object that points to `hot`. */
+static inline void free_with_hot(PyObject *self, struct hot *hot)
+{
+    free_object(self);
     if (hot != NULL)
         Py_DECREF(hot->module);
 }
@@ -396,6 +414,9 @@ static inline int is_replaced(struct asyncio_method *self)
     uint64_t seen = READ(self->seen);
     return seen > 1 && READ(self->type->tp_version_tag) == seen >> 1 ? (int)(seen & 1) : look_at_method(self);
 }
+
+/* A type of `spec`, above `base` if that is not NULL, which the module shows. */
+PyTypeObject *add_type(struct hot *hot, PyType_Spec *spec, PyTypeObject *base);
 
 /* module.NAME, a new reference. */
 PyObject *attribute_of(const char *module, const char *name);
@@ -432,6 +453,9 @@ typedef int descriptor;
 #define NO_DESCRIPTOR (-1)
 #endif
 descriptor socket_descriptor(PyObject *sock);
+int socket_family(PyObject *sock);
+/* Whether Python's own calls on it don't wait either. */
+int is_nonblocking(PyObject *sock);
 /* Whether it is one of TCP. */
 int is_tcp_socket(PyObject *sock);
 /* sock.close(), for a socket of any kind. */
@@ -454,6 +478,8 @@ struct sockaddr_storage;
 PyObject *make_tuple(const struct sockaddr_storage *address);
 /* The same by way of a table; of an address without length, that of a connection: None. */
 PyObject *tuple_of(struct hot *hot, const struct sockaddr_storage *address, Py_ssize_t length);
+/* And back, of a literal address (host, port, ...): what the system takes, in bytes; NULL, perhaps without an exception. */
+PyObject *structure_of(struct hot *hot, int family, PyObject *tuple);
 /* Receive for the ReceiveFromStream `op` what there is, up to `most` datagrams, and deliver each.  Their number; -1 with an
  * exception; NOT_PLAIN for the way in Python. */
 int receive_datagrams_for(struct hot *hot, PyObject *driver, PyObject *op, int most);
@@ -473,6 +499,7 @@ int check_sockets(struct hot *hot);
 
 int add_requests(struct hot *hot); /* proactor.c */
 PyObject *make_stream_type(PyObject *module, PyObject *args);
+PyObject *set_most_at_once(PyObject *module, PyObject *size); /* streams.c */
 int add_readers(struct hot *hot);
 PyObject *use_reader(PyObject *module, PyObject *class);
 PyObject *make_tls_types(PyObject *module, PyObject *args);

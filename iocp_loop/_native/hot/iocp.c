@@ -201,26 +201,19 @@ static PyObject *iocp_turns_new(PyTypeObject *type, PyObject *args, PyObject *kw
     return driver_new(type, &verbs);
 }
 
+#define OWNED(DO) DO(self->port_object); DO(self->associations); DO(self->outstanding); DO(self->at_once); \
+    DO(self->spare); DO(self->slots)
+
 static int iocp_turns_traverse(IocpTurns *self, visitproc visit, void *arg)
 {
-    Py_VISIT(self->port_object);
-    Py_VISIT(self->associations);
-    Py_VISIT(self->outstanding);
-    Py_VISIT(self->at_once);
-    Py_VISIT(self->spare);
-    Py_VISIT(self->slots);
+    OWNED(Py_VISIT);
     return driver_traverse(&self->driver, visit, arg);
 }
 
 static int iocp_turns_clear(IocpTurns *self)
 {
     self->port = NULL;
-    Py_CLEAR(self->port_object);
-    Py_CLEAR(self->associations);
-    Py_CLEAR(self->outstanding);
-    Py_CLEAR(self->at_once);
-    Py_CLEAR(self->spare);
-    Py_CLEAR(self->slots);
+    OWNED(Py_CLEAR);
     return driver_clear(&self->driver);
 }
 
@@ -272,7 +265,7 @@ static PyType_Spec iocp_turns_spec = {
 
 int add_iocp(struct hot *hot)
 {
-    PyTypeObject *type = add_driver_type(hot, &iocp_turns_spec, NULL);
+    PyTypeObject *type = add_type(hot, &iocp_turns_spec, hot->Driver_type);
     Py_XDECREF(type); /* the module has it */
     return type == NULL ? -1 : 0;
 }

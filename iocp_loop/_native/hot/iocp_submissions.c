@@ -10,6 +10,12 @@
 /* _use_requests(Submission, Association, SlotPool, nobody, size of a slot, addresses of the functions) */
 PyObject *iocp_use_requests(PyObject *turns, PyObject *args)
 {
+    static const struct slot_place of_submission[] = {PLACE(iocp, address), PLACE(iocp, armed), PLACE(iocp, association),
+                                                      PLACE(iocp, finish), PLACE(iocp, keep), PLACE(iocp, op),
+                                                      PLACE(iocp, slot)};
+    static const struct slot_place of_association[] = {PLACE(iocp, emulated), PLACE(iocp, handle), PLACE(iocp, reading),
+                                                       PLACE(iocp, skips), PLACE(iocp, small), PLACE(iocp, writing)};
+    static const struct slot_place of_pool[] = {PLACE(iocp, free)};
     struct hot *hot = driver_hot((PyTypeObject *)turns);
     PyObject *submission, *association, *pool, *nobody;
     unsigned long long functions[3];
@@ -19,21 +25,8 @@ PyObject *iocp_use_requests(PyObject *turns, PyObject *args)
     hot->iocp_functions.wait = (long (*)(iocp_port *, long long))(uintptr_t)functions[0];
     hot->iocp_functions.receive = (request_function)(uintptr_t)functions[1];
     hot->iocp_functions.receive_from = (request_function)(uintptr_t)functions[2];
-    hot->iocp.address = slot_offset(submission, "address");
-    hot->iocp.armed = slot_offset(submission, "armed");
-    hot->iocp.association = slot_offset(submission, "association");
-    hot->iocp.finish = slot_offset(submission, "finish");
-    hot->iocp.keep = slot_offset(submission, "keep");
-    hot->iocp.op = slot_offset(submission, "op");
-    hot->iocp.slot = slot_offset(submission, "slot");
-    hot->iocp.emulated = slot_offset(association, "emulated");
-    hot->iocp.handle = slot_offset(association, "handle");
-    hot->iocp.reading = slot_offset(association, "reading");
-    hot->iocp.skips = slot_offset(association, "skips");
-    hot->iocp.small = slot_offset(association, "small");
-    hot->iocp.writing = slot_offset(association, "writing");
-    hot->iocp.free = slot_offset(pool, "free");
-    if (PyErr_Occurred())
+    if (FIND_SLOTS(hot, submission, of_submission) < 0 || FIND_SLOTS(hot, association, of_association) < 0
+        || FIND_SLOTS(hot, pool, of_pool) < 0)
         return NULL;
     Py_XSETREF(hot->kinds.submission, Py_NewRef(submission));
     Py_XSETREF(hot->nobody, Py_NewRef(nobody));

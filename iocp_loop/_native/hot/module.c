@@ -1,6 +1,7 @@
 /* The module iocp_loop._hot: puts the files together.  hot.h tells what is where. */
 
 #include "accepting.h"
+#include "connecting.h"
 #include "epoll.h"
 #include "iocp.h"
 #include "sockets.h"
@@ -15,6 +16,10 @@ static PyMethodDef module_methods[] = {
     {"receive_datagram", (PyCFunction)(void (*)(void))receive_datagram_now, METH_FASTCALL, "receive_datagram(sock, size)"},
     {"send_datagram", (PyCFunction)(void (*)(void))send_datagram, METH_FASTCALL,
      "send_datagram(sock, family, data, address)"},
+#ifdef __linux__
+    {"connect", (PyCFunction)(void (*)(void))connect_now, METH_FASTCALL,
+     "connect(sock, address): True if it is connected, False if that has begun, or the error; None if they are not plain."},
+#endif
 #ifdef HAS_ACCEPT
     {"accept", accept_connection, METH_O, "accept(listener): (connection, address); None if the listener is not a plain one."},
 #endif
@@ -24,6 +29,7 @@ static PyMethodDef module_methods[] = {
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
     {"stream_type", make_stream_type, METH_VARARGS,
      "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
+    {"set_most_at_once", set_most_at_once, METH_O, "set_most_at_once(size): what one call of send gets at most, bytes."},
     {"use_reader", use_reader, METH_O, "use_reader(class): the class in Python above Reader."},
     {NULL, NULL, 0, NULL},
 };

@@ -44,32 +44,26 @@ static PyObject *requests_drop(Requests *self, PyObject *op)
     return PyObject_CallOneArg(self->drop_natively, op);
 }
 
+#define OWNED(DO) DO(self->receive_natively); DO(self->drop_natively); DO(self->kept); DO(self->lines)
+
 static int requests_traverse(Requests *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->receive_natively);
-    Py_VISIT(self->drop_natively);
-    Py_VISIT(self->kept);
-    Py_VISIT(self->lines);
+    OWNED(Py_VISIT);
     return 0;
 }
 
 static int requests_clear(Requests *self)
 {
-    Py_CLEAR(self->receive_natively);
-    Py_CLEAR(self->drop_natively);
-    Py_CLEAR(self->kept);
-    Py_CLEAR(self->lines);
+    OWNED(Py_CLEAR);
     return 0;
 }
 
 static void requests_dealloc(Requests *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     requests_clear(self);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_object((PyObject *)self);
 }
 
 static PyMethodDef requests_methods[] = {
@@ -108,8 +102,7 @@ static PyType_Spec requests_spec = {
 
 int add_requests(struct hot *hot)
 {
-    PyObject *type = PyType_FromModuleAndSpec(hot->module, &requests_spec, NULL);
-    int failed = type == NULL ? -1 : PyModule_AddObjectRef(hot->module, "Requests", type);
-    Py_XDECREF(type);
-    return failed;
+    PyTypeObject *type = add_type(hot, &requests_spec, NULL);
+    Py_XDECREF(type); /* the module has it */
+    return type == NULL ? -1 : 0;
 }

@@ -208,11 +208,9 @@ static PyObject *writer_drain(PyObject *self, PyObject *ignored)
     } \
     static void TYPE##_free(PyObject *self) \
     { \
-        PyTypeObject *type = Py_TYPE(self); \
         PyObject_GC_UnTrack(self); \
         TYPE##_clear(self); \
-        type->tp_free(self); \
-        Py_DECREF(type); \
+        free_object(self); \
     }
 REFERENCES(reader, buffer, limit)
 REFERENCES(reader_protocol, reader, reader)
@@ -267,7 +265,7 @@ static PyMethodDef writer_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyObject *make_type(struct hot *hot, const char *name, size_t size, PyType_Slot *slots)
+static PyTypeObject *make_type(struct hot *hot, const char *name, size_t size, PyType_Slot *slots)
 {
     PyType_Spec spec = {
         .name = name,
@@ -275,10 +273,7 @@ static PyObject *make_type(struct hot *hot, const char *name, size_t size, PyTyp
         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
         .slots = slots,
     };
-    PyObject *type = PyType_FromModuleAndSpec(hot->module, &spec, NULL);
-    if (type != NULL && PyModule_AddObjectRef(hot->module, strrchr(name, '.') + 1, type) < 0)
-        Py_CLEAR(type);
-    return type;
+    return add_type(hot, &spec, NULL);
 }
 
 #define SLOTS(prefix, references) \
@@ -289,10 +284,10 @@ int add_readers(struct hot *hot)
 {
     PyType_Slot of_reader[] = {SLOTS(reader, reader)}, of_protocol[] = {SLOTS(protocol, reader_protocol)},
                 of_writer[] = {SLOTS(writer, writer)};
-    hot->streams.Reader_type = (PyTypeObject *)make_type(hot, "iocp_loop._hot.Reader", sizeof(struct reader), of_reader);
+    hot->streams.Reader_type = make_type(hot, "iocp_loop._hot.Reader", sizeof(struct reader), of_reader);
     hot->streams.Protocol_type =
-        (PyTypeObject *)make_type(hot, "iocp_loop._hot.ReaderProtocol", sizeof(struct reader_protocol), of_protocol);
-    hot->streams.Writer_type = (PyTypeObject *)make_type(hot, "iocp_loop._hot.Writer", sizeof(struct writer), of_writer);
+        make_type(hot, "iocp_loop._hot.ReaderProtocol", sizeof(struct reader_protocol), of_protocol);
+    hot->streams.Writer_type = make_type(hot, "iocp_loop._hot.Writer", sizeof(struct writer), of_writer);
     hot->streams.reader = (PyTypeObject *)attribute_of("asyncio.streams", "StreamReader");
     hot->streams.writer = (PyTypeObject *)attribute_of("asyncio.streams", "StreamWriter");
     return hot->streams.Reader_type == NULL || hot->streams.Protocol_type == NULL || hot->streams.Writer_type == NULL

@@ -133,11 +133,9 @@ static int queue_traverse(Queue *self, visitproc visit, void *arg)
 
 static void queue_dealloc(Queue *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     Py_DECREF(self->loop);
-    type->tp_free((PyObject *)self);
-    Py_DECREF(type);
+    free_object((PyObject *)self);
 }
 
 static PyMethodDef queue_methods[] = {

@@ -24,6 +24,17 @@ Py_ssize_t slot_offset(PyObject *type, const char *name)
     return offset;
 }
 
+int find_slots(struct hot *hot, PyObject *type, const struct slot_place *places, size_t count)
+{
+    for (size_t n = 0; n < count; n++) {
+        Py_ssize_t offset = slot_offset(type, places[n].name);
+        if (offset < 0)
+            return -1;
+        *(Py_ssize_t *)((char *)hot + places[n].where) = offset;
+    }
+    return 0;
+}
+
 /* How many slots the classes have that instances of `class` take theirs from; -1 with an exception. */
 static Py_ssize_t count_slots(PyTypeObject *class)
 {
@@ -68,6 +79,18 @@ void clear_slots(PyObject *self, const PyTypeObject *class)
     for (Py_ssize_t at = sizeof(PyObject); at < class->tp_basicsize; at += (Py_ssize_t)sizeof(PyObject *))
         if (at != class->tp_weaklistoffset)
             Py_CLEAR(SLOT(self, at));
+}
+
+PyTypeObject *add_type(struct hot *hot, PyType_Spec *spec, PyTypeObject *base)
+{
+    PyObject *bases = base == NULL ? NULL : PyTuple_Pack(1, base);
+    PyTypeObject *type = NULL;
+    if (base == NULL || bases != NULL)
+        type = (PyTypeObject *)PyType_FromModuleAndSpec(hot->module, spec, bases);
+    Py_XDECREF(bases);
+    if (type != NULL && PyModule_AddType(hot->module, type) < 0)
+        Py_CLEAR(type);
+    return type;
 }
 
 PyObject *attribute_of(const char *module, const char *name)
@@ -214,6 +237,10 @@ int never_waits(const struct hot *hot, PyObject *sock)
 #endif
 
 descriptor socket_descriptor(PyObject *sock) { return ((struct socket_object *)sock)->fd; }
+
+int socket_family(PyObject *sock) { return ((struct socket_object *)sock)->family; }
+
+int is_nonblocking(PyObject *sock) { return ((struct socket_object *)sock)->timeout == 0; }
 
 int is_tcp_socket(PyObject *sock)
 {
@@ -448,61 +475,58 @@ PyObject *set_helpers(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* use_operations(operations): its classes, and where these have their slots. */
+/* Where the classes of iocp_loop.operations have their slots, and what else that module has. */
+static const struct {
+    const char *type;
+    struct slot_place place;
+} operation_slots[] = {
+    {"Operation", PLACE(operation, complete)},
+    {"Operation", PLACE(operation, driver_data)},
+    {"Operation", PLACE(operation, fd)},
+    {"Operation", PLACE(operation, handle)},
+    {"Operation", PLACE(operation, key)},
+    {"Operation", PLACE(operation, state)},
+    {"Operation", PLACE(operation, token)},
+    {"ReceiveStream", PLACE(operation, get_buffer)},
+    {"ReceiveStream", PLACE(operation, paused)},
+    {"ReadinessStream", PLACE(operation, events)},
+    {"Receive", PLACE(operation, size)},
+    {"ReceiveFromStream", {"paused", offsetof(struct hot, operation.from_paused)}},
+    {"ReceiveFromStream", {"size", offsetof(struct hot, operation.from_size)}},
+    {"SendAll", {"buffers", offsetof(struct hot, operation.all_buffers)}},
+    {"SendAll", {"sent", offsetof(struct hot, operation.all_sent)}},
+    {"SendAll", {"size", offsetof(struct hot, operation.all_size)}},
+};
+static const struct slot_place operation_objects[] = {
+    {"NEW", offsetof(struct hot, states.new)},
+    {"IN_FLIGHT", offsetof(struct hot, states.in_flight)},
+    {"CANCELLING", offsetof(struct hot, states.cancelling)},
+    {"DONE", offsetof(struct hot, states.done)},
+    {"ReceiveStream", offsetof(struct hot, kinds.receive_stream)},
+    {"AcceptStream", offsetof(struct hot, kinds.accept_stream)},
+    {"ReadinessStream", offsetof(struct hot, kinds.readiness_stream)},
+    {"ReceiveFromStream", offsetof(struct hot, kinds.receive_from_stream)},
+    {"SendAll", offsetof(struct hot, kinds.send_all)},
+    {"Receive", offsetof(struct hot, kinds.receive)}, /* the last: that it is there tells that all are */
+};
+
 PyObject *use_operations(PyObject *module, PyObject *operations)
 {
-    static const struct {
-        const char *type, *slot;
-        size_t where;
-    } table[] = {
-        {"Operation", "complete", offsetof(struct hot, operation.complete)},
-        {"Operation", "driver_data", offsetof(struct hot, operation.driver_data)},
-        {"Operation", "fd", offsetof(struct hot, operation.fd)},
-        {"Operation", "handle", offsetof(struct hot, operation.handle)},
-        {"Operation", "key", offsetof(struct hot, operation.key)},
-        {"Operation", "state", offsetof(struct hot, operation.state)},
-        {"Operation", "token", offsetof(struct hot, operation.token)},
-        {"ReceiveStream", "get_buffer", offsetof(struct hot, operation.get_buffer)},
-        {"ReceiveStream", "paused", offsetof(struct hot, operation.paused)},
-        {"ReadinessStream", "events", offsetof(struct hot, operation.events)},
-        {"Receive", "size", offsetof(struct hot, operation.size)},
-        {"ReceiveFromStream", "paused", offsetof(struct hot, operation.from_paused)},
-        {"ReceiveFromStream", "size", offsetof(struct hot, operation.from_size)},
-        {"SendAll", "buffers", offsetof(struct hot, operation.all_buffers)},
-        {"SendAll", "sent", offsetof(struct hot, operation.all_sent)},
-        {"SendAll", "size", offsetof(struct hot, operation.all_size)},
-    };
-    static const struct {
-        const char *name;
-        size_t where;
-    } objects[] = {
-        {"NEW", offsetof(struct hot, states.new)},
-        {"IN_FLIGHT", offsetof(struct hot, states.in_flight)},
-        {"CANCELLING", offsetof(struct hot, states.cancelling)},
-        {"DONE", offsetof(struct hot, states.done)},
-        {"ReceiveStream", offsetof(struct hot, kinds.receive_stream)},
-        {"AcceptStream", offsetof(struct hot, kinds.accept_stream)},
-        {"ReadinessStream", offsetof(struct hot, kinds.readiness_stream)},
-        {"ReceiveFromStream", offsetof(struct hot, kinds.receive_from_stream)},
-        {"SendAll", offsetof(struct hot, kinds.send_all)},
-        {"Receive", offsetof(struct hot, kinds.receive)}, /* the last: that it is there tells that all are */
-    };
     struct hot *hot = hot_in(module);
     if (hot->kinds.receive != NULL)
         Py_RETURN_NONE;
-    for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
-        PyObject *type = PyObject_GetAttrString(operations, table[n].type);
-        Py_ssize_t offset = type == NULL ? -1 : slot_offset(type, table[n].slot);
+    for (size_t n = 0; n < sizeof operation_slots / sizeof *operation_slots; n++) {
+        PyObject *type = PyObject_GetAttrString(operations, operation_slots[n].type);
+        int failed = type == NULL ? -1 : find_slots(hot, type, &operation_slots[n].place, 1);
         Py_XDECREF(type);
-        if (offset < 0)
+        if (failed)
             return NULL;
-        *(Py_ssize_t *)((char *)hot + table[n].where) = offset;
     }
-    for (size_t n = 0; n < sizeof objects / sizeof *objects; n++) {
-        PyObject *object = PyObject_GetAttrString(operations, objects[n].name);
+    for (size_t n = 0; n < sizeof operation_objects / sizeof *operation_objects; n++) {
+        PyObject *object = PyObject_GetAttrString(operations, operation_objects[n].name);
         if (object == NULL)
             return NULL;
-        Py_XSETREF(SLOT(hot, objects[n].where), object);
+        Py_XSETREF(SLOT(hot, operation_objects[n].where), object);
     }
     Py_RETURN_NONE;
 }

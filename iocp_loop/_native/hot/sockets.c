@@ -353,26 +353,19 @@ static PyObject *wait_close(SocketWait *self, PyObject *ignored)
 
 static PyObject *itself(PyObject *self) { return Py_NewRef(self); }
 
+#define OWNED_BY_WAIT(DO) DO(self->calls); DO(self->sock); DO(self->op); DO(self->future); DO(self->value); \
+    DO(self->error)
+
 static int wait_traverse(SocketWait *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->calls);
-    Py_VISIT(self->sock);
-    Py_VISIT(self->op);
-    Py_VISIT(self->future);
-    Py_VISIT(self->value);
-    Py_VISIT(self->error);
+    OWNED_BY_WAIT(Py_VISIT);
     return visit_hot(self->hot, visit, arg);
 }
 
 static int wait_clear(SocketWait *self)
 {
-    Py_CLEAR(self->calls);
-    Py_CLEAR(self->sock);
-    Py_CLEAR(self->op);
-    Py_CLEAR(self->future);
-    Py_CLEAR(self->value);
-    Py_CLEAR(self->error);
+    OWNED_BY_WAIT(Py_CLEAR);
     return 0;
 }
 
@@ -496,26 +489,19 @@ static PyObject *calls_send(SocketCalls *self, PyObject *const *args, Py_ssize_t
     return would_wait() ? PyLong_FromLong(0) : raise_last_error();
 }
 
+#define OWNED_BY_CALLS(DO) DO(self->loop); DO(self->proactor); DO(self->driver); DO(self->unclaimed); \
+    DO(self->lines); DO(self->transports)
+
 static int calls_traverse(SocketCalls *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->loop);
-    Py_VISIT(self->proactor);
-    Py_VISIT(self->driver);
-    Py_VISIT(self->unclaimed);
-    Py_VISIT(self->lines);
-    Py_VISIT(self->transports);
+    OWNED_BY_CALLS(Py_VISIT);
     return visit_hot(self->hot, visit, arg);
 }
 
 static int calls_clear(SocketCalls *self)
 {
-    Py_CLEAR(self->loop);
-    Py_CLEAR(self->proactor);
-    Py_CLEAR(self->driver);
-    Py_CLEAR(self->unclaimed);
-    Py_CLEAR(self->lines);
-    Py_CLEAR(self->transports);
+    OWNED_BY_CALLS(Py_CLEAR);
     return 0;
 }
 

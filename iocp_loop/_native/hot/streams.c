@@ -17,16 +17,20 @@
  * What the system says
  * ------------------------------------------------------------------------------------------------------------------ */
 
-#ifdef _WIN32
-/* As in streams.py. */
-enum { MOST_AT_ONCE = 256 * 1024 };
-#endif
+PyObject *set_most_at_once(PyObject *module, PyObject *size)
+{
+    hot_in(module)->most_at_once = PyLong_AsSize_t(size);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
 
 /* Try to send; the number of bytes, 0 if there is no room just now, or -1 with an OSError set. */
-static Py_ssize_t try_to_send(descriptor fd, const char *data, size_t size)
+static Py_ssize_t try_to_send(PyObject *self, descriptor fd, const char *data, size_t size)
 {
 #ifdef _WIN32
-    int count = send((SOCKET)fd, data, size > MOST_AT_ONCE ? MOST_AT_ONCE : (int)size, 0);
+    const struct hot *hot = hot_of_stream(self);
+    if (hot == NULL)
+        return -1;
+    int count = send((SOCKET)fd, data, (int)(size < hot->most_at_once ? size : hot->most_at_once), 0);
     if (count != SOCKET_ERROR)
         return count;
     int code = WSAGetLastError();
@@ -66,7 +70,7 @@ PyObject *stream_write(PyObject *self, PyObject *data)
         return write_otherwise(self, data);
     }
     Py_ssize_t size = PyBytes_GET_SIZE(data);
-    Py_ssize_t sent = try_to_send(socket_descriptor(sock), PyBytes_AS_STRING(data), (size_t)size);
+    Py_ssize_t sent = try_to_send(self, socket_descriptor(sock), PyBytes_AS_STRING(data), (size_t)size);
     Py_DECREF(sock);
     if (sent == size)
         Py_RETURN_NONE;

@@ -45,11 +45,9 @@ static int stream_traverse(PyObject *self, visitproc visit, void *arg)
 
 void stream_dealloc(PyObject *self)
 {
-    PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     stream_clear(self);
-    type->tp_free(self);
-    Py_DECREF(type);
+    free_object(self);
 }
 
 static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)

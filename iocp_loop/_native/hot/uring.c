@@ -279,14 +279,10 @@ static int is_behind(Driver *driver)
 /* A class method: where the slots of the driver's _Stream are. */
 static PyObject *use_stream(PyObject *turns, PyObject *kind)
 {
+    static const struct slot_place places[] = {PLACE(stream, armed), PLACE(stream, cookie), PLACE(stream, large),
+                                               PLACE(stream, stopping), PLACE(stream, streak), PLACE(stream, watched)};
     struct hot *hot = driver_hot((PyTypeObject *)turns);
-    hot->stream.armed = slot_offset(kind, "armed");
-    hot->stream.cookie = slot_offset(kind, "cookie");
-    hot->stream.large = slot_offset(kind, "large");
-    hot->stream.stopping = slot_offset(kind, "stopping");
-    hot->stream.streak = slot_offset(kind, "streak");
-    hot->stream.watched = slot_offset(kind, "watched");
-    if (PyErr_Occurred())
+    if (FIND_SLOTS(hot, kind, places) < 0)
         return NULL;
     Py_XSETREF(hot->kinds.uring_stream, Py_NewRef(kind)); /* when the driver is imported, and never again */
     Py_RETURN_NONE;
@@ -494,7 +490,7 @@ static PyType_Spec uring_turns_spec = {
 
 int add_uring(struct hot *hot)
 {
-    PyTypeObject *type = add_driver_type(hot, &uring_turns_spec, hot->EpollTurns_type);
+    PyTypeObject *type = add_type(hot, &uring_turns_spec, hot->EpollTurns_type);
     Py_XDECREF(type); /* the module has it */
     return type == NULL ? -1 : 0;
 }

@@ -109,7 +109,13 @@ class PythonPollTurns(_Base):
             for fd, events in self._events:
                 watch = watches.get(fd)
                 try:
-                    if events == READABLE and watch is not None and watch.stream is not None:
+                    if (
+                        events & READABLE
+                        and watch is not None
+                        and watch.stream is not None
+                        and (events == READABLE or not watch.writers)
+                    ):
+                        # The end of a UNIX connection hangs up as well: for who only receives, an end like any other.
                         # Without a look at _new: a receive that finds nothing does no harm.
                         received += 1
                         self._receive_data(watch.stream)
