@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from .benchmark import Benchmark, Column, Place
-from .echo import MODES, Cell, echo_server
+from .echo import MODES, Cell, echo_server, runs_on
 from .peers import PEERS, Peer
 from .processes import CLIENT_CORE, run_pinned
 
@@ -54,7 +54,7 @@ class Asking:
 
     def takes(self, peer: Peer) -> bool:
         """Loops only."""
-        return peer.module is not None
+        return peer.module is not None and runs_on(self.cell.mode, peer)
 
 
 def run(case: Asking, peer: Peer, seconds: float, *, warmup: float = 0.2) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The echo client under measurement, written four ways, on any loop: what an application does, and no more.
+"""The echo client under measurement, written in several ways, on any loop: what an application does, and no more.
 
 ``python -m benchmarks.clients --loop NAME --mode MODE (--port PORT | --unix PATH) [--size BYTES] [--connections N]
 [--warmup SECONDS] [--seconds SECONDS]`` prints a line of JSON: the echoes that were back in full within the window, and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import socket
 import time
@@ -95,17 +96,26 @@ async def _buffered(load: _Load) -> None:
     await _with_protocol(load, _BufferedAsking)
 
 
-async def _streams(load: _Load) -> None:
+async def _with_streams(streams: Any, load: _Load) -> None:
+    """By the open_connection and open_unix_connection of `streams`, a module."""
     if load.path is not None:
-        reader, writer = await asyncio.open_unix_connection(load.path)
+        reader, writer = await streams.open_unix_connection(load.path)
     else:
-        reader, writer = await asyncio.open_connection(_HOST, load.port)
+        reader, writer = await streams.open_connection(_HOST, load.port)
     size = len(load.message)
     while True:
         writer.write(load.message)
         await writer.drain()
         await reader.readexactly(size)
         load.echoes += 1
+
+
+async def _streams(load: _Load) -> None:
+    await _with_streams(asyncio, load)
+
+
+async def _named_streams(load: _Load) -> None:
+    await _with_streams(importlib.import_module("iocp_loop"), load)
 
 
 async def _sock(load: _Load) -> None:
@@ -131,6 +141,7 @@ _MODES: dict[str, Callable[[_Load], Awaitable[None]]] = {
     "protocol": _protocol,
     "buffered": _buffered,
     "streams": _streams,
+    "named-streams": _named_streams,
     "sock": _sock,
 }
 

@@ -17,14 +17,26 @@ from .native import BuildFailed, build
 from .peers import Peer
 from .processes import CLIENT_CORE, Server, run_pinned, serving
 
-__all__ = ["ECHO", "MODES", "TRANSPORTS", "Cell", "client", "echo_server", "grid", "measure", "missing", "size_text"]
+__all__ = [
+    "ECHO",
+    "MODES",
+    "TRANSPORTS",
+    "Cell",
+    "client",
+    "echo_server",
+    "grid",
+    "measure",
+    "missing",
+    "runs_on",
+    "size_text",
+]
 
 #: How the server is written (servers/echo_server.py), and over what it is reached.
-MODES = ("protocol", "buffered", "streams", "sock")
+MODES = ("protocol", "buffered", "streams", "named-streams", "sock")
 TRANSPORTS = ("tcp", "unix", "tls", "udp")
 
 #: What there is no such thing as: sock_* calls know nothing of TLS, and datagrams have a protocol only.
-_NOT_OVER = {"tls": ("sock",), "udp": ("buffered", "streams", "sock")}
+_NOT_OVER = {"tls": ("sock",), "udp": ("buffered", "streams", "named-streams", "sock")}
 #: Bytes of the greatest datagram over IPv4.
 _DATAGRAM = 65_507
 
@@ -74,7 +86,14 @@ class Cell:
 
     def takes(self, peer: Peer) -> bool:
         """A server in C is written one way only; it stands beside the protocols."""
-        return peer.module is not None or (self.mode == "protocol" and self.transport in peer.transports)
+        if peer.module is None:
+            return self.mode == "protocol" and self.transport in peer.transports
+        return runs_on(self.mode, peer)
+
+
+def runs_on(mode: str, peer: Peer) -> bool:
+    """Whether a server of this mode can run on a loop: the streams by name are for those of this package."""
+    return mode != "named-streams" or peer.module == "iocp_loop"
 
 
 def grid(

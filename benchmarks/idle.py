@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .benchmark import Benchmark, Column
-from .echo import echo_server, size_text
+from .echo import echo_server, runs_on, size_text
 from .limits import raise_descriptor_limit
 from .peers import Peer
 from .processes import RunFailed
@@ -64,7 +64,9 @@ class Crowd:
 
     def takes(self, peer: Peer) -> bool:
         """The server in C is written one way only."""
-        return peer.module is not None or (self.mode, self.transport) == ("protocol", "tcp")
+        if peer.module is None:
+            return (self.mode, self.transport) == ("protocol", "tcp")
+        return runs_on(self.mode, peer)
 
 
 def run(crowd: Crowd, peer: Peer) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .benchmark import Benchmark, Column
-from .echo import Cell, measure
+from .echo import Cell, measure, runs_on
 from .peers import Peer
 
 __all__ = ["CORES", "LATENCY", "Neighbour", "run"]
@@ -51,7 +51,9 @@ class Neighbour:
 
     def takes(self, peer: Peer) -> bool:
         """The servers in C have no interpreter to share: they stand beside the loop that has it for itself."""
-        return peer.module is not None or (self.mode == "protocol" and not self.busy)
+        if peer.module is None:
+            return self.mode == "protocol" and not self.busy
+        return runs_on(self.mode, peer)
 
 
 def run(case: Neighbour, peer: Peer, seconds: float) -> dict[str, float]:

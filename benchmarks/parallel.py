@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .benchmark import Benchmark, Column
 from .crews import RAW
 from .echo import MODES as ECHO_MODES
-from .echo import size_text
+from .echo import runs_on, size_text
 from .peers import Peer
 from .processes import run_pinned
 
@@ -56,7 +56,7 @@ class Crew:
 
     def takes(self, peer: Peer) -> bool:
         """Loops only, and where there is a port those that have one."""
-        return peer.module is not None and (self.mode != RAW or peer.module == "iocp_loop")
+        return peer.module is not None and (self.mode != RAW or peer.module == "iocp_loop") and runs_on(self.mode, peer)
 
 
 def run(case: Crew, peer: Peer, seconds: float) -> dict[str, float]:

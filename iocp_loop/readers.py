@@ -49,7 +49,11 @@ else:
             writer = StreamWriter(transport, self, reader, self._loop)
             if hasattr(self, "_stream_writer"):  # an older Python's, which keeps it: newer ones let it be collected
                 self._stream_writer = writer
-            result = connected(reader, writer)
+            try:
+                result = connected(reader, writer)
+            except Exception as error:
+                self._failed(transport, error)
+                result = None
             if asyncio.iscoroutine(result):
                 self._task = self._loop.create_task(result)
                 self._task.add_done_callback(lambda task: self._served(transport, task))
@@ -59,9 +63,12 @@ else:
             if task.cancelled():
                 transport.close()
             elif (error := task.exception()) is not None:
-                message = "Unhandled exception in client_connected_cb"
-                self._loop.call_exception_handler({"message": message, "exception": error, "transport": transport})
-                transport.close()
+                self._failed(transport, error)
+
+        def _failed(self, transport, error):
+            message = "Unhandled exception in client_connected_cb"
+            self._loop.call_exception_handler({"message": message, "exception": error, "transport": transport})
+            transport.close()
 
     hot.use_reader(StreamReader)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import callbacks, echo
+from benchmarks import callbacks, client, echo, idle, latency, parallel
 from benchmarks.__main__ import _command, _parser
 from benchmarks.benchmark import Benchmark, Column, Place
 from benchmarks.peers import DEFAULT, OURS, PEERS, Absent, Peer, Present
@@ -144,10 +144,15 @@ def test_report_notes_failures_starved_connections_and_absent_peers() -> None:
 def test_the_grid_has_no_cells_that_can_not_be() -> None:
     cells = echo.grid(echo.MODES, echo.TRANSPORTS, [1024, 102_400], [1])
     found = {(cell.transport, cell.mode) for cell in cells}
-    assert {mode for transport, mode in found if transport == "tls"} == {"protocol", "buffered", "streams"}
+    assert {mode for transport, mode in found if transport == "tls"} == {
+        "protocol",
+        "buffered",
+        "streams",
+        "named-streams",
+    }
     assert {mode for transport, mode in found if transport == "udp"} == {"protocol"}
     assert [cell.label for cell in cells if cell.transport == "udp"] == ["protocol udp 1 KiB x 1"]
-    assert len(cells) == 8 + 8 + 6 + 1
+    assert len(cells) == 10 + 10 + 8 + 1
     assert len({cell.label for cell in cells}) == len(cells)
 
 
@@ -158,6 +163,17 @@ def test_a_server_in_c_takes_protocol_cells_of_its_transports() -> None:
 
     assert takes("c-epoll") == {("tcp", "protocol"), ("unix", "protocol"), ("udp", "protocol")}
     assert takes("c-uring") == {("tcp", "protocol"), ("unix", "protocol")}
+
+
+def test_streams_by_name_are_for_our_loops() -> None:
+    for case in (
+        echo.Cell("named-streams", "tcp", 1024, 1),
+        client.Asking(echo.Cell("named-streams", "tcp", 1024, 1)),
+        parallel.Crew("named-streams", 2, 1024, 1),
+        latency.Neighbour("named-streams", 0, "all"),
+        idle.Crowd("named-streams", "tcp", 1, 1024),
+    ):
+        assert [name for name, peer in PEERS.items() if case.takes(peer)] == list(OURS)
 
 
 def test_a_label_tells_its_place() -> None:

@@ -106,6 +106,22 @@ async def test_a_serving_coroutine_that_raises_is_reported(
     reports.clear()
 
 
+async def test_a_serving_function_that_raises_is_reported(
+    loop: iocp_loop.IocpEventLoop, reports: list[dict[str, Any]]
+) -> None:
+    """And its client is let go, as with the newest asyncio."""
+
+    def fails(reader: Any, writer: Any) -> None:
+        raise ZeroDivisionError
+
+    async with connected(fails) as (reader, _):
+        assert await reader.read() == b""
+    assert [type(report["exception"]) for report in reports] == [ZeroDivisionError]
+    if hot is not None:
+        assert reports[0]["message"] == "Unhandled exception in client_connected_cb"
+    reports.clear()
+
+
 #: What is done to a reader, one after the other: with the reader, or what is awaited of it.
 Program = list[tuple[str, Any]]
 

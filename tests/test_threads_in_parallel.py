@@ -94,6 +94,37 @@ def test_tcp(driver: str, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
     run_all(main, driver)
 
 
+def test_streams_by_name(driver: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            writer.write(line + await reader.readexactly(len(line)))
+            await writer.drain()
+        writer.close()
+
+    async def main(index: int) -> None:
+        server = await iocp_loop.start_server(serve, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()
+
+        async def one() -> None:
+            reader, writer = await iocp_loop.open_connection(*address)
+            line = letter(index) * 5000 + b"\n"
+            for _ in range(ROUNDS):
+                writer.write(line)
+                writer.write(line)
+                await writer.drain()
+                assert await reader.readuntil() == line
+                assert await reader.readexactly(len(line)) == line
+            writer.write_eof()
+            assert await reader.read() == b""
+            writer.close()
+            await writer.wait_closed()
+
+        await asyncio.gather(*[one() for _ in range(4)])
+        server.close()
+
+    run_all(main, driver)
+
+
 @pytest.mark.skipif(WINDOWS, reason="Windows has no UNIX sockets for asyncio")
 def test_unix(driver: str, tmp_path: Path) -> None:
     async def main(index: int) -> None:
@@ -345,6 +376,65 @@ def test_what_is_the_loops_own_is_called_from_other_threads_and_nothing_breaks(d
             iocp_loop.run_threads(main, threads=2, driver=sys.argv[1])
         print("alive", flush=True)
         os._exit(0)  # whoever disturbs may go on
+    """
+    done = run_python(program, driver, str(ROUNDS))
+    assert done.stdout == "alive\n"
+
+
+def test_streams_that_other_threads_read_too_break_nothing(driver: str) -> None:
+    """As above, with the readers and writers by name, and with one awaitable that several threads go on with."""
+    program = """
+        import asyncio, contextlib, os, sys, threading
+        import iocp_loop
+
+        async def main(index):
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda *_: None)
+            over = False
+            shared = []  # a reader, a writer, what their methods return
+
+            async def serve(reader, writer):
+                while not over:
+                    writer.write(b"some\\n" * 100)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+
+            def disturb():
+                while not over:
+                    for reader, writer, *calls in shared[:]:
+                        with contextlib.suppress(BaseException):
+                            reader.feed_data(b"x\\n" * 1000)
+                            reader._limit = 2**16 + len(calls)
+                        for call in calls:
+                            for step in (lambda: call.send(None), lambda: call.cr_await, call.close):
+                                with contextlib.suppress(BaseException):
+                                    step()
+                        for make in (reader.readline, lambda: reader.read(7), writer.drain):
+                            with contextlib.suppress(BaseException):
+                                make().send(None)
+
+            server = await iocp_loop.start_server(serve, "127.0.0.1", 0)
+            address = server.sockets[0].getsockname()
+            threads = [threading.Thread(target=disturb, daemon=True) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for _ in range(int(sys.argv[2])):
+                reader, writer = await iocp_loop.open_connection(*address)
+                calls = reader.readline(), reader.read(10), reader.readexactly(10), writer.drain()
+                shared[:] = [(reader, writer, *calls)]
+                for _ in range(20):
+                    with contextlib.suppress(Exception):
+                        await asyncio.wait_for(reader.readline(), 0.001)
+                shared.clear()
+                writer.close()
+            over = True
+            await loop.run_in_executor(None, lambda: [thread.join() for thread in threads])
+            server.close()
+
+        with contextlib.suppress(Exception):
+            iocp_loop.run_threads(main, threads=2, driver=sys.argv[1])
+        print("alive", flush=True)
+        os._exit(0)
     """
     done = run_python(program, driver, str(ROUNDS))
     assert done.stdout == "alive\n"

@@ -145,6 +145,7 @@ if [ -n "${IOCP_LOOP_TSAN-}" ]; then
     rm -rf /tsan
     cp -r /project /tsan
     cd /tsan
+    "/venv-$version/bin/pip" install --quiet setuptools
     rm -rf build iocp_loop/*.so
     here=/tsan/tools/free_threaded/tsan
     CFLAGS="-g -O1 -fsanitize=thread -w -include $here/tsan.h" LDFLAGS=-fsanitize=thread \

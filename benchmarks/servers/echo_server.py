@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import socket
 import ssl
 import sys
@@ -113,7 +114,9 @@ async def _buffered(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
     return await _serve_protocol(sock, tls, _BufferedEcho)
 
 
-async def _streams(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
+async def _serve_streams(streams: Any, sock: socket.socket, tls: ssl.SSLContext | None) -> object:
+    """By the start_server and start_unix_server of `streams`, a module."""
+
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(_READ_SIZE):
@@ -125,8 +128,16 @@ async def _streams(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
             writer.close()
 
     if sys.platform != "win32" and sock.family == socket.AF_UNIX:
-        return await asyncio.start_unix_server(echo, sock=sock, backlog=_BACKLOG)
-    return await asyncio.start_server(echo, sock=sock, backlog=_BACKLOG, ssl=tls)
+        return cast(object, await streams.start_unix_server(echo, sock=sock, backlog=_BACKLOG))
+    return cast(object, await streams.start_server(echo, sock=sock, backlog=_BACKLOG, ssl=tls))
+
+
+async def _streams(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
+    return await _serve_streams(asyncio, sock, tls)
+
+
+async def _named_streams(sock: socket.socket, tls: ssl.SSLContext | None) -> object:
+    return await _serve_streams(importlib.import_module("iocp_loop"), sock, tls)
 
 
 async def _sock(listener: socket.socket, tls: ssl.SSLContext | None) -> object:
@@ -165,6 +176,7 @@ MODES: dict[str, Callable[[socket.socket, ssl.SSLContext | None], Awaitable[obje
     "protocol": _protocol,
     "buffered": _buffered,
     "streams": _streams,
+    "named-streams": _named_streams,
     "sock": _sock,
 }
 

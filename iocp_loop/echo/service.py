@@ -59,7 +59,11 @@ class Service:
             writer.close()
             await writer.wait_closed()
         except OSError:
-            pass  # the client has reset the connection, or the network has lost it
+            # The client has reset the connection, or the network has lost it.  asyncio notes that in a future too, and
+            # its way not to have it reported when nobody looks fails where there is no GIL; so look.
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
         finally:
             writer.close()
             self.left(writer.transport)

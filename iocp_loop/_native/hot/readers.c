@@ -37,8 +37,8 @@ static int wake(const struct hot *hot, struct reader *reader)
 static int pause_transport(struct reader *reader)
 {
     PyObject *transport = take_reference((PyObject *)reader, &reader->transport), *done;
-    done = PyObject_CallMethod(transport, "pause_reading", NULL);
-    Py_DECREF(transport);
+    done = transport == NULL ? Py_NewRef(Py_None) : PyObject_CallMethod(transport, "pause_reading", NULL);
+    Py_XDECREF(transport);
     if (done != NULL) {
         Py_DECREF(done);
         reader->paused = 1;

@@ -28,7 +28,7 @@ enum call_kind { READ, READEXACTLY, READLINE, READUNTIL, DRAIN };
 PyObject *make_call(struct hot *hot, PyObject *owner, enum call_kind kind, Py_ssize_t n);
 int add_stream_calls(struct hot *hot);
 /* The limit of a reader, which has one; it may be larger than any size, or math.inf.  -1 with an exception. */
-Py_ssize_t limit_of(const struct reader *reader);
+Py_ssize_t limit_of(struct reader *reader);
 
 static inline int is_set(PyObject *field) { return field != NULL && field != Py_None; }
 

@@ -31,9 +31,9 @@ static const char *const method_names[] = {
 /* Go on with asyncio's coroutine.  What that calls may come back here, and is refused then: it may not free it meanwhile. */
 static PySendResult send_to_coroutine(struct call *self, PyObject *value, PyObject **result)
 {
-    self->progress = RUNNING;
     PySendResult what = PyIter_Send(self->coroutine, value, result);
-    self->progress = LEFT_TO_ASYNCIO;
+    if (what == PYGEN_NEXT)
+        WRITE(self->progress, LEFT_TO_ASYNCIO);
     return what;
 }
 
@@ -71,10 +71,9 @@ static PySendResult leave_to_asyncio(struct call *self, PyObject **result)
 static void stop_waiting(struct call *self)
 {
     struct reader *reader = (struct reader *)self->owner;
-    self->progress = FINISHED;
     if (reader != NULL)
         put_reference((PyObject *)reader, &reader->waiter, Py_NewRef(Py_None));
-    Py_CLEAR(self->waiter);
+    put_reference((PyObject *)self, &self->waiter, NULL);
 }
 
 static PySendResult wait_for_data(struct call *self, PyObject **result)
@@ -92,19 +91,24 @@ static PySendResult wait_for_data(struct call *self, PyObject **result)
         return PYGEN_ERROR;
     }
     put_reference(self->owner, &reader->waiter, Py_NewRef(waiter));
-    self->waiter = waiter;
-    self->progress = WAITING;
-    self->waited = 1;
     *result = Py_NewRef(waiter);
+    put_reference((PyObject *)self, &self->waiter, waiter);
+    self->waited = 1;
+    WRITE(self->progress, WAITING); /* from now on it may be another thread's, by mistake */
     return PYGEN_NEXT;
 }
 
-/* The first `n` bytes, taken out of the buffer. */
+/* The first `n` bytes, taken out of the buffer; less if another thread has taken some, by mistake. */
 static PySendResult take(struct call *self, PyObject *buffer, Py_ssize_t n, PyObject **result)
 {
     struct reader *reader = (struct reader *)self->owner;
-    Py_ssize_t size = PyByteArray_GET_SIZE(buffer);
-    PyObject *data = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(buffer), n), *done;
+    PyObject *data, *done;
+    Py_ssize_t size;
+    Py_BEGIN_CRITICAL_SECTION(buffer);
+    size = PyByteArray_GET_SIZE(buffer);
+    n = n < size ? n : size;
+    data = PyBytes_FromStringAndSize(PyByteArray_AS_STRING(buffer), n);
+    Py_END_CRITICAL_SECTION();
     int failed = data == NULL;
     if (!failed && n > 0)
         failed = n == size ? PyByteArray_Resize(buffer, 0) < 0 : PySequence_DelSlice(buffer, 0, n) < 0;
@@ -121,9 +125,8 @@ static PySendResult take(struct call *self, PyObject *buffer, Py_ssize_t n, PyOb
     return PYGEN_RETURN;
 }
 
-Py_ssize_t limit_of(const struct reader *reader)
+static Py_ssize_t as_limit(PyObject *number)
 {
-    PyObject *number = reader->limit;
     if (PyLong_Check(number)) {
         Py_ssize_t limit = PyLong_AsSsize_t(number);
         if (limit != -1 || !PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_OverflowError))
@@ -137,18 +140,31 @@ Py_ssize_t limit_of(const struct reader *reader)
     return limit >= 0 && limit < (double)PY_SSIZE_T_MAX ? (Py_ssize_t)limit : PY_SSIZE_T_MAX;
 }
 
+Py_ssize_t limit_of(struct reader *reader)
+{
+    PyObject *number = take_reference((PyObject *)reader, &reader->limit);
+    Py_ssize_t limit = number == NULL ? PY_SSIZE_T_MAX : as_limit(number);
+    Py_XDECREF(number);
+    return limit;
+}
+
 static PySendResult read_line(struct call *self, PyObject *buffer, PyObject **result)
 {
     struct reader *reader = (struct reader *)self->owner;
-    Py_ssize_t size = PyByteArray_GET_SIZE(buffer), limit = limit_of(reader);
-    const char *start = PyByteArray_AS_STRING(buffer);
-    const char *end = self->seen < size ? memchr(start + self->seen, '\n', (size_t)(size - self->seen)) : NULL;
+    Py_ssize_t size, end = -1, limit = limit_of(reader);
     if (limit == -1 && PyErr_Occurred())
         return PYGEN_ERROR;
-    if (end != NULL && end - start <= limit)
-        return take(self, buffer, end - start + 1, result);
+    Py_BEGIN_CRITICAL_SECTION(buffer);
+    size = PyByteArray_GET_SIZE(buffer);
+    const char *start = PyByteArray_AS_STRING(buffer);
+    const char *found = self->seen < size ? memchr(start + self->seen, '\n', (size_t)(size - self->seen)) : NULL;
+    if (found != NULL)
+        end = found - start;
+    Py_END_CRITICAL_SECTION();
+    if (end >= 0 && end <= limit)
+        return take(self, buffer, end + 1, result);
     self->seen = size;
-    return end != NULL || reader->eof || size > limit ? leave_to_asyncio(self, result) : wait_for_data(self, result);
+    return end >= 0 || reader->eof || size > limit ? leave_to_asyncio(self, result) : wait_for_data(self, result);
 }
 
 static PySendResult read_some(struct call *self, PyObject **result)
@@ -181,24 +197,27 @@ static int may_write(struct call *self)
 {
     struct writer *writer = (struct writer *)self->owner;
     const struct hot *hot = self->hot;
-    const struct reader *reader = (struct reader *)writer->reader;
-    const struct reader_protocol *protocol = (struct reader_protocol *)writer->protocol;
-    if (writer->transport == NULL || writer->protocol == NULL || !PyObject_TypeCheck(protocol, hot->streams.Protocol_type)
-        || protocol->paused || protocol->connection_lost
-        || (is_set(writer->reader)
-            && (!PyObject_TypeCheck(reader, hot->streams.Reader_type) || is_set(reader->exception))))
-        return 0;
+    PyObject *reader = take_reference(self->owner, &writer->reader);
+    PyObject *protocol = take_reference(self->owner, &writer->protocol);
     PyObject *transport = take_reference(self->owner, &writer->transport);
-    PyObject *closing = PyObject_CallMethodNoArgs(transport, hot->names.is_closing);
-    int is_closing = closing == NULL ? -1 : PyObject_IsTrue(closing);
-    Py_XDECREF(closing);
-    Py_DECREF(transport);
-    return is_closing < 0 ? -1 : !is_closing;
+    int answer = 0;
+    if (transport != NULL && protocol != NULL && PyObject_TypeCheck(protocol, hot->streams.Protocol_type)
+        && !((struct reader_protocol *)protocol)->paused && !((struct reader_protocol *)protocol)->connection_lost
+        && (!is_set(reader)
+            || (PyObject_TypeCheck(reader, hot->streams.Reader_type) && !is_set(((struct reader *)reader)->exception)))) {
+        PyObject *closing = PyObject_CallMethodNoArgs(transport, hot->names.is_closing);
+        int is_closing = closing == NULL ? -1 : PyObject_IsTrue(closing);
+        Py_XDECREF(closing);
+        answer = is_closing < 0 ? -1 : !is_closing;
+    }
+    Py_XDECREF(reader);
+    Py_XDECREF(protocol);
+    Py_XDECREF(transport);
+    return answer;
 }
 
 static PySendResult begin(struct call *self, PyObject **result)
 {
-    self->progress = RUNNING;
     if (self->kind != DRAIN)
         return read_some(self, result);
     int may = may_write(self);
@@ -214,7 +233,6 @@ static PySendResult go_on(struct call *self, PyObject **result)
 {
     PyObject *waiter = Py_NewRef(self->waiter), *done;
     stop_waiting(self);
-    self->progress = RUNNING;
     done = PyObject_CallMethodNoArgs(waiter, self->hot->names.result);
     Py_DECREF(waiter);
     if (done == NULL)
@@ -226,22 +244,27 @@ static PySendResult go_on(struct call *self, PyObject **result)
 static PySendResult finish(struct call *self, PySendResult what)
 {
     if (what != PYGEN_NEXT) {
-        self->progress = FINISHED;
-        Py_CLEAR(self->coroutine);
+        put_reference((PyObject *)self, &self->coroutine, NULL);
+        WRITE(self->progress, FINISHED);
     }
     return what;
 }
 
-/* Whether nothing can be done with it now: then with the exception that a coroutine raises. */
-static int refuse(const struct call *self)
+/* Begin to do something with it: it is RUNNING then, and refused to all others.  How far it was; RUNNING or FINISHED if
+ * nothing can be done with it now, with the exception that a coroutine raises. */
+static enum progress claim(struct call *self)
 {
-    if (self->progress == FINISHED)
+    enum progress before;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    before = READ(self->progress);
+    if (before != FINISHED)
+        WRITE(self->progress, RUNNING);
+    Py_END_CRITICAL_SECTION();
+    if (before == FINISHED)
         PyErr_SetString(PyExc_RuntimeError, "cannot reuse already awaited coroutine");
-    else if (self->progress == RUNNING)
+    else if (before == RUNNING)
         PyErr_SetString(PyExc_ValueError, "coroutine already executing");
-    else
-        return 0;
-    return 1;
+    return before;
 }
 
 static PySendResult call_send(PyObject *object, PyObject *value, PyObject **result)
@@ -249,14 +272,22 @@ static PySendResult call_send(PyObject *object, PyObject *value, PyObject **resu
     struct call *self = (struct call *)object;
     PySendResult what = PYGEN_ERROR;
     *result = NULL;
-    if (refuse(self))
-        return PYGEN_ERROR;
-    if (self->progress == LEFT_TO_ASYNCIO)
+    switch (claim(self)) {
+    case LEFT_TO_ASYNCIO:
         what = send_to_coroutine(self, value, result);
-    else if (self->progress == NEW && value != Py_None)
-        PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
-    else
-        what = self->progress == NEW ? begin(self, result) : go_on(self, result);
+        break;
+    case NEW:
+        if (value == Py_None)
+            what = begin(self, result);
+        else
+            PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
+        break;
+    case WAITING:
+        what = go_on(self, result);
+        break;
+    default: /* refused */
+        return PYGEN_ERROR;
+    }
     return finish(self, what);
 }
 
@@ -284,8 +315,9 @@ static PyObject *call_next(PyObject *self)
 
 static PyObject *call_await(PyObject *object)
 {
-    const struct call *self = (struct call *)object;
-    if (self->progress == WAITING || self->progress == LEFT_TO_ASYNCIO) {
+    struct call *self = (struct call *)object;
+    enum progress progress = READ(self->progress);
+    if (progress == WAITING || progress == LEFT_TO_ASYNCIO) {
         PyErr_SetString(PyExc_RuntimeError, "coroutine is being awaited already");
         return NULL;
     }
@@ -321,22 +353,23 @@ static void raise_what_is_thrown(PyObject *args)
 static PyObject *call_throw(PyObject *object, PyObject *args)
 {
     struct call *self = (struct call *)object;
-    if (refuse(self))
+    enum progress before = claim(self);
+    if (before == RUNNING || before == FINISHED)
         return NULL;
-    if (self->progress == LEFT_TO_ASYNCIO) {
+    if (before == LEFT_TO_ASYNCIO) {
         PyObject *throw = PyObject_GetAttrString(self->coroutine, "throw"), *result;
-        self->progress = RUNNING;
         result = throw == NULL ? NULL : PyObject_CallObject(throw, args);
-        self->progress = LEFT_TO_ASYNCIO;
         Py_XDECREF(throw);
         if (result == NULL)
             finish(self, PYGEN_ERROR);
+        else
+            WRITE(self->progress, LEFT_TO_ASYNCIO);
         return result;
     }
     raise_what_is_thrown(args);
-    if (self->progress == WAITING)
+    if (before == WAITING)
         stop_waiting(self);
-    self->progress = FINISHED;
+    finish(self, PYGEN_ERROR);
     return NULL;
 }
 
@@ -344,13 +377,17 @@ static PyObject *call_close(PyObject *object, PyObject *ignored)
 {
     struct call *self = (struct call *)object;
     PyObject *done = NULL;
-    if (self->progress == RUNNING && refuse(self))
+    enum progress before = claim(self);
+    if (before == RUNNING)
         return NULL;
-    if (self->progress == LEFT_TO_ASYNCIO) {
-        self->progress = RUNNING;
+    if (before == FINISHED) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    if (before == LEFT_TO_ASYNCIO) {
         done = PyObject_CallMethod(self->coroutine, "close", NULL);
     } else {
-        if (self->progress == WAITING)
+        if (before == WAITING)
             stop_waiting(self);
         done = Py_NewRef(Py_None);
     }
@@ -368,9 +405,11 @@ static PyObject *call_name(PyObject *object, void *qualified)
 /* What is awaited, as a coroutine tells it: to asyncio's call graphs. */
 static PyObject *call_awaits(PyObject *object, void *ignored)
 {
-    const struct call *self = (struct call *)object;
-    PyObject *what = self->waiter != NULL ? self->waiter : self->coroutine;
-    return Py_NewRef(what == NULL ? Py_None : what);
+    struct call *self = (struct call *)object;
+    PyObject *what = take_reference(object, &self->waiter);
+    if (what == NULL)
+        what = take_reference(object, &self->coroutine);
+    return what == NULL ? Py_NewRef(Py_None) : what;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -400,9 +439,11 @@ static void call_finalize(PyObject *object)
     struct call *self = (struct call *)object;
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    if (self->progress == WAITING)
+    enum progress before = self->progress;
+    self->progress = FINISHED;
+    if (before == WAITING)
         stop_waiting(self);
-    else if (self->progress == NEW
+    else if (before == NEW
              && PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "coroutine '%s.%s' was never awaited",
                                  self->kind == DRAIN ? "StreamWriter" : "StreamReader", method_names[self->kind])
                     < 0)
