@@ -1,7 +1,7 @@
-"""The life of a stream transport: how it is made, how it begins, how it ends.
+"""A stream transport is made, receives and ends: what it puts into the life that all transports have (life.py).
 
-A short connection costs what is here, and little else.  The native tier has it in C (``_native/hot/connections.c``).
-What is rare in a life (a file that is being sent, a queue that has to empty first) is SocketTransport's.
+A short connection costs what is here, and little else.  The native tier has it in C (``_native/hot/connections.c`` and
+``life.c``).  What is rare in a life (a file that is being sent, a queue that has to empty first) is SocketTransport's.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import asyncio
 import contextvars
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import operations as ops
 from .debugging import context_for
-from .flow import FlowControl, TakesBytes
+from .flow import TakesBytes
+from .life import CLOSING, MADE, Life
 from .native import hot
 from .proactor import Proactor
-from .streams import PythonStream
+from .streams import PythonStream, StreamBase
 
 __all__ = ["Connection", "PythonConnection", "attach", "detach", "name_of"]
 
@@ -47,7 +48,7 @@ def detach(server: Any, transport: asyncio.BaseTransport) -> None:
         server._detach(transport)
 
 
-class PythonConnection(PythonStream):
+class PythonConnection(Life, PythonStream):
     """From the socket to ``connection_made``, and from ``close`` or the peer's end to ``connection_lost``."""
 
     # There is one for each idle connection: everything has its slot, nothing is kept that the system can be asked for
@@ -57,10 +58,8 @@ class PythonConnection(PythonStream):
         "_buffered",
         "_eof_asked",
         "_file",
-        "_finished",
         "_held",
         "_info",
-        "_lost",
         "_peername",
         "_proactor",
         "_queue",
@@ -74,7 +73,6 @@ class PythonConnection(PythonStream):
     if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
 
         def _choose_receiver(self) -> None: ...
-        def _end_unclosed(self) -> None: ...
         def _fail_file(self) -> None: ...
         def get_extra_info(self, name: str, default: Any = ...) -> Any: ...
 
@@ -127,37 +125,23 @@ class PythonConnection(PythonStream):
         self._paused = False
         self._eof_asked = False
         self._at_eof = False
-        self._closing = False
-        self._lost = False
-        self._finished = False  # connection_lost has run
         self._writes_after_loss = 0
         # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
         self._context = context_for(loop, context, 3)
         self._init_flow_control()
         self.set_protocol(protocol)
         send_without_delay(sock)
-        context_of_ends: Any = self._context if _ENDS_HAVE_CONTEXT else None
-        loop.call_soon(self._begin, waiter, context=context_of_ends)
+        self._call_end_soon(self._begin, waiter)
+        self._state = MADE  # from now on the socket is ours
         loop._transports[sock.fileno()] = self  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     @property
     def _sockname(self) -> Any:
         return name_of(self._sock.getsockname)
 
-    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        try:
-            self._protocol.connection_made(self)
-            if self._receive is None and not self._closing and not self._paused:
-                self._arm_receive()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as exc:
-            self._fatal_error(exc, "Fatal error: protocol.connection_made() call failed.")
-            if waiter is not None and not waiter.cancelled():
-                waiter.set_exception(exc)
-            return
-        if waiter is not None and not waiter.cancelled():
-            waiter.set_result(None)
+    def _start(self) -> None:
+        if self._receive is None and self._state < CLOSING and not self._paused:
+            self._arm_receive()
 
     def _arm_receive(self) -> None:
         # Neither paused nor closing, and nothing is held: see _choose_receiver.
@@ -196,14 +180,8 @@ class PythonConnection(PythonStream):
         if not keep_open:
             self._context.copy().run(self.close)  # connection_lost inherits it
 
-    def close(self) -> None:
-        """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._closing:
-            return
-        self._closing = True
-        self._stop_receiving()
-        if self._sending is None:
-            self._lose_connection(None)
+    def _is_sending(self) -> bool:
+        return self._sending is not None
 
     def _stop_receiving(self) -> None:
         self._held = ()
@@ -211,39 +189,33 @@ class PythonConnection(PythonStream):
             self._choose_receiver()
             self._proactor.cancel(self._receive)
 
-    def _lose_connection(self, exc: BaseException | None) -> None:
-        if not self._lost:
-            self._lost = True
-            self._direct = False
-            if self._file is not None:
-                self._fail_file()
-            context: Any = self._context if _ENDS_HAVE_CONTEXT else None
-            self._loop.call_soon(self._call_connection_lost, exc, context=context)
+    def _stop(self) -> None:
+        self._direct = False
+        self._queue, self._queued = None, 0
+        if self._sending is not None:
+            self._proactor.cancel(self._sending)
+        self._stop_receiving()
+        if self._file is not None:
+            self._fail_file()
+
+    def _call_end_soon(self, callback: Callable[[Any], object], argument: Any) -> None:
+        context: Any = self._context if _ENDS_HAVE_CONTEXT else None
+        self._loop.call_soon(callback, argument, context=context)
 
     def _call_connection_lost(self, exc: BaseException | None) -> None:
         try:
-            self._protocol.connection_lost(exc)
+            super()._call_connection_lost(exc)
         finally:
-            self._finished = True
-            self._protocol = None  # it may keep the transport, and then only the collector would free the two
-            self._release_socket()
             server, self._server = self._server, None
             if server is not None:
                 detach(server, self)
 
-    def _release_socket(self) -> None:
-        """Close the socket when the protocol is done with it and the kernel too."""
-        if not self._finished or self._sock.fileno() < 0:
-            return
-        receive, sending = self._receive, self._sending
-        in_flight = (receive is not None and receive.in_flight) or (sending is not None and sending.in_flight)
-        if not in_flight or self._proactor.let_go():
-            self.get_extra_info("sockname")  # can't be asked for afterwards
-            self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
+    def _operations(self) -> Iterable[ops.Operation | None]:
+        return self._receive, self._sending
 
-    def __del__(self) -> None:
-        if not getattr(self, "_finished", True):  # not set where the constructor failed
-            self._end_unclosed()
+    def _close_handle(self) -> None:
+        self.get_extra_info("sockname")  # can't be asked for afterwards
+        self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
 
 def send_without_delay(sock: socket.socket) -> None:
@@ -269,5 +241,5 @@ else:
     Connection = (
         PythonConnection
         if hot is None
-        else hot.stream_type(FlowControl, TakesBytes, context_for, send_without_delay, _SERVERS_COUNT)
+        else hot.stream_type(StreamBase, TakesBytes, context_for, send_without_delay, _SERVERS_COUNT)
     )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 from . import operations as ops
 from .debugging import DebugContext
 from .flow import FlowControl
+from .life import CLOSING, LifeBase
 from .native import hot
 
-__all__ = ["MOST_AT_ONCE", "PythonStream"]
+__all__ = ["MOST_AT_ONCE", "PythonStream", "StreamBase"]
 
 #: The most that is handed to one call of ``send``, bytes.  Windows takes all that it is given, where other systems take
 #: what their buffer has room for: nobody would ever have to wait for a slow peer.
@@ -22,29 +23,29 @@ if hot is not None:
     hot.set_most_at_once(MOST_AT_ONCE)
 
 
-class PythonStream(FlowControl):
+class StreamBase(LifeBase, FlowControl):
+    """What a stream transport stands on, on either tier."""
+
+    __slots__ = ()
+
+
+class PythonStream(StreamBase):
     """The way of one message in and out.  The native tier has it in C (``_native/hot/streams.c``)."""
 
-    __slots__ = ("_closing", "_context", "_direct", "_paused", "_protocol", "_sock")
+    __slots__ = ("_context", "_direct", "_paused", "_protocol", "_sock", "_state")
 
     if TYPE_CHECKING:  # the rest of the transport: SocketTransport's
         _context: contextvars.Context | DebugContext
-        _closing: bool
         _direct: bool
         _paused: bool
         _sock: socket.socket
 
         def _copy_to_protocol(self, data: memoryview) -> None: ...
         def _enqueue(self, buffers: Iterable[Any]) -> None: ...
-        def _fatal_error(self, exc: BaseException, message: str = ...) -> None: ...
         def _hold(self, data: memoryview) -> None: ...
         def _receive_ended(self, error: BaseException | None) -> None: ...
         def _receiving_failed(self, exc: BaseException, message: str) -> None: ...
         def _write_otherwise(self, data: Any) -> None: ...
-
-    def is_closing(self) -> bool:
-        """True once ``close`` or ``abort`` was called, or the connection was lost."""
-        return self._closing
 
     def write(self, data: Any) -> None:
         """Send `data` (bytes, bytearray or memoryview) without blocking; the rest is queued."""
@@ -94,12 +95,12 @@ class PythonStream(FlowControl):
 
     def _get_buffer_of_protocol(self, size_hint: int = -1) -> memoryview | None:
         """A buffer to receive into; None if there must be none now, or the protocol failed to give one."""
-        if self._paused or self._closing:
+        if self._paused or self._state >= CLOSING:
             return None
         protocol = self._protocol
         try:
             buffer = self._context.run(protocol.get_buffer, size_hint)
-            if self._closing or self._protocol is not protocol:
+            if self._state >= CLOSING or self._protocol is not protocol:
                 return None
             view = ops.writable_view(buffer)
             if not view.nbytes:

@@ -5,24 +5,17 @@ The way of one received byte: the driver reaps a completion of this transport's 
 Handle between.  The way back: ``write`` tries ``send`` at once; what the kernel does not take goes into a queue, and a
 ``SendAll`` operation empties the queue.
 
-A transport's life is a small machine.  Two things move in it independently, so there are two states:
+How far a transport's life has come is its ``_state``, and what changes that stands in life.py.  Three things move in it
+independently of the life, and have flags of their own:
 
-====================  ==================================================================================
-reading               what it means
-====================  ==================================================================================
-``_receive`` is None  not begun: ``connection_made`` has not run yet, or nothing will be received any more
-in flight             data may come
-in flight, paused     data that still come are held in ``_held`` until ``resume_reading``
-====================  ==================================================================================
+===============  =====================================================================================================
+``_paused``      reading pauses: data that still come are held in ``_held`` until ``resume_reading``
+``_at_eof``      the peer has ended its side, or receiving has failed: ``_receive`` is None and is not armed again
+``_eof_asked``   ``write_eof`` was called: when the queue is empty, the sending side is shut down
+===============  =====================================================================================================
 
-====================  ==================================================================================
-writing               what it means
-====================  ==================================================================================
-open                  ``write`` is welcome
-eof asked             ``write_eof`` was called: when the queue is empty, the sending side is shut down
-closing               ``close`` was called: when the queue is empty, the connection is lost
-lost                  ``connection_lost`` is scheduled or done; ``write`` is a no-op
-====================  ==================================================================================
+``_direct`` and the `complete` of ``_receive`` follow from all of these and from the state: who takes the next write and
+the next completion (``_choose_receiver``), so that a message has nothing to ask.
 
 Rules:
 
@@ -38,28 +31,28 @@ import asyncio
 import contextvars
 import errno
 import functools
-import logging
 import socket
 import sys
-import warnings
 from asyncio import constants, trsock
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from . import operations as ops
-from .connections import Connection
-from .debugging import unclosed
+from .connections import Connection, PythonConnection
 from .endpoints.sendfile import check_regular, copy_file, send_file
+from .life import CLOSING, LOST, Life
 from .proactor import advance, fail
-from .streams import MOST_AT_ONCE
+from .streams import MOST_AT_ONCE, PythonStream
 
 __all__ = ["SocketTransport"]
 
-#: asyncio's own logger: where its users look.
-_logger = logging.getLogger("asyncio")
-
-#: Writes to a lost connection silently ignored before we warn.
-_PATIENCE = 5
+#: What is in C in the native tier, where these functions call each other and no method of a subclass.
+_OWN = frozenset(
+    name
+    for kind in (PythonStream, PythonConnection, Life)
+    for name, value in vars(kind).items()
+    if callable(value) and name.startswith("_") and not name.endswith("__")
+)
 
 #: More pieces than this are joined before they are sent: copying them costs less than a long list of buffers.
 _WORTH_JOINING = 64
@@ -74,6 +67,12 @@ class SocketTransport(Connection):
 
     _start_tls_compatible = True
     _sendfile_compatible = constants._SendfileMode.TRY_NATIVE
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """TypeError if the class replaces what the native tier has in C, which would not call it."""
+        super().__init_subclass__(**kwargs)
+        if taken := sorted(_OWN & vars(cls).keys()):
+            raise TypeError(f"{cls.__qualname__} may not replace {', '.join(taken)}")
 
     def _context_of_writing(self) -> Any:
         """The context of ``resume_writing`` and of what else sending leads to: before 3.15 that of whoever writes."""
@@ -111,17 +110,13 @@ class SocketTransport(Connection):
     @property
     def _read_ready_cb(self) -> Callable[..., None] | None:
         """Who is called when there are data to read; None once the transport is closing."""
-        return None if self._closing else self._received
+        return None if self.is_closing() else self._received
 
-    def __repr__(self) -> str:
-        state = "closed" if self._finished else "closing" if self._closing else "paused" if self._paused else "open"
-        return f"<{type(self).__name__} {state} fd={self._sock.fileno()} unsent={self.get_write_buffer_size()}>"
+    def _condition(self) -> str:
+        return "paused" if self._paused else "open"
 
-    # -- the protocol ------------------------------------------------------------------------------
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        """The current protocol; None after its ``connection_lost``."""
-        return cast("asyncio.BaseProtocol", self._protocol)
+    def _details(self) -> str:
+        return f"fd={self._sock.fileno()} unsent={self.get_write_buffer_size()}"
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -130,7 +125,7 @@ class SocketTransport(Connection):
         receive = self._receive
         if receive is None:
             return
-        if self._closing:
+        if self._state >= CLOSING:
             receive.complete = self._received_while_closing
         elif self._paused or self._held:
             receive.complete = self._received_while_paused
@@ -148,7 +143,7 @@ class SocketTransport(Connection):
     def _received_while_closing(self, value: Any, error: BaseException | None) -> None:
         if self._receive is not None and not self._receive.in_flight:
             self._receive = None
-            self._release_socket()
+            self._release()
 
     def _receiving_failed(self, exc: BaseException, message: str) -> None:
         """A fatal error in the course of receiving: the report and ``connection_lost`` inherit its context."""
@@ -161,7 +156,7 @@ class SocketTransport(Connection):
         Each call may pause, and the rest is held; close, and it is dropped; or set a protocol, and it is that one's.
         """
         try:
-            while data and not self._paused and not self._closing:
+            while data and self.is_reading():
                 if not self._buffered:
                     rest, data = data, data[:0]
                     self._received(bytes(rest), None)
@@ -176,7 +171,7 @@ class SocketTransport(Connection):
 
     def _hold(self, data: memoryview) -> None:
         """Keep what is left of a completion: the protocol has paused, or what ends the loop's run is on its way."""
-        if data and not self._closing:
+        if data and self._state < CLOSING:
             self._held = ((bytes(data), None), *self._held)
             self._choose_receiver()
             if not self._paused:
@@ -186,11 +181,11 @@ class SocketTransport(Connection):
 
     def is_reading(self) -> bool:
         """False while paused or closing."""
-        return not self._paused and not self._closing
+        return not self._paused and self._state < CLOSING
 
     def pause_reading(self) -> None:
         """Stop calling the protocol with data.  What the kernel had handed over is held, not lost."""
-        if self._closing or self._paused:
+        if self._paused or self._state >= CLOSING:
             return
         self._paused = True
         if self._receive is not None:
@@ -199,7 +194,7 @@ class SocketTransport(Connection):
 
     def resume_reading(self) -> None:
         """Go on after ``pause_reading``."""
-        if self._closing or not self._paused:
+        if not self._paused or self._state >= CLOSING:
             return
         self._paused = False
         self._go_on_receiving()
@@ -213,7 +208,7 @@ class SocketTransport(Connection):
 
     def _deliver_held(self) -> None:
         try:
-            while self._held and not self._paused and not self._closing:
+            while self._held and self.is_reading():
                 (value, error), *rest = self._held
                 self._held = tuple(rest)
                 if self._buffered:
@@ -221,7 +216,7 @@ class SocketTransport(Connection):
                 else:
                     self._received(value, error)
         finally:
-            if not self._paused and not self._closing:
+            if self.is_reading():
                 self._go_on_receiving()
 
     def _resume_receive(self) -> None:
@@ -237,7 +232,7 @@ class SocketTransport(Connection):
     def get_write_buffer_size(self) -> int:
         """How many bytes were written and not yet taken by the kernel."""
         sending = self._sending
-        if sending is None or self._lost or isinstance(sending, ops.SendFile):
+        if sending is None or self._state >= LOST or isinstance(sending, ops.SendFile):
             return self._queued
         return self._queued + sending.size - sending.sent
 
@@ -249,13 +244,13 @@ class SocketTransport(Connection):
             raise RuntimeError("Cannot call write() after write_eof()")
         if self._file is not None:
             raise RuntimeError("unable to write; sendfile is in progress")
-        if self._lost:
-            self._count_lost_write()
+        if self._state >= LOST:
+            self._count_late_write()
             return
         view = ops.readable_view(data)
         if view.nbytes and self._direct:
             view = view[self._send_some((view,)) :]
-        if view.nbytes and not self._lost:
+        if view.nbytes and self._state < LOST:
             # What stays is copied unless it is immutable: the caller may reuse its buffer.
             self._enqueue((data if type(data) is bytes else bytes(view),))
 
@@ -266,14 +261,14 @@ class SocketTransport(Connection):
         if self._file is not None:
             raise RuntimeError("unable to writelines; sendfile is in progress")
         buffers = [ops.readable_view(data) for data in list_of_data]
-        if self._lost:
+        if self._state >= LOST:
             if buffers:
-                self._count_lost_write()
+                self._count_late_write()
             return
         buffers = [view for view in buffers if view.nbytes]
         if buffers and self._direct:
             buffers = advance(buffers, self._send_some(buffers))
-        if buffers and not self._lost:
+        if buffers and self._state < LOST:
             self._enqueue(view if isinstance(view.obj, bytes) else bytes(view) for view in buffers)
 
     def _send_some(self, buffers: Sequence[memoryview]) -> int:
@@ -291,11 +286,6 @@ class SocketTransport(Connection):
         except BaseException as exc:
             self._fatal_error(exc, "Fatal write error on socket transport")
             return 0
-
-    def _count_lost_write(self) -> None:
-        self._writes_after_loss += 1
-        if self._writes_after_loss >= _PATIENCE:
-            _logger.warning("socket.send() raised exception.")
 
     def _enqueue(self, buffers: Iterable[Any]) -> None:
         self._direct = False
@@ -323,8 +313,8 @@ class SocketTransport(Connection):
     def _sent(self, value: Any, error: BaseException | None) -> None:
         """The completion of the send that was in flight."""
         self._sending = None
-        if self._lost:
-            self._release_socket()
+        if self._state >= LOST:
+            self._release()
             return
         if error is not None:
             if not ops.was_cancelled(error):
@@ -340,14 +330,14 @@ class SocketTransport(Connection):
             if not self._file.done():
                 self._file.set_result(0)
         else:
-            self._direct = not self._eof_asked and not self._closing
+            self._direct = not self._eof_asked and self._state < CLOSING
         self._maybe_resume_protocol()  # may call write() again, or abort()
         self._end_writing_if_asked()
 
     def _end_writing_if_asked(self) -> None:
         """Do what waited for the queue to empty: the end of the sending side, or of the connection."""
-        if self._sending is None and not self._lost:
-            if self._closing:
+        if self._sending is None and self._state < LOST:
+            if self._state >= CLOSING:
                 self._lose_connection(None)
             elif self._eof_asked and self._file is None:
                 self._shut_down_sending()
@@ -377,11 +367,11 @@ class SocketTransport(Connection):
             raise
         finally:
             self._file = None
-            if self._sending is None and not self._lost:
+            if self._sending is None and self._state < LOST:
                 self._go_on_sending()
 
     def _send_part(self, op: ops.SendAll | ops.SendFile) -> asyncio.Future[int]:
-        if self._closing:
+        if self._state >= CLOSING:
             raise _closed_while_sending_file()
         future: asyncio.Future[int] = self._loop.create_future()
         self._file = future
@@ -389,11 +379,6 @@ class SocketTransport(Connection):
         self._sending = op
         future.add_done_callback(lambda future: self._proactor.cancel(op) if future.cancelled() else None)
         return future
-
-    def _end_unclosed(self, _warn: Any = warnings.warn) -> None:
-        """Nobody has closed it.  The collector may have closed the socket before it comes here."""
-        _warn(unclosed(self, self._context), ResourceWarning, source=self)
-        self._sock.close()
 
     def _fail_file(self) -> None:
         """The connection is lost: tell whoever sends a file."""
@@ -409,8 +394,8 @@ class SocketTransport(Connection):
                 future.set_result(value)
             else:
                 fail(future, error)
-        if self._lost:
-            self._release_socket()
+        if self._state >= LOST:
+            self._release()
         elif future is None:
             self._go_on_sending()  # the sender was cancelled, and has left this to its last part
         else:
@@ -422,7 +407,7 @@ class SocketTransport(Connection):
 
     def write_eof(self) -> None:
         """Close the sending side once everything written, or the file, has been sent; receiving goes on."""
-        if self._closing or self._eof_asked:
+        if self._eof_asked or self._state >= CLOSING:
             return
         self._eof_asked = True
         self._direct = False
@@ -439,28 +424,14 @@ class SocketTransport(Connection):
 
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
-        self._force_close(None)
+        self._lose_connection(None)
 
     def _force_close(self, exc: BaseException | None) -> None:
-        if self._lost:
-            return
-        self._queue, self._queued = None, 0
-        if self._sending is not None:
-            self._proactor.cancel(self._sending)
-        if not self._closing:
-            self._closing = True
-            self._stop_receiving()
+        """As asyncio's transports of TLS call it."""
         self._lose_connection(exc)
 
-    def _fatal_error(self, exc: BaseException, message: str = "Fatal error on transport") -> None:
-        if isinstance(exc, OSError):  # what networks do; the protocol learns it from connection_lost
-            if self._loop.get_debug():
-                _logger.debug("%r: %s", self, message, exc_info=True)
-        else:
-            self._loop.call_exception_handler(
-                {"message": message, "exception": exc, "transport": self, "protocol": self._protocol}
-            )
-        self._force_close(exc)
+    def _give_up(self) -> None:
+        self._sock.close()
 
 
 def _closed_while_sending_file() -> ConnectionError:

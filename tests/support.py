@@ -93,6 +93,12 @@ def fill(sock: socket.socket, chunk: bytes = b"x" * (1 << 20)) -> int:
     return total
 
 
+def send_in_pieces(sock: socket.socket, data: bytes, size: int = 1 << 16) -> None:
+    """All of `data`, held up by a kernel that is full: Windows takes any amount of a single send at once."""
+    for start in range(0, len(data), size):
+        sock.sendall(data[start : start + size])
+
+
 def read_all(sock: socket.socket) -> bytes:
     """Everything until the end of the stream, from a blocking socket."""
     pieces = []

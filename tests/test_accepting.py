@@ -91,7 +91,6 @@ async def test_a_listener_of_ones_own_class_accepts_by_its_method(loop: Loop) ->
         assert address == "mine"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a socket stands there before the connection does")
 async def test_an_accepted_socket_is_audited_as_any_other(loop: Loop, tmp_path: Path) -> None:
     seen: list[tuple[Any, ...]] = []
     listening = True

@@ -72,6 +72,7 @@ NATIVE_TIER = [
     "epoll_watches iocp_datagrams iocp_once ready",
     "ahead epoll_waits iocp_submissions",
     "accepting transports",
+    "life",
     "connections",
     "addresses connecting proactor readers sockets streams tls",
     "datagrams driver handles receiving stream_calls",

@@ -12,7 +12,7 @@ import pytest
 from iocp_loop import operations as ops
 
 from .rig import A_MOMENT, Pair, Rig, received
-from .support import LIMIT, WINDOWS, in_thread, reset, udp_socket
+from .support import LIMIT, WINDOWS, in_thread, reset, send_in_pieces, udp_socket
 
 
 @pytest.mark.every_poller
@@ -75,7 +75,7 @@ def test_a_paused_receive_stream_rests_and_loses_nothing(rig: Rig, pair: Pair) -
     rig.driver.pause(op)
     rig.nothing_comes()
     data = os.urandom(8 << 20)
-    with in_thread(lambda: pair[1].sendall(data)) as sender:
+    with in_thread(lambda: send_in_pieces(pair[1], data)) as sender:
         sender.join(0.2)
         rig.nothing_comes()
         # However much a driver reads ahead, a rest must reach the peer in the end.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
+from iocp_loop import native
 from iocp_loop.life import CLOSED, CLOSING, LIFE, LOST, MADE, OVER, Event, Life, State
 
 from .support import ROOT, WINDOWS
@@ -31,6 +33,25 @@ def test_the_documentation_shows_it() -> None:
 def test_no_state_leads_back() -> None:
     for (before, event), (after, _) in LIFE.items():
         assert after > before or (after is before and event is Event.BEGIN)
+
+
+@pytest.mark.skipif(native.hot is None, reason=f"the native tier is not in force: {native.why_not}")
+def test_the_native_tier_has_the_same_table() -> None:
+    steps = {
+        (State[before], Event[event]): (State[after], method)
+        for before, event, after, method in native.hot.life_steps()
+    }
+    assert steps == LIFE
+    assert len(native.hot.life_steps()) == len(LIFE)
+
+
+@pytest.mark.skipif(WINDOWS, reason="the files are the same on every system")
+def test_the_native_tier_numbers_the_states_in_the_same_way() -> None:
+    header = (ROOT / "iocp_loop" / "_native" / "hot" / "streams.h").read_text(encoding="utf-8")
+    found = re.search(r"enum life_state \{ UNMADE, ([\w, ]+), STATES \}", header)
+    assert found
+    assert found[1].split(", ") == [state.name for state in State]
+    assert [state.value for state in State] == list(range(1, len(State) + 1))
 
 
 def test_every_step_is_a_method() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
+from iocp_loop.life import OVER
 
 from .certificates import client_context, server_context
 from .support import LIMIT, Recorder, tcp_pair, turns, until
@@ -250,7 +251,7 @@ async def test_a_member_that_goes_missing(
         setattr(tls, name, taken[0])
     reports.clear()
     below.abort()
-    await until(lambda: below._finished)
+    await until(lambda: below._state >= OVER)
     reports.clear()
 
 

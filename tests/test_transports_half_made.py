@@ -43,6 +43,7 @@ CALLS = {
     "_begin": (None,),
     "_call_connection_lost": (None,),
     "_lose_connection": (None,),
+    "_release": (),
     "close": (),
 }
 
@@ -55,12 +56,13 @@ def test_a_transport_without_its_constructor(name: str, pair: Pair) -> None:
         getattr(transport, name)(*CALLS[name])
 
 
-@natively
-def test_its_socket_can_be_closed(pair: Pair) -> None:
-    transport: Any = SocketTransport.__new__(SocketTransport)
-    transport._sock = pair[0]
-    transport._release_socket()
-    assert pair[0].fileno() < 0
+def test_a_life_is_not_for_subclasses_to_change() -> None:
+    """The native tier has its steps in C, which calls no method of a class: so neither tier takes one."""
+    with pytest.raises(TypeError, match="Own may not replace _lose_connection, _stop_receiving"):
+
+        class Own(SocketTransport):
+            def _lose_connection(self, exc: BaseException | None) -> None: ...
+            def _stop_receiving(self) -> None: ...
 
 
 async def test_a_transport_whose_proactor_was_taken_away(loop: Loop, pair: Pair) -> None:
@@ -72,6 +74,17 @@ async def test_a_transport_whose_proactor_was_taken_away(loop: Loop, pair: Pair)
         transport._stop_receiving()
     transport._proactor = proactor
     await closed(protocol)
+
+
+@natively
+@pytest.mark.parametrize("name", ["_kept", "_lines"])
+async def test_a_proactor_whose_tables_were_replaced(name: str, loop: Loop, pair: Pair) -> None:
+    proactor: Any = loop._proactor
+    table = getattr(proactor, name)
+    setattr(proactor, name, [])
+    with pytest.raises(TypeError, match="must be dicts"):
+        proactor.receive_stream(pair[0], print)
+    setattr(proactor, name, table)
 
 
 async def test_a_second_constructor_leaves_no_way_to_a_strange_descriptor(loop: Loop, pair: Pair) -> None:
@@ -145,6 +158,16 @@ async def test_a_listener_whose_parts_are_taken_away(loop: Loop) -> None:
         listener._proactor = loop._proactor
         server.close()
         await turns()
+
+
+@pytest.mark.parametrize("value", [None, 5, object()])
+async def test_what_was_accepted_is_a_pair(value: object, loop: Loop) -> None:
+    server = await loop.create_server(Recorder, "127.0.0.1", 0)
+    (listener,) = list[Any](loop._listeners.values())
+    with pytest.raises(TypeError):
+        listener._accepted(value, None)
+    server.close()
+    await server.wait_closed()
 
 
 async def test_an_answer_to_the_end_that_can_not_be_asked(loop: Loop, pair: Pair, reports: Reports) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import iocp_loop
 
-from .support import MUCH, Recorder, closed, connected, in_thread, turns, until
+from .support import MUCH, Recorder, closed, connected, in_thread, send_in_pieces, turns, until
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
@@ -168,7 +168,7 @@ async def test_a_pause_reaches_the_peer(loop: Loop, pair: Pair) -> None:
     protocol = await connected(loop, pair)
     protocol.transport.pause_reading()
     data = os.urandom(MUCH)
-    with in_thread(lambda: pair[1].sendall(data)) as sender:
+    with in_thread(lambda: send_in_pieces(pair[1], data)) as sender:
         for _ in range(20):
             await asyncio.sleep(0.01)
         assert sender.is_alive()  # or somebody holds 32 MiB for us

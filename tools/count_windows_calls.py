@@ -330,7 +330,7 @@ def main() -> int:
     end_cleanly()
     try:
         python = WindowsPython(options.version)
-        python.build([*requirements(), *(["winloop"] if "winloop" in options.loops else [])])
+        python.build([*requirements(python), *(["winloop"] if "winloop" in options.loops else [])])
         with python.wine.session(), stage(python) as folder:
             compile_binding(python, folder)
             print("| mode | bytes | connections | loop | calls into Windows | of these for I/O | system calls |")

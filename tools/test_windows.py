@@ -30,6 +30,9 @@ NOT_STAGED = ("__pycache__", "*.so", "*.pyd", "*.o", "_build", "_uring.c", "_ioc
 #: Libraries that pip cannot install from here: they need one that has no wheel.
 NOT_INSTALLABLE = ("blockbuster",)
 
+#: Libraries that have no wheel for Windows without the GIL.
+NOT_FREE_THREADED = ("psycopg",)
+
 #: Once in many thousand times Wine fails to start a process: the child ends before its server knows of it, and
 #: CreateProcess says ERROR_INTERNAL_ERROR.  A test that shows this runs again, and no other; the log tells of it.
 RERUN = ("--reruns=2", "--only-rerun=WinError 1359", "-raR")
@@ -44,13 +47,13 @@ APPS = (
 )  # fmt: skip
 
 
-def requirements() -> list[str]:
+def requirements(python: WindowsPython) -> list[str]:
     """What the tests need, as pyproject.toml names it; requirements with an environment marker are not for here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["libraries"]]
-    here = re.compile("|".join(("iocp_loop", *NOT_INSTALLABLE)))
-    return [each for each in wanted if ";" not in each and not here.match(each)]
+    left_out = re.compile("|".join(("iocp_loop", *NOT_INSTALLABLE, *(NOT_FREE_THREADED if python.threads else ()))))
+    return [each for each in wanted if ";" not in each and not left_out.match(each)]
 
 
 @contextlib.contextmanager
@@ -111,13 +114,13 @@ def main() -> int:
     parser.add_argument("--emulate", action="store_true", help="compile in what Wine lacks (tools/windows_emulation)")
     # Only the first argument can be the version: later words belong to pytest's own options.
     argv = sys.argv[1:]
-    if not argv or not re.fullmatch(r"auto|\d+\.\d+", argv[0]):
+    if not argv or not re.fullmatch(r"auto|\d+\.\d+t?", argv[0]):
         argv.insert(0, "auto")
     options, arguments = parser.parse_known_args(argv)
     end_cleanly()
     try:
         python = WindowsPython(options.version)
-        python.build(requirements())
+        python.build(requirements(python))
         sources = ("iocp_loop", "setup.py") if options.wheel else ()
         with python.wine.session(), stage(python, without=sources) as folder:
             if options.wheel:

@@ -43,7 +43,7 @@ from typing import NamedTuple
 from debian_packages import NotToBeHad, unpack
 
 PANDA3D = "1.10.16"
-VERSIONS = ("3.11", "3.12", "3.13", "3.14")  # what that wheel is made for
+VERSIONS = ("3.11", "3.12", "3.13", "3.14", "3.14t")  # what that wheel is made for; t: without the GIL
 MINGW = "x86_64-w64-mingw32-"
 WINE_FOLDERS = ("/usr/lib/wine", "/opt/wine-stable/bin")
 
@@ -220,9 +220,9 @@ def unpacked_host(version: str, home: Path) -> HostPython:
     return HostPython(version, "", str(stdlib), str(include))
 
 
-def windows_headers(folder: Path) -> None:
+def windows_headers(folder: Path, *, free_threaded: bool = False) -> None:
     """Make headers of a Linux Python, in `folder`, those of a Windows one: only pyconfig.h differs."""
-    lines = [f"#define {flag} 1" for flag in PYCONFIG_FLAGS]
+    lines = [f"#define {flag} 1" for flag in (*PYCONFIG_FLAGS, *(["Py_GIL_DISABLED"] if free_threaded else []))]
     lines += [f"#define SIZEOF_{name} {size}" for name, size in SIZES.items()]
     lines += ["#define ALIGNOF_SIZE_T 8", "#define ALIGNOF_MAX_ALIGN_T 8", '#define PLATLIBDIR "DLLs"']
     config = "\n".join(["#ifndef Py_PYCONFIG_H", "#define Py_PYCONFIG_H", *lines, "#endif", ""])
@@ -256,8 +256,10 @@ class WindowsPython:
         self.home = (home or default_home()).absolute()
         if version != "auto" and version not in VERSIONS:
             raise SetupError(f"no Windows build of Python {version} is known here, only of {', '.join(VERSIONS)}")
-        self.host = choose_host(version, self.home)
-        self.version = self.host.version
+        #: What free-threaded Python differs by: its library, its ABI, its headers.
+        self.threads = "t" if version.endswith("t") else ""
+        self.host = choose_host(version.removesuffix("t"), self.home)
+        self.version = self.host.version + self.threads
         self.root = self.home / self.version
         self.dll = "python" + self.version.replace(".", "")
         self.include = self.root / "include"
@@ -311,7 +313,7 @@ class WindowsPython:
             return
         with scratch(self.home) as tmp:
             shutil.copytree(self.host.include, tmp / "include")
-            windows_headers(tmp / "include")
+            windows_headers(tmp / "include", free_threaded=bool(self.threads))
             (tmp / "include").rename(self.include)
 
     def _programs(self) -> None:
@@ -353,7 +355,8 @@ class WindowsPython:
 
     def pip(self, verb: str, *arguments: str | Path) -> None:
         """pip of this machine, told that it is on Windows."""
-        must([*find_pip(), verb, "--quiet", "--platform", "win_amd64", "--python-version", self.version,
+        abi = ["--abi", f"cp{self.version.replace('.', '')}"] if self.threads else []  # else pip knows several
+        must([*find_pip(), verb, "--quiet", "--platform", "win_amd64", "--python-version", self.host.version, *abi,
               "--implementation", "cp", "--only-binary", ":all:", *arguments])  # fmt: skip
 
     def compile(
@@ -368,8 +371,10 @@ class WindowsPython:
         output.parent.mkdir(parents=True, exist_ok=True)
         include_flags = [f"-I{folder}" for folder in (self.include, *includes)]
         library_flags = [f"-l{name}" for name in libraries]
+        # How CPython reads its thread's number there: gcc takes an address in a segment for one in no array.
+        more_flags = ["-Wno-array-bounds"] if self.threads else []
         must([MINGW + "gcc", "-O2", "-g", "-Wall", "-Werror", "-Wno-unused-function", "-shared", "-static-libgcc",
-              "-D_WIN32_WINNT=0x0A00", *flags, *include_flags, "-o", output, *sources,
+              "-D_WIN32_WINNT=0x0A00", *flags, *more_flags, *include_flags, "-o", output, *sources,
               self.root / f"{self.dll}.dll", self.root / "python3.dll", *library_flags])  # fmt: skip
 
     def check_c11(self, sources: Sequence[Path]) -> None:

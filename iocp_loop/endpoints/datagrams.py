@@ -13,22 +13,20 @@ import asyncio
 import contextvars
 import errno
 import functools
-import logging
 import socket
 from asyncio import trsock
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from .. import operations as ops
 from ..flow import FlowControl
-from ..life import CLOSING, LOST, MADE, Event, Life
+from ..life import CLOSING, LOST, MADE, Life
 from ..native import hot
 from ..operations import was_cancelled
 from ..proactor import Proactor
 
 __all__ = ["DatagramTransport"]
-
-_logger = logging.getLogger("asyncio")
 
 #: Bytes of the largest datagram.  The length field of IP has 16 bits; UNIX sockets are limited by their send buffer.
 _MOST_INET = 64 * 1024
@@ -36,9 +34,6 @@ _MOST_UNIX = 256 * 1024
 
 #: What a queued datagram counts beside its data, bytes: so that empty ones fill the buffer too.
 _HEADER = 8
-
-#: Datagrams sent after the end silently ignored before we warn.
-_PATIENCE = 5
 
 #: Seconds between two tries to send where no event tells that there is room again.
 _RETRY_DELAY = 0.005
@@ -59,6 +54,8 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
     `address`: where every datagram goes; None: where ``sendto`` says, or where the socket is connected.
     """
 
+    _extra: dict[str, Any]
+
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -78,7 +75,6 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
         self._retry: asyncio.TimerHandle | None = None
         self._queue: deque[tuple[Any, Any]] = deque()  # data and address
         self._queued = 0  # bytes in _queue, with a header for each datagram
-        self._writes_after_loss = 0
         super().__init__(loop, protocol, waiter, extra)
         self._init_flow_control()
         self._describe(sock)
@@ -162,9 +158,7 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
                 raise ValueError(f"Invalid address: must be None or {self._address}")
             addr = self._address
         if self._state >= LOST:
-            self._writes_after_loss += 1
-            if self._writes_after_loss >= _PATIENCE:
-                _logger.warning("socket.send() raised exception.")
+            self._count_late_write()
             return
         if not self._queue and self._try_to_send(data, addr):
             return
@@ -253,10 +247,8 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._happens(Event.CLOSE) and not self._queue:
-            self._lose_connection(None)
+    def _is_sending(self) -> bool:
+        return bool(self._queue)
 
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
@@ -275,12 +267,11 @@ class DatagramTransport(Life, FlowControl, asyncio.DatagramTransport):
             self._proactor.cancel(self._sending)
         self._stop_receiving()
 
-    def _may_be_closed(self) -> bool:
-        in_flight = any(op is not None and op.in_flight for op in (self._receive, self._sending))
-        return not in_flight or self._proactor.let_go()
+    def _operations(self) -> Iterable[ops.Operation | None]:
+        return self._receive, self._sending
 
     def _close_handle(self) -> None:
         self._loop._close_socket_of(self, self._sock)  # type: ignore[attr-defined]  # IocpEventLoop's own
 
     def _give_up(self) -> None:
-        self._sock.close()  # the collector may have closed it before it came here
+        self._sock.close()

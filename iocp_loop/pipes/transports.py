@@ -20,19 +20,17 @@ import errno
 import functools
 import logging
 import os
+from asyncio import constants
 from collections.abc import Callable
 from typing import Any
 
 from ..flow import FlowControl
-from ..life import CLOSING, Event, Life
+from ..life import CLOSING, Life
 from ..operations import writable_view
 
 __all__ = ["PipeTransport", "ReadingSide", "WritingSide"]
 
 _logger = logging.getLogger("asyncio")
-
-#: Writes to a lost pipe silently ignored before we warn.
-_PATIENCE = 5
 
 
 class PipeTransport(Life):
@@ -40,6 +38,8 @@ class PipeTransport(Life):
 
     If making one fails, the pipe is still the caller's.
     """
+
+    _extra: dict[str, Any]
 
     def __init__(
         self,
@@ -164,8 +164,10 @@ class WritingSide(PipeTransport, FlowControl):
     #: What is in flight for writing; false: nothing is, and nothing is queued.
     _writing: Any
 
+    _patience = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
+    _words_for_late_writes = "pipe closed by peer or os.write(pipe, data) raised exception."
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._writes_after_loss = 0
         super().__init__(*args, **kwargs)
         self._init_flow_control()
 
@@ -180,10 +182,8 @@ class WritingSide(PipeTransport, FlowControl):
             return
         if self._state < CLOSING:
             self._write(data)
-            return
-        self._writes_after_loss += 1
-        if self._writes_after_loss > _PATIENCE:
-            _logger.warning("pipe closed by peer or os.write(pipe, data) raised exception.")  # in asyncio's words
+        else:
+            self._count_late_write()
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:
         """Write or queue `data`, which is not empty and may change later."""
@@ -201,11 +201,9 @@ class WritingSide(PipeTransport, FlowControl):
         """Nobody reads at the other end any more.  Called in the context of receiving."""
         self._note_the_peer_left()
         exc = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if self.get_write_buffer_size() else None
-        self._drop_unsent()
         self._lose_connection(exc)
 
     def _write_failed(self, exc: BaseException) -> None:
-        self._drop_unsent()
         self._fatal_error(exc, "Fatal write error on pipe transport")
 
     def _written(self) -> None:
@@ -222,12 +220,13 @@ class WritingSide(PipeTransport, FlowControl):
         """Close the pipe once everything written has been taken by the system."""
         self.close()
 
-    def close(self) -> None:
-        """Write what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._happens(Event.CLOSE) and not self._writing:
-            self._lose_connection(None)
-
     def abort(self) -> None:
         """Close at once; what is queued is dropped."""
-        self._drop_unsent()
         self._lose_connection(None)
+
+    def _is_sending(self) -> bool:
+        return bool(self._writing)
+
+    def _stop(self) -> None:
+        self._drop_unsent()
+        super()._stop()

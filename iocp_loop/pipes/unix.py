@@ -20,7 +20,7 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import operations as ops
@@ -110,8 +110,8 @@ class _Watching(PipeTransport):
         for op in list(self._watches):
             self._proactor.cancel(op)
 
-    def _may_be_closed(self) -> bool:
-        return not any(op.in_flight for op in self._watches) or self._proactor.let_go()
+    def _operations(self) -> Iterable[ops.Operation]:
+        return self._watches
 
 
 class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):

@@ -118,7 +118,6 @@ static int welcome(const struct hot *hot, Accepting *self, PyObject *sock, struc
 static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     const struct hot *hot = hot_of(Py_TYPE(self), (destructor)accepting_dealloc);
-    PyObject *sock, *address; /* borrowed */
     if (hot == NULL)
         return NULL;
     if (count != 2) {
@@ -127,7 +126,12 @@ static PyObject *accepting_accepted(PyObject *self, PyObject *const *args, Py_ss
     }
     if (args[1] != Py_None)
         return PyObject_CallMethodOneArg(self, hot->names.ended, args[1]);
-    if (!PyArg_ParseTuple(args[0], "OO", &sock, &address) || welcome(hot, (Accepting *)self, sock, (struct name){address, 0}) < 0)
+    if (!PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2) {
+        PyErr_SetString(PyExc_TypeError, "a completion of an accept stream is a pair: the connection and its address");
+        return NULL;
+    }
+    PyObject *sock = PyTuple_GET_ITEM(args[0], 0), *address = PyTuple_GET_ITEM(args[0], 1); /* borrowed */
+    if (welcome(hot, (Accepting *)self, sock, (struct name){address, 0}) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

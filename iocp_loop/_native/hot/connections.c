@@ -1,6 +1,6 @@
 /*
- * The life of a stream transport: how it is made, how it begins, how it ends (connections.py).  What is rare in a life is
- * left to the class in Python above it.
+ * How a stream transport is made, who knows of it (its server, the loop's table), and how it receives (connections.py).  Its
+ * life from there on is in life.c; what is rare is left to the class in Python above it.
  */
 
 #include "streams.h"
@@ -19,38 +19,9 @@
 #define CONTEXT_OF_ENDS(stream) NULL
 #endif
 
-static int is_none(PyObject *object) { return object == NULL || object == Py_None; }
-
-/* Done with what a call returned: 0, or -1 with the exception. */
-static int done_with(PyObject *result)
+int call_end_soon(const struct hot *hot, PyObject *self, PyObject *name, PyObject *argument)
 {
-    Py_XDECREF(result);
-    return result == NULL ? -1 : 0;
-}
-
-/* A new reference to what is in `*place`, a field of `self`; AttributeError if `self` was not made by its constructor. */
-static PyObject *take_field(PyObject *self, PyObject **place, const char *name)
-{
-    PyObject *object = take_reference(self, place);
-    if (object == NULL)
-        PyErr_SetString(PyExc_AttributeError, name);
-    return object;
-}
-
-/* self._proactor.METHOD(argument), or without `argument`. */
-static PyObject *ask_proactor(PyObject *self, PyObject *method, PyObject *argument)
-{
-    PyObject *proactor = take_field(self, &stream_of(self)->proactor, "_proactor"), *done;
-    if (proactor == NULL)
-        return NULL;
-    done = argument == NULL ? PyObject_CallMethodNoArgs(proactor, method) : PyObject_CallMethodOneArg(proactor, method, argument);
-    Py_DECREF(proactor);
-    return done;
-}
-
-/* loop.call_soon(self.NAME, argument), in `context` if that is not NULL. */
-static int call_soon(const struct hot *hot, PyObject *self, PyObject *name, PyObject *argument, PyObject *context)
-{
+    PyObject *context = CONTEXT_OF_ENDS(stream_of(self)); /* borrowed */
     PyObject *loop = take_field(self, &SLOT(self, hot->flow.loop), "_loop"), *handle = NULL;
     PyObject *callback = loop == NULL ? NULL : PyObject_GetAttr(self, name);
     if (callback != NULL) {
@@ -163,9 +134,20 @@ static int enter_table(const struct hot *hot, PyObject *self, PyObject *sock, Py
     return failed;
 }
 
-/* Close the socket, which is not to be found by its number any more. */
-static int leave_table_and_close(const struct hot *hot, PyObject *self, PyObject *sock)
+int leave_server(const struct hot *hot, PyObject *self)
 {
+    struct stream *stream = stream_of(self);
+    PyObject *server = take_reference(self, &stream->server);
+    put_reference(self, &stream->server, Py_NewRef(Py_None));
+    int failed = is_none(server) ? 0 : tell_server(hot, server, hot->names.detach, self);
+    Py_XDECREF(server);
+    return failed;
+}
+
+int leave_table_and_close(const struct hot *hot, PyObject *self, PyObject *sock)
+{
+    if (keep_sockname(hot, self, sock) < 0)
+        return -1;
     PyObject *loop = SLOT(self, hot->flow.loop), *number = number_of_socket(hot, sock), *known = NULL; /* the first is borrowed */
     struct loop_head *head = loop == NULL ? NULL : own_loop(hot, loop);
     PyObject *table = head == NULL ? NULL : head->transport_refs;
@@ -234,6 +216,7 @@ static PyObject *context_for(const struct hot *hot, PyObject *loop, PyObject *co
 static int set_up(const struct hot *hot, PyObject *self, const struct arguments *given)
 {
     struct stream *stream = stream_of(self);
+    stream->state = UNMADE;
     stream->by_call = stream->direct = stream->name_is_raw = 0; /* what goes now, of an earlier call, may look at it */
     for (size_t n = 0; n < STREAM_OBJECTS; n++)
         Py_XSETREF(stream->objects[n], Py_NewRef(Py_None));
@@ -244,7 +227,7 @@ static int set_up(const struct hot *hot, PyObject *self, const struct arguments 
     Py_CLEAR(stream->sockname);
     stream->by_call = (char)is_socket(hot, given->sock);
     stream->queued = stream->writes_after_loss = 0;
-    stream->paused = stream->closing = stream->lost = stream->eof_asked = stream->at_eof = stream->buffered = 0;
+    stream->paused = stream->eof_asked = stream->at_eof = stream->buffered = 0;
     stream->direct = 1;
     Py_XSETREF(SLOT(self, hot->flow.loop), Py_NewRef(given->loop));
     Py_XSETREF(SLOT(self, hot->flow.protocol_paused), Py_NewRef(Py_False));
@@ -292,12 +275,11 @@ int stream_init(PyObject *self, PyObject *args, PyObject *kwargs)
         return -1;
     if (set_up(hot, self, &given) < 0)
         return take_back(hot, self, given.server);
-    stream->alive = 1;
     if (done_with(PyObject_CallMethodOneArg(self, hot->names.set_protocol, given.protocol)) < 0 || send_without_delay(hot, stream) < 0
-        || call_soon(hot, self, hot->names.begin, given.waiter, CONTEXT_OF_ENDS(stream)) < 0
-        || enter_table(hot, self, given.sock, given.loop) < 0)
+        || call_end_soon(hot, self, hot->names.begin, given.waiter) < 0)
         return take_back(hot, self, given.server);
-    return 0;
+    stream->state = MADE; /* from now on the socket is ours */
+    return enter_table(hot, self, given.sock, given.loop) < 0 ? take_back(hot, self, given.server) : 0;
 }
 
 /* Whether a protocol provides the memory to receive into; -1 with an exception. */
@@ -334,8 +316,7 @@ PyObject *stream_set_protocol(PyObject *self, PyObject *protocol)
     return failed ? NULL : PyObject_CallMethodNoArgs(self, hot->names.choose_receiver);
 }
 
-/* Neither paused nor closing, and nothing is held: see SocketTransport._choose_receiver. */
-static int arm_receive(const struct hot *hot, PyObject *self)
+int arm_receive(const struct hot *hot, PyObject *self)
 {
     struct stream *stream = stream_of(self);
     int buffered = stream->buffered;
@@ -368,45 +349,8 @@ PyObject *stream_arm_receive(PyObject *self, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
-/* waiter.METHOD(value), unless there is none or it was cancelled. */
-static int tell_waiter(const struct hot *hot, PyObject *waiter, PyObject *method, PyObject *value)
-{
-    if (waiter == Py_None)
-        return 0;
-    PyObject *cancelled = PyObject_CallMethodNoArgs(waiter, hot->names.cancelled);
-    int is_cancelled = cancelled == NULL ? -1 : PyObject_IsTrue(cancelled);
-    Py_XDECREF(cancelled);
-    return is_cancelled ? (is_cancelled < 0 ? -1 : 0) : done_with(PyObject_CallMethodOneArg(waiter, method, value));
-}
-
-PyObject *stream_begin(PyObject *self, PyObject *waiter)
-{
-    const struct hot *hot = hot_of_stream(self);
-    if (hot == NULL)
-        return NULL;
-    struct stream *stream = stream_of(self);
-    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *error = NULL;
-    int failed = protocol == NULL ? -1 : done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_made, self));
-    Py_XDECREF(protocol);
-    if (!failed && is_none(stream->receive) && !stream->closing && !stream->paused)
-        failed = arm_receive(hot, self);
-    if (failed) {
-        if (ends_the_loop())
-            return NULL;
-        error = take_exception();
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        failed = fail(self, "_fatal_error", "Fatal error: protocol.connection_made() call failed.");
-    }
-    if (!failed)
-        failed = tell_waiter(hot, waiter, error == NULL ? hot->names.set_result : hot->names.set_exception, error == NULL ? Py_None : error);
-    Py_XDECREF(error);
-    if (failed)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
 /* ---------------------------------------------------------------------------------------------------------------------
- * The end
+ * The peer's end
  * ------------------------------------------------------------------------------------------------------------------ */
 
 /* object.METHOD() in `context`, a real one or something else that has a `run`. */
@@ -483,165 +427,4 @@ PyObject *stream_receive_ended(PyObject *self, PyObject *error)
     done = text == NULL ? NULL : PyObject_CallMethodObjArgs(self, hot->names.receiving_failed, error, text, NULL);
     Py_XDECREF(text);
     return done;
-}
-
-PyObject *stream_stop_receiving(PyObject *self, PyObject *ignored)
-{
-    const struct hot *hot = hot_of_stream(self);
-    if (hot == NULL)
-        return NULL;
-    struct stream *stream = stream_of(self);
-    put_reference(self, &stream->held, PyTuple_New(0));
-    if (is_none(stream->receive))
-        Py_RETURN_NONE;
-    PyObject *receive = take_field(self, &stream->receive, "_receive");
-    PyObject *done = receive == NULL ? NULL : ask_proactor(self, hot->names.drop, receive);
-    if (done == Py_True)
-        put_reference(self, &stream->receive, Py_NewRef(Py_None));
-    else if (done != NULL) {
-        Py_SETREF(done, PyObject_CallMethodNoArgs(self, hot->names.choose_receiver));
-        if (done != NULL)
-            Py_SETREF(done, ask_proactor(self, hot->names.cancel, receive));
-    }
-    Py_XDECREF(receive);
-    return done;
-}
-
-static int lose_connection(const struct hot *hot, PyObject *self, PyObject *exception)
-{
-    struct stream *stream = stream_of(self);
-    if (stream->lost)
-        return 0;
-    stream->lost = 1;
-    stream->direct = 0;
-    if (!is_none(stream->file) && done_with(PyObject_CallMethodNoArgs(self, hot->names.fail_file)) < 0)
-        return -1;
-    return call_soon(hot, self, hot->names.call_connection_lost, exception, CONTEXT_OF_ENDS(stream));
-}
-
-PyObject *stream_lose_connection(PyObject *self, PyObject *exception)
-{
-    const struct hot *hot = hot_of_stream(self);
-    if (hot == NULL)
-        return NULL;
-    if (lose_connection(hot, self, exception) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-PyObject *stream_close(PyObject *self, PyObject *ignored)
-{
-    const struct hot *hot = hot_of_stream(self);
-    if (hot == NULL)
-        return NULL;
-    struct stream *stream = stream_of(self);
-    if (stream->closing)
-        Py_RETURN_NONE;
-    stream->closing = 1;
-    if (done_with(stream_stop_receiving(self, NULL)) < 0 || (is_none(stream->sending) && lose_connection(hot, self, Py_None) < 0))
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-/* Whether an operation, or None, is in flight; -1 with an exception. */
-static int is_in_flight(const struct hot *hot, PyObject *op)
-{
-    if (is_none(op))
-        return 0;
-    PyObject *kind = (PyObject *)Py_TYPE(op);
-    if (kind == hot->kinds.receive_stream || kind == hot->kinds.send_all) {
-        PyObject *state = SLOT(op, hot->operation.state);
-        return state == hot->states.in_flight || state == hot->states.cancelling;
-    }
-    PyObject *answer = PyObject_GetAttr(op, hot->names.in_flight);
-    int in_flight = answer == NULL ? -1 : PyObject_IsTrue(answer);
-    Py_XDECREF(answer);
-    return in_flight;
-}
-
-/* Whether a socket of any kind is open; -1 with an exception. */
-static int is_open(const struct hot *hot, PyObject *sock)
-{
-    if (is_socket(hot, sock))
-        return socket_descriptor(sock) != NO_DESCRIPTOR;
-    PyObject *number = number_of_socket(hot, sock);
-    long long descriptor = number == NULL ? -1 : PyLong_AsLongLong(number);
-    Py_XDECREF(number);
-    return PyErr_Occurred() ? -1 : descriptor >= 0;
-}
-
-/* Close the socket when the protocol is done with it and the kernel too. */
-static int release_socket(const struct hot *hot, PyObject *self)
-{
-    struct stream *stream = stream_of(self);
-    PyObject *sock = stream->alive ? NULL : take_reference(self, &stream->sock);
-    int open = sock == NULL ? 0 : is_open(hot, sock);
-    if (open <= 0) {
-        Py_XDECREF(sock);
-        return open;
-    }
-    int receiving = is_in_flight(hot, stream->receive), sending = is_in_flight(hot, stream->sending), failed = 0;
-    int free = !receiving && !sending;
-    if (!free && receiving >= 0 && sending >= 0) {
-        PyObject *gone = ask_proactor(self, hot->names.let_go, NULL);
-        free = gone == NULL ? -1 : PyObject_IsTrue(gone);
-        Py_XDECREF(gone);
-    }
-    if (PyErr_Occurred())
-        failed = -1;
-    else if (free)
-        failed = keep_sockname(hot, self, sock) < 0 || leave_table_and_close(hot, self, sock) < 0 ? -1 : 0;
-    Py_DECREF(sock);
-    return failed;
-}
-
-PyObject *stream_release_socket(PyObject *self, PyObject *ignored)
-{
-    const struct hot *hot = hot_of_stream(self);
-    if (hot == NULL)
-        return NULL;
-    if (release_socket(hot, self) < 0)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception)
-{
-    const struct hot *hot = hot_of_stream(self);
-    if (hot == NULL)
-        return NULL;
-    struct stream *stream = stream_of(self);
-    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *server, *error = NULL;
-    if (protocol == NULL || done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_lost, exception)) < 0)
-        error = take_exception();
-    Py_XDECREF(protocol);
-    stream->alive = 0;
-    /* It may keep the transport, and then only the collector would free the two. */
-    put_reference(self, &stream->protocol, Py_NewRef(Py_None));
-    int failed = release_socket(hot, self);
-    server = take_reference(self, &stream->server);
-    put_reference(self, &stream->server, Py_NewRef(Py_None));
-    if (!failed && !is_none(server))
-        failed = tell_server(hot, server, hot->names.detach, self);
-    Py_XDECREF(server);
-    if (error != NULL && !failed)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
-    if (failed || PyErr_Occurred())
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-/* Before it is freed: nobody has closed it. */
-void stream_finalize(PyObject *self)
-{
-    if (!stream_of(self)->alive)
-        return;
-    PyObject *error = PyErr_Occurred() ? take_exception() : NULL;
-    if (done_with(PyObject_CallMethod(self, "_end_unclosed", NULL)) < 0)
-        PyErr_WriteUnraisable(self);
-    if (error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
 }

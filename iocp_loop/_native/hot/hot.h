@@ -10,7 +10,8 @@
  *   tasks.c     create_future and create_task                                    (asyncio's)
  *   turns.c     Turns: one turn of the loop                                      (methods/turns.py)
  *   streams.c   the write and the receive of a stream transport                  (streams.py)
- *   connections.c  how it is made, begins and ends                               (connections.py)
+ *   connections.c  how it is made                                                (connections.py)
+ *   life.c      the rest of its life, a table                                    (life.py)
  *   transports.c   its type
  *   addresses.c  the names of sockets
  *   proactor.c  what a transport asks of its proactor                          (proactor.py)
@@ -498,6 +499,7 @@ int intern_names(struct hot *hot);
 int check_sockets(struct hot *hot);
 
 int add_requests(struct hot *hot); /* proactor.c */
+PyObject *life_steps(PyObject *module, PyObject *ignored); /* life.c */
 PyObject *make_stream_type(PyObject *module, PyObject *args);
 PyObject *set_most_at_once(PyObject *module, PyObject *size); /* streams.c */
 int add_readers(struct hot *hot);

@@ -27,8 +27,10 @@ static PyMethodDef module_methods[] = {
     {"adopt", adopt_connection, METH_VARARGS, "adopt(listener, descriptor): its socket; None if the listener is not plain."},
 #endif
     {"tls_types", make_tls_types, METH_VARARGS, "tls_types(wrapped, flushing, again, sslobject_class, wrapped_class)"},
+    {"life_steps", life_steps, METH_NOARGS,
+     "LIFE of life.py as the C has it: a list of (state, event, next state, method)."},
     {"stream_type", make_stream_type, METH_VARARGS,
-     "stream_type(flow_control, takes_bytes, context_for, send_without_delay, servers_count)"},
+     "stream_type(base, takes_bytes, context_for, send_without_delay, servers_count)"},
     {"set_most_at_once", set_most_at_once, METH_O, "set_most_at_once(size): what one call of send gets at most, bytes."},
     {"use_reader", use_reader, METH_O, "use_reader(class): the class in Python above Reader."},
     {NULL, NULL, 0, NULL},

@@ -10,16 +10,27 @@ typedef struct {
 
 static void requests_dealloc(Requests *self);
 
+/* Whether something is kept for somebody to come, or somebody stands in line; -1 with an exception. */
+static int is_claimed(const Requests *self)
+{
+    if (self->kept != NULL && self->lines != NULL && PyDict_Check(self->kept) && PyDict_Check(self->lines))
+        return PyDict_GET_SIZE(self->kept) > 0 || PyDict_GET_SIZE(self->lines) > 0;
+    PyErr_SetString(PyExc_TypeError, "_kept and _lines of a proactor must be dicts");
+    return -1;
+}
+
 /* receive_stream(sock, deliver, get_buffer=None) */
 static PyObject *requests_receive_stream(Requests *self, PyObject *const *args, Py_ssize_t count)
 {
     const struct hot *hot = hot_of(Py_TYPE(self), (destructor)requests_dealloc);
     if (hot == NULL)
         return NULL;
-    if (count < 2 || count > 3 || self->receive_natively == NULL || self->kept == NULL || self->lines == NULL) {
+    if (count < 2 || count > 3 || self->receive_natively == NULL) {
         PyErr_SetString(PyExc_TypeError, "receive_stream() takes a socket and one or two callables");
         return NULL;
     }
+    if (is_claimed(self) < 0)
+        return NULL;
     PyObject *given[] = {(PyObject *)self, args[0], args[1], count == 3 ? args[2] : Py_None}, *op = NULL, *done;
     if (self->receive_natively != Py_None) {
         op = PyObject_Vectorcall(self->receive_natively, given + 1, 3, NULL);
@@ -28,7 +39,10 @@ static PyObject *requests_receive_stream(Requests *self, PyObject *const *args, 
     }
     if (op == NULL || op == Py_None)
         Py_XSETREF(op, PyObject_VectorcallMethod(hot->names.receive_otherwise, given, 4, NULL));
-    if (op != NULL && (PyDict_GET_SIZE(self->kept) > 0 || PyDict_GET_SIZE(self->lines) > 0)) {
+    int claimed = op == NULL ? 0 : is_claimed(self); /* as it is now: making the operation may have called anything */
+    if (claimed < 0)
+        Py_CLEAR(op);
+    if (claimed > 0) {
         done = PyObject_CallMethodOneArg((PyObject *)self, hot->names.deliver_unclaimed, op);
         if (done == NULL)
             Py_CLEAR(op);
@@ -71,7 +85,7 @@ static PyMethodDef requests_methods[] = {
      "receive_stream($self, sock, deliver, get_buffer=None, /)\n--\n\n"
      "Receive until the end: ``deliver(data, None)``; see :class:`~iocp_loop.operations.ReceiveStream`."},
     {"drop", (PyCFunction)requests_drop, METH_O,
-     "End a receive stream at once, of whose end nobody needs to be told; False if it has to be cancelled."},
+     "End a stream at once, of whose end nobody needs to be told; False if it has to be cancelled."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -380,7 +380,11 @@ int check_sockets(struct hot *hot)
 static int free_at_exit(char *made) { return 0; } /* the module does */
 #elif defined(_WIN32)
 #define MEMORY memory
+#ifdef _MSC_VER
 static __declspec(thread) char *memory;
+#else /* GCC ignores that word, with a warning at most: all threads would share the memory */
+static _Thread_local char *memory;
+#endif
 static void NTAPI free_memory(void *made) { free(made); }
 static int free_at_exit(char *made)
 {

@@ -164,7 +164,7 @@ static int get_buffer(const struct hot *hot, PyObject *self, Py_ssize_t hint, Py
     struct stream *stream = stream_of(self);
     PyObject *size = PyLong_FromSsize_t(hint), *protocol = take_reference(self, &stream->protocol);
     *buffer = size == NULL ? NULL : ask(self, hot->names.get_buffer, size);
-    int wanted = !stream->closing && stream->protocol == protocol;
+    int wanted = stream->state < CLOSING && stream->protocol == protocol;
     Py_XDECREF(size);
     Py_XDECREF(protocol);
     if (*buffer != NULL && !wanted) {
@@ -201,7 +201,7 @@ PyObject *stream_get_buffer(PyObject *self, PyObject *const *args, Py_ssize_t co
         if (hint == -1 && PyErr_Occurred())
             return NULL;
     }
-    if (stream->paused || stream->closing || stream->context == NULL || stream->protocol == NULL)
+    if (stream->paused || stream->state >= CLOSING || stream->context == NULL || stream->protocol == NULL)
         Py_RETURN_NONE;
     int got = get_buffer(hot, self, hint, &buffer, &view);
     if (got < 0)

@@ -1,6 +1,6 @@
 /*
- * A stream transport in the native tier: the way of one message (streams.c), its life (connections.c), its type
- * (transports.c).
+ * A stream transport in the native tier: the way of one message (streams.c), how it is made (connections.c), its life
+ * (life.c), its type (transports.c).
  *
  * The base of the type is a class in Python, which brings flow control and its slots; ours come behind them.
  */
@@ -8,6 +8,9 @@
 #define IOCP_LOOP_STREAMS_H
 
 #include "hot.h"
+
+/* How far its life has come, as in life.py, whose State this is; UNMADE: its constructor has not run, or has failed. */
+enum life_state { UNMADE, MADE, OPEN, CLOSING, LOST, OVER, CLOSED, STATES };
 
 enum { STREAM_OBJECTS = 12 };
 struct stream {
@@ -21,9 +24,9 @@ struct stream {
     PyObject *sockname; /* as the system gave it, once the socket is closed; else NULL */
     Py_ssize_t queued;
     int writes_after_loss;
+    char state;   /* an enum life_state; what stands below moves independently of it, see transports.py */
     char direct;  /* write may send at once: nothing is queued, nothing has ended */
-    char paused, closing, lost, eof_asked, at_eof, buffered;
-    char alive;       /* made, and connection_lost has not run */
+    char paused, eof_asked, at_eof, buffered;
     char by_call;     /* `sock` is a plain socket, so that its descriptor can be used */
     char name_is_raw; /* of the peer */
 };
@@ -51,6 +54,24 @@ static inline int is_stream(PyObject *self)
 static inline struct stream *stream_of(PyObject *self)
 {
     return (struct stream *)((char *)self + stream_type_of(self)->tp_base->tp_basicsize);
+}
+
+static inline int is_none(PyObject *object) { return object == NULL || object == Py_None; }
+
+/* Done with what a call returned: 0, or -1 with the exception. */
+static inline int done_with(PyObject *result)
+{
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+/* A new reference to what is in `*place`, a field of `self`; AttributeError if `self` was not made by its constructor. */
+static inline PyObject *take_field(PyObject *self, PyObject **place, const char *name)
+{
+    PyObject *object = take_reference(self, place);
+    if (object == NULL)
+        PyErr_SetString(PyExc_AttributeError, name);
+    return object;
 }
 
 /* NULL with an exception once the garbage collector has cleared the type. */
@@ -88,17 +109,27 @@ PyObject *ask_for_name(const struct hot *hot, PyObject *sock, PyObject *method);
 
 /* connections.c */
 int stream_init(PyObject *self, PyObject *args, PyObject *kwargs);
-void stream_finalize(PyObject *self);
-PyObject *stream_begin(PyObject *self, PyObject *waiter);
+/* loop.call_soon(self.NAME, argument), for what tells the protocol of its beginning and its end. */
+int call_end_soon(const struct hot *hot, PyObject *self, PyObject *name, PyObject *argument);
+/* The server, if it has one, forgets it. */
+int leave_server(const struct hot *hot, PyObject *self);
+/* Close the socket, which is not to be found by its number any more. */
+int leave_table_and_close(const struct hot *hot, PyObject *self, PyObject *sock);
+/* Neither paused nor closing, and nothing is held: see SocketTransport._choose_receiver. */
+int arm_receive(const struct hot *hot, PyObject *self);
 PyObject *stream_arm_receive(PyObject *self, PyObject *ignored);
 PyObject *stream_set_protocol(PyObject *self, PyObject *protocol);
 PyObject *stream_receive_ended(PyObject *self, PyObject *error);
+PyObject *stream_peername(PyObject *self, void *ignored);
+PyObject *stream_sockname(PyObject *self, void *ignored);
+
+/* life.c */
+void stream_finalize(PyObject *self);
+PyObject *stream_begin(PyObject *self, PyObject *waiter);
 PyObject *stream_close(PyObject *self, PyObject *ignored);
 PyObject *stream_stop_receiving(PyObject *self, PyObject *ignored);
 PyObject *stream_lose_connection(PyObject *self, PyObject *exception);
 PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception);
-PyObject *stream_release_socket(PyObject *self, PyObject *ignored);
-PyObject *stream_peername(PyObject *self, void *ignored);
-PyObject *stream_sockname(PyObject *self, void *ignored);
+PyObject *stream_release(PyObject *self, PyObject *ignored);
 
 #endif

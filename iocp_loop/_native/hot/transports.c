@@ -21,7 +21,14 @@ static int set_sock(PyObject *self, PyObject *value, void *ignored)
     return 0;
 }
 
-static PyObject *get_finished(PyObject *self, void *ignored) { return PyBool_FromLong(!stream_of(self)->alive); }
+static PyObject *get_state(PyObject *self, void *ignored)
+{
+    int state = stream_of(self)->state;
+    if (state != UNMADE)
+        return PyLong_FromLong(state);
+    PyErr_SetString(PyExc_AttributeError, "_state");
+    return NULL;
+}
 
 static int stream_clear(PyObject *self)
 {
@@ -52,7 +59,7 @@ void stream_dealloc(PyObject *self)
 
 static PyObject *stream_is_closing(PyObject *self, PyObject *ignored)
 {
-    return PyBool_FromLong(stream_of(self)->closing);
+    return PyBool_FromLong(stream_of(self)->state >= CLOSING);
 }
 
 static PyMethodDef stream_methods[] = {
@@ -77,14 +84,14 @@ static PyMethodDef stream_methods[] = {
     {"_stop_receiving", stream_stop_receiving, METH_NOARGS, "Nothing that comes is for the protocol any more."},
     {"_lose_connection", stream_lose_connection, METH_O, "``connection_lost`` follows."},
     {"_call_connection_lost", stream_call_connection_lost, METH_O, "Tell the protocol, and let go of everything."},
-    {"_release_socket", stream_release_socket, METH_NOARGS,
+    {"_release", stream_release, METH_NOARGS,
      "Close the socket when the protocol is done with it and the kernel too."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef stream_getset[] = {
     {"_sock", get_sock, set_sock, NULL, NULL},
-    {"_finished", get_finished, NULL, "connection_lost has run", NULL},
+    {"_state", get_state, NULL, "How far its life has come, see life.py.", NULL},
     {"_peername", stream_peername, NULL, NULL, NULL},
     {"_sockname", stream_sockname, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -106,8 +113,6 @@ static const PyMemberDef stream_members[] = {
     FIELD("_writes_after_loss", T_INT, writes_after_loss),
     FIELD("_direct", T_BOOL, direct),
     FIELD("_paused", T_BOOL, paused),
-    FIELD("_closing", T_BOOL, closing),
-    FIELD("_lost", T_BOOL, lost),
     FIELD("_eof_asked", T_BOOL, eof_asked),
     FIELD("_at_eof", T_BOOL, at_eof),
     FIELD("_buffered", T_BOOL, buffered),
@@ -121,9 +126,11 @@ static int find_flow_control(struct hot *hot, PyObject *base)
     hot->flow.protocol_paused = slot_offset(base, "_protocol_paused");
     hot->flow.high_water = slot_offset(base, "_high_water");
     hot->flow.low_water = slot_offset(base, "_low_water");
-    PyObject *flow = PyErr_Occurred() ? NULL : PyObject_CallFunctionObjArgs(base, Py_None, base, NULL); /* any loop */
-    if (flow == NULL)
+    PyObject *flow = PyErr_Occurred() ? NULL : PyType_GenericAlloc((PyTypeObject *)base, 0);
+    if (flow == NULL || done_with(PyObject_CallMethod(flow, "_init_flow_control", NULL)) < 0) {
+        Py_XDECREF(flow);
         return -1;
+    }
     Py_XSETREF(hot->life.high, Py_XNewRef(SLOT(flow, hot->flow.high_water)));
     Py_XSETREF(hot->life.low, Py_XNewRef(SLOT(flow, hot->flow.low_water)));
     Py_DECREF(flow);
