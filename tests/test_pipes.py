@@ -541,7 +541,7 @@ def test_an_unclosed_transport_warns_and_closes(driver: str, pipe: Pipe) -> None
 
 def test_an_unclosed_transport_without_its_pipe_warns_only(driver: str, pipe: Pipe) -> None:
     loop = iocp_loop.new_event_loop(driver)
-    transports = [
+    transports: list[Any] = [
         loop.run_until_complete(loop.connect_read_pipe(Recorder, pipe[0]))[0],
         loop.run_until_complete(loop.connect_write_pipe(Recorder, pipe[1]))[0],
     ]
