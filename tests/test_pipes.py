@@ -548,7 +548,7 @@ def test_an_unclosed_transport_without_its_pipe_warns_only(driver: str, pipe: Pi
     loop.run_until_complete(turns())
     loop.close()
     for transport in transports:
-        transport._pipe = None  # type: ignore[attr-defined]  # of our own transports; as tests of CPython's do
+        transport._pipe = None  # as tests of CPython's do
     del transport
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
