@@ -132,6 +132,10 @@ class PythonRequests:
             self._deliver_unclaimed(op)
         return op
 
+    def drop(self, op: Operation) -> bool:
+        """End a stream at once, of whose end nobody needs to be told; False if it has to be cancelled."""
+        return False
+
 
 if TYPE_CHECKING:
     Requests = PythonRequests
@@ -159,8 +163,8 @@ class Proactor(Requests):
         # None where they do not apply.
         self._receive_natively: Callable[..., ops.ReceiveStream | None] | None = getattr(driver, "receive_stream", None)
         self._drop_natively: Callable[[Operation], bool] | None = getattr(driver, "drop", None)
-        self._watch_natively: Callable[..., ops.ReadinessStream | None] | None
-        self._watch_natively = getattr(driver, "readiness_stream", None)
+        self.watch_natively: Callable[..., ops.ReadinessStream | None] | None
+        self.watch_natively = getattr(driver, "readiness_stream", None)
         self._unclaimed: weakref.WeakKeyDictionary[Any, deque[Any]] = weakref.WeakKeyDictionary()
         # By handle: a line; or, as long as nobody stands behind it, an operation that has ended and whose task has not
         # run (its Future, or the native tier's SocketWait).
@@ -320,8 +324,8 @@ class Proactor(Requests):
     def readiness_stream(self, handle: HandleLike, events: int, deliver: Deliver) -> ops.ReadinessStream:
         """Tell whenever one of `events` holds, level-triggered: ``deliver(events, None)``."""
         op = None
-        if self._watch_natively is not None:
-            op = self._watch_natively(handle, ops.fileno(handle), events, deliver)
+        if self.watch_natively is not None:
+            op = self.watch_natively(handle, ops.fileno(handle), events, deliver)
         if op is None:
             op = ops.ReadinessStream(handle, events)
             self.start(op, deliver)

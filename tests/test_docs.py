@@ -198,6 +198,12 @@ def test_the_figures_of_the_readme_are_those_of_the_performance_page() -> None:
     assert cells(readme, "calls for I/O per message on Windows")[3] == str(round(float(counted[2])))
 
 
+def test_the_readme_counts_the_libraries_of_their_page() -> None:
+    page = (ROOT / "docs" / "libraries.md").read_text(encoding="utf-8")
+    rows = len(re.findall(r"^\| ", page, re.MULTILINE)) - 1
+    assert f"About {5 * round(rows / 5)} [real libraries]" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 #: What a measurement looks like: a unit of time or a percentage, a share, a cell of a table with a decimal.
 FIGURE = re.compile(r"\d[\d.,]* (?:us|µs|ns|instructions|per)\b|\d ?%|\| *[\d,]+\.\d+ *(?:\([\d.]+\) *)?\|")
 COMMAND = re.compile(r"\b(?:python3? -m [a-z]|make [a-z]|strace )|\btools/\w+|\.ci/run")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import errno
+import gc
 import os
 import select
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
+from iocp_loop.operations import ReadinessStream
 
 from .support import WINDOWS, turns, until
 
@@ -490,3 +492,44 @@ async def test_an_event_of_a_closed_descriptor_is_not_taken_for_its_successors(l
         loop.remove_reader(successor[0])
         for sock in successor:
             sock.close()
+
+
+async def test_a_watch_that_is_removed_leaves_nothing_to_the_collector(loop: Loop) -> None:
+    """The stream referred to what it told, and that to the stream: whoever adds and removes all day made garbage."""
+
+    def streams() -> int:
+        return sum(type(one) is ReadinessStream for one in gc.get_objects())
+
+    with sockets() as (one, other):
+        await turns()
+        gc.collect()
+        gc.disable()
+        try:
+            before = streams()
+            for _ in range(50):
+                loop.add_reader(one, print)
+                loop.add_writer(one, print)
+                assert loop.remove_writer(one)
+                loop.add_reader(one, print)
+                assert loop.remove_reader(one)
+            await until(lambda: streams() <= before)
+        finally:
+            gc.enable()
+        assert other.fileno() >= 0
+
+
+async def test_a_removed_watch_is_ended_while_others_of_its_descriptor_go_on(loop: Loop) -> None:
+    with sockets() as (one, other):
+        calls: list[str] = []
+        loop.add_reader(one, calls.append, "read")
+        loop.add_writer(one, calls.append, "write")
+        assert loop.remove_writer(one)
+        await turns(5)
+        assert calls == []
+        loop.add_writer(one, calls.append, "write")
+        assert loop.remove_reader(one)
+        other.send(b"x")
+        await until(lambda: calls)
+        await turns(5)
+        assert set(calls) == {"write"}
+        assert loop.remove_writer(one)

@@ -269,6 +269,31 @@ def test_dask(folder: Path, driver: str) -> None:
     assert text.count("IocpEventLoop") == 2
 
 
+def test_dask_on_several_machines(folder: Path, driver: str) -> None:
+    """Scheduler and worker by the commands of the page, each in a process of its own."""
+    need("distributed")
+    port = free_port()
+    scheduler, worker = commands("dask.distributed")[1:]
+    scheduler += ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
+    assert worker[-1] == "tcp://scheduler:8786"
+    worker[-1] = f"tcp://127.0.0.1:{port}"
+    worker += ["--nworkers", "1", "--no-dashboard", "--local-directory", str(folder)]
+    script = f"""
+from distributed import Client
+from with_dask import which
+with Client("tcp://127.0.0.1:{port}", timeout=60) as client:
+    client.wait_for_workers(1, timeout=60)
+    print(client.submit(sum, [1, 2, 3]).result(), *client.run(which).values(), client.run_on_scheduler(which))
+"""
+    with serving(folder, driver, scheduler, port):
+        workers = subprocess.Popen(worker, cwd=folder, env=environment(folder, driver), stderr=subprocess.DEVNULL)
+        try:
+            assert run(folder, driver, [sys.executable, "-c", script]) == "6 IocpEventLoop IocpEventLoop\n"
+        finally:
+            workers.terminate()
+            workers.wait(3 * LIMIT)
+
+
 def test_tkinter(folder: Path, driver: str, display: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", display)
     text = run(folder, driver, [sys.executable, "with_tk.py"])

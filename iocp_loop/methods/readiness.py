@@ -11,6 +11,7 @@ loop's back, and whose number came back with another file, is watched correctly.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import weakref
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class ReadinessMethods(asyncio.BaseEventLoop):
     _proactor: Proactor
     _transport_refs: dict[int, weakref.ref[asyncio.BaseTransport]]
     _ensure_fd_no_transport: Callable[[HandleLike], None]
+    _closed: bool  # BaseEventLoop's
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,20 +84,25 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         callback: Callable[..., Any],
         args: tuple[Any, ...],
     ) -> None:
-        self._check_closed()  # type: ignore[attr-defined]  # BaseEventLoop's
-        if self.get_debug():
+        # Libraries come here for each of their waits: what needs no frame has none.
+        debug = self.get_debug()
+        if self._closed:
+            self._check_closed()  # type: ignore[attr-defined]  # BaseEventLoop's
+        if debug:
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
         fd = fileno(source)
         if fd in self._transport_refs:
             self._ensure_fd_no_transport(source)
-        context: Any = context_for(self)  # in debug mode it is none, but measures as BaseEventLoop measures Handles
+        # In debug mode it is none, but measures as BaseEventLoop measures Handles.
+        context: Any = context_for(self) if debug else contextvars.copy_context()
         watch = _Watch(source, asyncio.Handle(callback, args, self, context))
 
         def ready(value: Any, error: BaseException | None) -> None:
             if error is None:
                 # Now, not with the next turn: whether the descriptor is still ready is looked at before that.
-                if not watch.handle.cancelled():
-                    watch.handle._run()
+                handle = watch.handle
+                if not handle._cancelled:
+                    handle._run()
             elif table.get(fd) is watch:
                 del table[fd]
                 self._report_lost_watch(watch, error)
@@ -103,15 +110,24 @@ class ReadinessMethods(asyncio.BaseEventLoop):
         earlier = table.pop(fd, None)
         if earlier is not None:
             self._end(earlier)
-        watch.stream = self._proactor.readiness_stream(fd, events, ready)
+        begin = self._proactor.watch_natively
+        watch.stream = None if begin is None else begin(fd, fd, events, ready)
+        if watch.stream is None:
+            watch.stream = self._proactor.readiness_stream(fd, events, ready)
         table[fd] = watch
 
     def _unwatch(self, table: dict[int, _Watch], source: HandleLike) -> bool:
-        if self.is_closed():
+        if self._closed:
             return False
         if self.get_debug():
             self._check_thread()  # type: ignore[attr-defined]  # BaseEventLoop's
-        fd = _number_in(table, source)
+        try:
+            fd = fileno(source)
+        except ValueError:
+            known = _number_of_closed(table, source)
+            if known is None:
+                raise
+            fd = known
         if fd in self._transport_refs:
             self._ensure_fd_no_transport(fd)
         watch = table.pop(fd, None)
@@ -122,8 +138,9 @@ class ReadinessMethods(asyncio.BaseEventLoop):
 
     def _end(self, watch: _Watch) -> None:
         watch.handle.cancel()
-        if watch.stream is not None:
-            self._proactor.cancel(watch.stream)
+        stream, watch.stream = watch.stream, None  # which refers to the watch
+        if stream is not None and not self._proactor.drop(stream):
+            self._proactor.cancel(stream)
 
     def _report_lost_watch(self, watch: _Watch, error: BaseException) -> None:
         watch.handle.cancel()
@@ -138,12 +155,9 @@ class ReadinessMethods(asyncio.BaseEventLoop):
             )
 
 
-def _number_in(table: dict[int, _Watch], source: HandleLike) -> int:
-    """The number that `source` is watched under.  A closed socket has lost its own, but may still be removed."""
-    try:
-        return fileno(source)
-    except ValueError:
-        for fd, watch in table.items():
-            if watch.source is source:
-                return fd
-        raise
+def _number_of_closed(table: dict[int, _Watch], source: HandleLike) -> int | None:
+    """The number that `source` is watched under, which has lost its own; None: it is not watched."""
+    for fd, watch in table.items():
+        if watch.source is source:
+            return fd
+    return None

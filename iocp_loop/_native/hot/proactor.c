@@ -85,7 +85,7 @@ static PyMethodDef requests_methods[] = {
      "receive_stream($self, sock, deliver, get_buffer=None, /)\n--\n\n"
      "Receive until the end: ``deliver(data, None)``; see :class:`~iocp_loop.operations.ReceiveStream`."},
     {"drop", (PyCFunction)requests_drop, METH_O,
-     "End a receive stream at once, of whose end nobody needs to be told; False if it has to be cancelled."},
+     "End a stream at once, of whose end nobody needs to be told; False if it has to be cancelled."},
     {NULL, NULL, 0, NULL},
 };
 
