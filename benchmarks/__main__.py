@@ -320,7 +320,9 @@ def _parser() -> argparse.ArgumentParser:
     window(sub, 2.0)
 
     sub = add(_parallel, "parallel", "loops in threads of one process, beside one")
-    sub.add_argument("--mode", nargs="+", choices=parallel.MODES, default=["protocol", "streams", "raw"])
+    sub.add_argument(
+        "--mode", nargs="+", choices=parallel.MODES, default=["protocol", "streams", "named-streams", "raw"]
+    )
     sub.add_argument("--threads", nargs="+", type=_count, default=[2], help="beside one (default: 2)")
     sub.add_argument("--size", nargs="+", type=_bytes, default=[1024], help="message sizes, such as 1k or 100")
     sub.add_argument("--connections", nargs="+", type=_count, default=[50], help="for each thread (default: 50)")

@@ -29,6 +29,7 @@ CTRL_C = """
         assert ctypes.windll.kernel32.GenerateConsoleCtrlEvent(0, 0)
 
     async def sleep():
+        threading.Thread(target=press).start()  # not before: on a busy machine 0.3 s pass until a loop runs
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
@@ -37,7 +38,8 @@ CTRL_C = """
 
     if sys.argv[2:] == ["again"]:
         iocp_loop.new_event_loop("iocp").close()
-    threading.Thread(target=press).start()
+    if sys.argv[1] != "run":
+        threading.Thread(target=press).start()
     started = time.perf_counter()
     try:
         if sys.argv[1] == "get":

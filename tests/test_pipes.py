@@ -539,6 +539,24 @@ def test_an_unclosed_transport_warns_and_closes(driver: str, pipe: Pipe) -> None
     assert closed(writer)
 
 
+def test_an_unclosed_transport_without_its_pipe_warns_only(driver: str, pipe: Pipe) -> None:
+    loop = iocp_loop.new_event_loop(driver)
+    transports: list[Any] = [
+        loop.run_until_complete(loop.connect_read_pipe(Recorder, pipe[0]))[0],
+        loop.run_until_complete(loop.connect_write_pipe(Recorder, pipe[1]))[0],
+    ]
+    loop.run_until_complete(turns())
+    loop.close()
+    for transport in transports:
+        transport._pipe = None  # as tests of CPython's do
+    del transport
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transports.clear()
+        gc.collect()
+    assert [warning.category for warning in caught] == [ResourceWarning, ResourceWarning]
+
+
 async def test_callbacks_run_in_the_context_of_the_caller(loop: iocp_loop.IocpEventLoop, incoming: Pipe) -> None:
     import contextvars
 

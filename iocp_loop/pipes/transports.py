@@ -59,7 +59,8 @@ class PipeTransport(Life):
         self._pipe = None
 
     def _give_up(self) -> None:
-        self._pipe.close()
+        if self._pipe is not None:  # as in asyncio, one may have taken it away
+            self._pipe.close()
 
     def _note_the_peer_left(self) -> None:
         if self._loop.get_debug():

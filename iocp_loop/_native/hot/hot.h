@@ -194,7 +194,6 @@ void clear_slots(PyObject *self, const PyTypeObject *class);
     NAME(done, "done") \
     NAME(drain_ready, "_drain_ready") \
     NAME(drop, "drop") \
-    NAME(end, "_end") \
     NAME(end_stream, "_end_stream") \
     NAME(end_unclosed, "_end_unclosed") \
     NAME(end_with, "_end_with") \

@@ -121,10 +121,10 @@ int uring_prep_receive_stream(uring *ring, int fd, uint64_t token)
     return push(ring, &sqe);
 }
 
-int uring_prep_read(uring *ring, int fd, uint64_t token, void *data, uint32_t size, int64_t offset)
+static int prep_file(uring *ring, uint8_t opcode, int fd, uint64_t token, const void *data, uint32_t size, int64_t offset)
 {
     struct uring_sqe sqe = {
-        .opcode = OP_READ,
+        .opcode = opcode,
         .fd = fd,
         .offset = (uint64_t)offset,
         .addr = address_of(data),
@@ -134,17 +134,14 @@ int uring_prep_read(uring *ring, int fd, uint64_t token, void *data, uint32_t si
     return push(ring, &sqe);
 }
 
+int uring_prep_read(uring *ring, int fd, uint64_t token, void *data, uint32_t size, int64_t offset)
+{
+    return prep_file(ring, OP_READ, fd, token, data, size, offset);
+}
+
 int uring_prep_write(uring *ring, int fd, uint64_t token, const void *data, uint32_t size, int64_t offset)
 {
-    struct uring_sqe sqe = {
-        .opcode = OP_WRITE,
-        .fd = fd,
-        .offset = (uint64_t)offset,
-        .addr = address_of(data),
-        .len = size,
-        .user_data = token,
-    };
-    return push(ring, &sqe);
+    return prep_file(ring, OP_WRITE, fd, token, data, size, offset);
 }
 
 int uring_cancel(uring *ring, uint64_t token)
