@@ -266,25 +266,36 @@ static int close_handle(const struct hot *hot, PyObject *self, PyObject *ignored
     return failed;
 }
 
+/* The exception that is on its way after a step, which follows upon `error`, that of an earlier one (or NULL, and taken over). */
+static PyObject *error_after(PyObject *error, int failed)
+{
+    if (!failed)
+        return error;
+    PyObject *later = take_exception();
+    if (error != NULL)
+        PyException_SetContext(later, error);
+    return later;
+}
+
 PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception)
 {
     const struct hot *hot = hot_of_stream(self);
     if (hot == NULL)
         return NULL;
     struct stream *stream = stream_of(self);
-    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *error = NULL;
-    if (protocol == NULL || done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_lost, exception)) < 0)
-        error = take_exception();
+    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *error;
+    error = error_after(NULL, protocol == NULL
+                                  || done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_lost, exception)) < 0);
     Py_XDECREF(protocol);
     /* It may keep the transport, and then only the collector would free the two. */
     put_reference(self, &stream->protocol, Py_NewRef(Py_None));
-    int failed = happens(hot, self, TOLD, NULL) < 0 || leave_server(hot, self) < 0;
-    if (error != NULL && !failed)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
-    if (failed || PyErr_Occurred())
-        return NULL;
-    Py_RETURN_NONE;
+    error = error_after(error, happens(hot, self, TOLD, NULL) < 0);
+    error = error_after(error, leave_server(hot, self) < 0);
+    if (error == NULL)
+        Py_RETURN_NONE;
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+    return NULL;
 }
 
 /* Before it is freed: nobody has closed it. */
