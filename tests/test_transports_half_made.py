@@ -181,6 +181,22 @@ async def test_a_server_forgets_a_connection_whose_end_fails(
     await asyncio.wait_for(server.wait_closed(), LIMIT)
 
 
+async def test_the_end_comes_although_what_is_in_flight_can_not_be_stopped(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport: Any = protocol.transport
+    transport._file = loop.create_future()
+
+    def fail_file() -> None:
+        raise KeyboardInterrupt
+
+    transport._fail_file = fail_file
+    with pytest.raises(KeyboardInterrupt):
+        transport.abort()
+    await until(lambda: protocol.finished)
+    assert protocol.lost is None
+    transport._file = None
+
+
 async def test_a_listener_whose_parts_are_taken_away(loop: Loop) -> None:
     protocol = Recorder()
 
