@@ -159,7 +159,7 @@ async def test_a_server_forgets_a_connection_whose_end_fails(
     """Every step of the end is taken, whatever comes out of the ones before; their exceptions are reported as one."""
 
     class Odd(Recorder):
-        def connection_lost(self, exc: Exception | None) -> None:
+        def connection_lost(self, exc: BaseException | None) -> None:
             super().connection_lost(exc)
             if raises:
                 raise OnPurpose
