@@ -15,6 +15,7 @@ The native tier has the same table in C (``_native/hot/life.c``), for connection
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import enum
 import logging
 import warnings
@@ -26,7 +27,7 @@ from .debugging import context_for, unclosed
 from .operations import Operation
 from .proactor import Proactor
 
-__all__ = ["CLOSED", "CLOSING", "LIFE", "LOST", "MADE", "OPEN", "OVER", "Event", "Life", "LifeBase", "State"]
+__all__ = ["CLOSE", "CLOSED", "CLOSING", "LIFE", "LOST", "MADE", "OPEN", "OVER", "Event", "Life", "LifeBase", "State"]
 
 _logger = logging.getLogger("asyncio")
 
@@ -42,30 +43,31 @@ class State(enum.IntEnum):
     CLOSED = 6  # and so is the handle
 
 
-class Event(enum.Enum):
+class Event(enum.IntEnum):
     """What happens to it."""
 
-    BEGIN = "its turn to begin"
-    CLOSE = "close() with something queued, or the peer's end"
-    LOSE = "abort(), an error, or nothing left to send"
-    TOLD = "connection_lost has run"
-    LET_GO = "no operation is in flight"
+    BEGIN = 0  # its turn to begin
+    CLOSE = 1  # close() with something queued, or the peer's end
+    LOSE = 2  # abort(), an error, or nothing left to send
+    TOLD = 3  # connection_lost has run
+    LET_GO = 4  # no operation is in flight
 
 
 MADE, OPEN, CLOSING, LOST, OVER, CLOSED = State
+_BEGIN, CLOSE, _LOSE, _TOLD, _LET_GO = Event
 
 #: In this state, at this event: the next state, and the method that is called then.
-LIFE: dict[tuple[int, Event], tuple[State, str]] = {
-    (MADE, Event.BEGIN): (OPEN, "_tell_of_connection"),
-    (CLOSING, Event.BEGIN): (CLOSING, "_tell_of_connection"),
-    (LOST, Event.BEGIN): (LOST, "_tell_of_connection"),
-    (MADE, Event.CLOSE): (CLOSING, "_stop_receiving"),
-    (OPEN, Event.CLOSE): (CLOSING, "_stop_receiving"),
-    (MADE, Event.LOSE): (LOST, "_schedule_loss"),
-    (OPEN, Event.LOSE): (LOST, "_schedule_loss"),
-    (CLOSING, Event.LOSE): (LOST, "_schedule_loss"),
-    (LOST, Event.TOLD): (OVER, "_release"),
-    (OVER, Event.LET_GO): (CLOSED, "_close_handle"),
+LIFE: dict[tuple[int, int], tuple[State, str]] = {
+    (MADE, _BEGIN): (OPEN, "_tell_of_connection"),
+    (CLOSING, _BEGIN): (CLOSING, "_tell_of_connection"),
+    (LOST, _BEGIN): (LOST, "_tell_of_connection"),
+    (MADE, CLOSE): (CLOSING, "_stop_receiving"),
+    (OPEN, CLOSE): (CLOSING, "_stop_receiving"),
+    (MADE, _LOSE): (LOST, "_schedule_loss"),
+    (OPEN, _LOSE): (LOST, "_schedule_loss"),
+    (CLOSING, _LOSE): (LOST, "_schedule_loss"),
+    (LOST, _TOLD): (OVER, "_release"),
+    (OVER, _LET_GO): (CLOSED, "_close_handle"),
 }
 
 
@@ -155,7 +157,7 @@ class Life(LifeBase):
         asyncio.BaseTransport.__init__(self, extra)
         self._loop = loop
         # Receiving happens in one context, as it does in the handle that asyncio's own loops keep for a reader.
-        self._context = context_for(loop)
+        self._context = context_for(loop) if loop.get_debug() else contextvars.copy_context()
         self._writes_after_loss = 0
         self.set_protocol(protocol)
         loop.call_soon(self._begin, waiter)
@@ -175,7 +177,7 @@ class Life(LifeBase):
 
     def close(self) -> None:
         """Send what is queued, then close; ``connection_lost(None)`` follows."""
-        if self._happens(Event.CLOSE) and not self._is_sending():
+        if self._happens(CLOSE) and not self._is_sending():
             self._lose_connection(None)
 
     # -- what differs ------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ class Life(LifeBase):
 
     # -- the machine -------------------------------------------------------------------------------
 
-    def _happens(self, event: Event, *args: Any) -> bool:
+    def _happens(self, event: int, *args: Any) -> bool:
         """Take the step of LIFE; False if there is none."""
         step = LIFE.get((self._state, event))
         if step is None:
@@ -223,7 +225,7 @@ class Life(LifeBase):
         return True
 
     def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        self._happens(Event.BEGIN, waiter)
+        self._happens(_BEGIN, waiter)
 
     def _tell_of_connection(self, waiter: asyncio.Future[None] | None) -> None:
         try:
@@ -240,7 +242,7 @@ class Life(LifeBase):
             waiter.set_result(None)
 
     def _lose_connection(self, exc: BaseException | None) -> None:
-        self._happens(Event.LOSE, exc)
+        self._happens(_LOSE, exc)
 
     def _schedule_loss(self, exc: BaseException | None) -> None:
         try:
@@ -253,9 +255,9 @@ class Life(LifeBase):
             self._protocol.connection_lost(exc)
         finally:
             self._protocol = None  # it may keep the transport, and then only the collector would free the two
-            self._happens(Event.TOLD)
+            self._happens(_TOLD)
 
     def _release(self) -> None:
         """Close the handle when the protocol is done with it and the kernel too."""
         if self._state == OVER and self._may_be_closed():
-            self._happens(Event.LET_GO)
+            self._happens(_LET_GO)

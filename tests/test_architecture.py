@@ -210,6 +210,15 @@ def test_nothing_in_c_belongs_to_the_process() -> None:
     assert found == set(OF_THE_PROCESS)
 
 
+@pytest.mark.parametrize(("binding", "header"), [("iocp", "windows/iocp.h"), ("uring", "linux/uring.h")])
+def test_what_is_called_of_a_binding_is_declared(binding: str, header: str) -> None:
+    """Who takes a function away sees here that a test on the other system calls it."""
+    declared = c_code(PACKAGE / "_native" / header)
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for name in re.findall(rf"\blib\.({binding}_\w+)", path.read_text(encoding="utf-8")):
+            assert re.search(rf"\b{name}\(", declared), f"{path.name} calls {name}, which {header} lacks"
+
+
 def test_the_page_shows_every_module() -> None:
     picture = PAGE[PAGE.index("## The layers") : PAGE.index("## The way of a byte")]
     for path in modules().values():

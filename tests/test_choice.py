@@ -372,7 +372,7 @@ loop = iocp_loop.new_event_loop("uring")
 refuse_io_uring(1, [425, 426])
 for _ in range(2):
     try:
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.sleep(0.001))
     except PermissionError as error:
         print(error)
 loop.close()

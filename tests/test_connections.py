@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import inspect
 import socket
 import sys
 import time
@@ -427,6 +428,18 @@ def test_the_short_way_ends_as_asyncios(loop: Loop, listener: socket.socket, ref
         ((host, port), {"ssl_handshake_timeout": 0}),
         ((host, port), {"sock": listener}),
         ((host, port), {"interleave": 1}),
+        ((host, port), {"ssl": 0, "proto": False, "flags": 0.0}),
+        ((host, port), {"interleave": 0, "ssl_shutdown_timeout": None}),
+        ((host, port), {"server_hostname": Odd(equal=True)}),
+        ((host, port), {"server_hostname": Odd(equal=False)}),
+        ((host, port), {"family": Odd(equal=False)}),
+        ((host, port), {"local_addr": Odd(equal=True)}),
+        ((host, port), {"ssl_handshake_timeout": Odd(equal=True)}),
+        (("::1%lo", refused[1]), {}),
+        (("127.0.0.1\0", port), {}),
+        (("\udc80", port), {}),
+        ((type("Host", (str,), {})(host), port), {}),
+        ((host, object()), {}),
         (refused, {}),
         ((host, 65536), {}),
         ((host, -1), {}),
@@ -437,10 +450,61 @@ def test_the_short_way_ends_as_asyncios(loop: Loop, listener: socket.socket, ref
         ((host.encode(), port), {}),
         ((None, None), {}),
     ]
+    if sys.version_info >= (3, 12):
+        cases += [((host, port), {"all_errors": True}), (refused, {"all_errors": True})]
     stock: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
     with contextlib.closing(stock):
         for args, options in cases:
             assert how_it_ends(loop, *args, **options) == how_it_ends(stock, *args, **options), (args, options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((asyncio.Protocol, "127.0.0.1", 1), {"what": 1}),
+        ((asyncio.Protocol, "127.0.0.1", 1, None), {}),
+        ((asyncio.Protocol, "127.0.0.1"), {"host": "127.0.0.1"}),
+        ((), {}),
+        *([] if sys.version_info >= (3, 12) else [((asyncio.Protocol, "127.0.0.1", 1), {"all_errors": True})]),
+    ],
+)
+def test_a_wrong_call_of_create_connection_fails_as_asyncios(
+    loop: Loop, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """At once, and not when somebody awaits it."""
+    said: list[str] = []
+    stock = asyncio.SelectorEventLoop()
+    with contextlib.closing(stock):
+        for one in (loop, stock):
+            with pytest.raises(TypeError) as raised:
+                _ = one.create_connection(*args, **options)
+            said.append(str(raised.value))
+    assert said[0] == said[1]
+
+
+def test_create_connection_looks_as_asyncios(loop: Loop) -> None:
+    ours: Any = type(loop).create_connection
+    whole: Any = asyncio.BaseEventLoop.create_connection
+    assert inspect.iscoroutinefunction(ours)
+    assert inspect.signature(ours, follow_wrapped=False) == inspect.signature(whole)
+    assert ours.__qualname__ == whole.__qualname__
+    coroutine = loop.create_connection(asyncio.Protocol, "127.0.0.1", 1)
+    assert inspect.iscoroutine(coroutine)
+    coroutine.close()
+
+
+class Odd:
+    """Equal to everything, or cannot be compared."""
+
+    def __init__(self, equal: bool) -> None:
+        self._equal = equal
+
+    def __eq__(self, other: object) -> bool:
+        if not self._equal:
+            raise ValueError("neither true nor false")
+        return True
+
+    __hash__ = object.__hash__
 
 
 @pytest.mark.parametrize("debug", [False, True])

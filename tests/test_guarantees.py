@@ -78,6 +78,19 @@ def test_every_row_has_a_test_or_says_that_it_has_none() -> None:
         assert "::" in row[-1] or any(words in row[-1] for words in NO_TEST), row[0]
 
 
+def test_a_row_says_where_its_tests_are_skipped() -> None:
+    for row in rows(PAGES[0]):
+        for file, name, note in re.findall(r"`(test_\w+\.py)::(\w+)`([^`]*)", row[-1]):
+            tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+            (test,) = (one for one in tree.body if getattr(one, "name", None) == name)
+            assert isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef)
+            marks = " ".join(map(ast.unparse, test.decorator_list))
+            if "skipif(WINDOWS" in marks:
+                assert "on Unix" in row[-1] or "on Linux" in row[-1], f"{file}::{name} does not run on Windows"
+            if re.search(r"^pytest\.mark\.skipif\(WINE", marks):
+                assert "Wine" in note, f"{file}::{name} does not run under Wine"
+
+
 # -- readiness -------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import tracemalloc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -357,6 +358,45 @@ def test_much_data_both_ways(port: CompletionPort, pair: Pair) -> None:
         assert result(port, ops.SendAll(ours, pieces)) == len(data)
         ours.shutdown(socket.SHUT_WR)
     assert got == [data]
+
+
+@pytest.mark.parametrize("count", [5, 500], ids=["a few", "more than a request may name"])
+def test_what_is_sent_of_several_buffers_is_counted_by_32_bits(
+    port: CompletionPort, pair: Pair, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system counts the bytes of a request in a DWORD: of 4 GiB and some it would report some, sent again then."""
+    asked: list[int] = []
+    send, send_gathered = lib.iocp_send, lib.iocp_send_gathered
+
+    def note_send(fd: int, sub: Any, buffer: Any, size: int) -> Any:
+        asked.append(size)
+        return send(fd, sub, buffer, size)
+
+    def note_gathered(fd: int, sub: Any, number: int, buffers: Any, sizes: Any) -> Any:
+        asked.append(sum(sizes[0:number]))
+        return send_gathered(fd, sub, number, buffers, sizes)
+
+    monkeypatch.setattr(lib, "iocp_send", note_send)
+    monkeypatch.setattr(lib, "iocp_send_gathered", note_gathered)
+    everything = (4 << 30) + 5000
+    front = bytes(range(250)) * 8
+    piece = memoryview(bytes(everything // count - len(front) // count))
+    tracemalloc.start()
+    op = ops.SendAll(pair[0], [*(front[n : n + 50] for n in range(0, 2000, 50)), *[piece] * count])
+    port.register(pair[0])
+    port.submit(op)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20  # none but the front is copied
+    tracemalloc.stop()
+    got: list[bytes] = []
+    with in_thread(lambda: got.append(read_exactly(pair[1], 2 << 20))):
+        while not got:
+            assert port.get(0.05) is None
+    assert got[0] == front + bytes((2 << 20) - len(front))
+    port.cancel(op)
+    completion = port.get(LIMIT)
+    assert completion is not None
+    assert completion.operation is op
+    assert max(asked) <= 1 << 20
 
 
 # -- UNIX sockets ----------------------------------------------------------------------------------

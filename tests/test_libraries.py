@@ -200,13 +200,14 @@ def test_aiodebug_sees_slow_callbacks(driver: str, debug: str) -> None:
             loop = asyncio.get_running_loop()
             log_slow_callbacks.enable(0.05, lambda name, duration: slow.append(name))
             await asyncio.sleep(0)
-            loop.call_soon(time.sleep, 0.06)
-            loop.call_later(0.01, time.sleep, 0.06)
-            await asyncio.sleep(0.1)
+            loop.call_soon(time.sleep, 0.1)  # more than it takes: aiodebug asks a clock that may tick each 16 ms
+            loop.call_later(0.01, time.sleep, 0.1)
+            await asyncio.sleep(0.15)
 
         with asyncio.Runner(loop_factory=new_loop, debug=bool(sys.argv[2])) as runner:
             runner.run(main())
-        assert len(slow) == 2 and all("sleep" in name for name in slow), slow
+        # On a busy machine others may be slow as well.
+        assert len([name for name in slow if "sleep(0.1)" in name]) == 2, slow
         """,
         driver,
         debug,

@@ -69,6 +69,33 @@ def until_values(rig: Rig, op: Operation, count: int = 1) -> None:
     rig.until(lambda: len(rig.values(op)) == count)
 
 
+# -- the ring --------------------------------------------------------------------------------------
+
+
+@needs_uring
+def test_a_ring_is_made_when_there_is_something_for_it(rig: Rig, pair: Pair) -> None:
+    """To make one costs more than all the rest of a loop that neither sleeps nor waits for anything."""
+    driver: Any = rig.driver
+    for _ in range(3):
+        driver.wait(0)
+        driver.dispatch()
+    assert driver._ring is None
+    rig.submit(ops.Readiness(pair[0], READABLE))
+    driver.wait(0)
+    assert driver._ring is not None
+
+
+@needs_uring
+def test_what_wrote_to_the_waker_before_there_was_a_ring_ends_the_first_sleep(rig: Rig) -> None:
+    driver: Any = rig.driver
+    driver.wait(0)
+    driver._waker.wake()  # as the system does for a signal
+    begun = time.monotonic()
+    driver.wait(LIMIT)
+    assert time.monotonic() - begun < LIMIT / 2
+    assert driver._ring is not None
+
+
 # -- the queues ------------------------------------------------------------------------------------
 
 

@@ -8,38 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import socket
 from asyncio import base_events
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..system import NONBLOCKING
 
 __all__ = ["ConnectingMethods"]
 
-#: What BaseEventLoop does if it is not told otherwise.
-_DEFAULTS = {
-    name: one.default
-    for name, one in inspect.signature(asyncio.BaseEventLoop.create_connection).parameters.items()
-    if one.kind is one.KEYWORD_ONLY
-}
+#: With the parameters of the running Python's own, so that a wrong call fails as it does there, before it is awaited.
+_SHORT_WAY = """
+async def create_connection(self, protocol_factory, host=None, port=None, *, {parameters}):
+    if type(host) is str and type(port) is int and {plain} and not self.get_debug():
+        known = literal(host, port)
+        if known is not None:
+            return await self._connect_to(protocol_factory, *known)
+    return await super(this_class, self).create_connection(protocol_factory, host, port, {options})
+"""
 
 
 class ConnectingMethods(asyncio.BaseEventLoop):
     """The part of the loop that makes connections of the Internet."""
-
-    if not TYPE_CHECKING:  # what it takes is for the running Python to say, and for the type checker typeshed
-
-        @functools.wraps(asyncio.BaseEventLoop.create_connection)
-        async def create_connection(self, protocol_factory, host=None, port=None, **options):
-            """As BaseEventLoop's, by the short way where that applies; not in debug mode, which logs its steps."""
-            plain = type(host) is str and type(port) is int and options.items() <= _DEFAULTS.items()
-            if plain and not self.get_debug():
-                known = _literal(host, port)
-                if known is not None:
-                    return await self._connect_to(protocol_factory, *known)
-            return await super().create_connection(protocol_factory, host, port, **options)
 
     async def _connect_to(
         self, protocol_factory: Callable[[], asyncio.BaseProtocol], family: int, kind: int, proto: int, address: Any
@@ -64,3 +54,26 @@ def _literal(host: str, port: int) -> tuple[int, int, int, Any] | None:
         return None
     family, kind, proto, _, address = info
     return int(family), int(kind) | NONBLOCKING, int(proto), address
+
+
+def _short_way(whole: Any) -> Callable[..., Any]:
+    """create_connection: as `whole`, which is BaseEventLoop's; by the short way where every option is the default.
+
+    Not in debug mode, which logs its steps.
+    """
+    defaults = whole.__kwdefaults__
+    source = _SHORT_WAY.format(
+        parameters=", ".join(f"{name}=None" for name in defaults),
+        plain=" and ".join(f"{name} is default_{name}" for name in defaults),
+        options=", ".join(f"{name}={name}" for name in defaults),
+    )
+    names = {f"default_{name}": default for name, default in defaults.items()}
+    names |= {"__name__": __name__, "this_class": ConnectingMethods, "literal": _literal}
+    exec(compile(source, f"<create_connection in {__name__}>", "exec"), names)  # of names that asyncio has chosen
+    function: Any = functools.wraps(whole)(names["create_connection"])
+    function.__kwdefaults__ = dict(defaults)
+    return cast("Callable[..., Any]", function)
+
+
+if not TYPE_CHECKING:  # what it takes is for the running Python to say, and for the type checker typeshed
+    ConnectingMethods.create_connection = _short_way(asyncio.BaseEventLoop.create_connection)

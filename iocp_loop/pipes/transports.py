@@ -70,14 +70,12 @@ class PipeTransport(Life):
 class ReadingSide(PipeTransport):
     """What reads, once there are bytes.  How they are read, and how a pause begins, is up to the subclass."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._paused = False
-        self._held: bytes | memoryview | None = None  # what came and is still to be delivered; empty: the end
-        super().__init__(*args, **kwargs)
+    _paused = False
+    _held: bytes | memoryview | None = None  # what came and is still to be delivered; empty: the end
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Switch protocols; the next data go to the new one."""
-        super().set_protocol(protocol)
+        self._protocol = protocol
         self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
 
     def is_reading(self) -> bool:

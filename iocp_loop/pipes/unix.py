@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .. import operations as ops
-from ..life import CLOSING, LOST, OVER, Event
+from ..life import CLOSE, CLOSING, LOST, OVER
 from ..operations import READABLE, WRITABLE, was_cancelled
 from ..proactor import Proactor
 from .transports import PipeTransport, ReadingSide, WritingSide
@@ -70,45 +70,64 @@ class _Watching(PipeTransport):
     def _details(self) -> str:
         return f"fd={self._fd}"
 
-    def _watch(self, op: ops.Operation, ready: Callable[[], object]) -> bool:
-        """Call `ready` when `op` completes; False where the poller refuses what is always ready.
-
-        `ready` is called in no context of its own.
-        """
-
-        def over() -> None:
-            op.complete = ops.is_over  # `deliver` and the operation refer to each other: part them
-            self._watches.discard(op)
+    def _watch_readable(self, ready: Callable[[], object]) -> ops.ReadinessStream | None:
+        """Call `ready` whenever there is something to read; None where the poller refuses what is always ready."""
 
         def deliver(events: Any, error: BaseException | None) -> None:
-            if not op.in_flight:
-                over()
-            if self._state >= OVER:
-                self._release()
-            elif error is None:
-                if self._state < LOST:
-                    ready()
-            elif not was_cancelled(error):
-                self._run(self._fatal_error, error)
+            if op.state is ops.DONE:
+                self._watch_is_over(op)
+            self._watch_tells(ready, error)
 
+        begin = self._proactor.watch_natively
+        begun = None if begin is None else begin(self._pipe, self._fd, READABLE, deliver)
+        if begun is None:
+            op = ops.ReadinessStream(self._pipe, READABLE)
+            return op if self._watch(op, deliver) else None
+        op = begun
+        self._watches.add(op)
+        return op
+
+    def _watch(self, op: ops.Operation, deliver: Callable[[Any, BaseException | None], object]) -> bool:
+        """Submit `op`; False where the poller refuses what is always ready.  `deliver` notes when it is over."""
         self._watches.add(op)
         try:
             self._proactor.start(op, deliver)
         except PermissionError:
-            over()
+            self._watch_is_over(op)
             return False
         except BaseException:
-            over()
+            self._watch_is_over(op)
             raise
         return True
 
+    def _watch_is_over(self, op: ops.Operation) -> None:
+        op.complete = ops.is_over  # it and what is called then refer to each other: part them
+        self._watches.discard(op)
+
+    def _watch_tells(self, ready: Callable[[], object], error: BaseException | None) -> None:
+        """`ready` is called in no context of its own."""
+        if self._state >= OVER:
+            self._release()
+        elif error is None:
+            if self._state < LOST:
+                ready()
+        elif not was_cancelled(error):
+            self._run(self._fatal_error, error)
+
     def _unwatch(self, op: ops.Operation | None) -> None:
         if op is not None:
-            self._proactor.cancel(op)
+            if self._proactor.drop(op):
+                self._watch_is_over(op)
+            else:
+                self._proactor.cancel(op)
 
     def _stop(self) -> None:
-        for op in list(self._watches):
-            self._proactor.cancel(op)
+        if self._watches:
+            for op in list(self._watches):
+                self._unwatch(op)
+
+    def _may_be_closed(self) -> bool:
+        return not self._watches or super()._may_be_closed()
 
     def _operations(self) -> Iterable[ops.Operation]:
         return self._watches
@@ -117,10 +136,8 @@ class _Watching(PipeTransport):
 class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
     """The reading end.  ValueError if `pipe` is a regular file or a directory."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._reading: ops.ReadinessStream | None = None
-        self._next_turn: asyncio.Handle | None = None
-        super().__init__(*args, **kwargs)
+    _reading: ops.ReadinessStream | None = None
+    _next_turn: asyncio.Handle | None = None
 
     def pause_reading(self) -> None:
         """Stop reading; what the pipe holds stays in it."""
@@ -152,15 +169,13 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
             self._run(self._go_on)
 
     def _wants_more(self) -> bool:
-        return self.is_reading() and self._held is None
+        return not self._paused and self._state < CLOSING and self._held is None
 
     def _arm(self) -> None:
         if self._reading is not None or self._next_turn is not None or not self._wants_more():
             return
-        op = ops.ReadinessStream(self._pipe, READABLE)
-        if self._watch(op, self._read):
-            self._reading = op
-        else:
+        self._reading = self._watch_readable(self._read)
+        if self._reading is None:
             self._next_turn = self._loop.call_soon(self._read_each_turn)
 
     def _read_each_turn(self) -> None:
@@ -183,7 +198,7 @@ class ReadPipeTransport(ReadingSide, _Watching, asyncio.ReadTransport):
             self._run(self._fatal_error, exc, "Fatal read error on pipe transport")
             return
         if not data:
-            self._happens(Event.CLOSE)
+            self._happens(CLOSE)
             self._note_the_peer_left()
             self._run(self._loop.call_soon, self._end_of_stream)  # which inherits the context
             return
@@ -218,8 +233,7 @@ class WritePipeTransport(WritingSide, _Watching):
         # read there says nothing about who is at the other end.
         one_way = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
         if stat.S_ISSOCK(self._mode) or (stat.S_ISFIFO(self._mode) and one_way):
-            self._peer = ops.ReadinessStream(self._pipe, READABLE)
-            self._watch(self._peer, functools.partial(self._run, self._look_at_peer))
+            self._peer = self._watch_readable(functools.partial(self._run, self._look_at_peer))
 
     def _look_at_peer(self) -> None:
         """The pipe is "readable": nobody reads at the other end any more, or a socket's peer has said something."""
@@ -261,13 +275,19 @@ class WritePipeTransport(WritingSide, _Watching):
     def _wait_until_writable(self) -> None:
         if self._writing is None:
             try:
-                self._writing = ops.Readiness(self._pipe, WRITABLE)
-                watched = self._watch(self._writing, self._in_this_context(self._write_on))
+                self._writing = op = ops.Readiness(self._pipe, WRITABLE)
+                watched = self._watch(op, functools.partial(self._writable, op, self._in_this_context(self._write_on)))
             except (OSError, ValueError) as exc:  # ValueError: somebody has closed it
                 self._write_failed(exc)
                 return
             if not watched:
                 self._loop.call_soon(self._write_on)
+
+    def _writable(
+        self, op: ops.Operation, write_on: Callable[[], object], events: Any, error: BaseException | None
+    ) -> None:
+        self._watch_is_over(op)
+        self._watch_tells(write_on, error)
 
     def _write_on(self) -> None:
         """Write what is queued, as much as the pipe takes."""

@@ -118,6 +118,8 @@ static int wait(Driver *driver, int64_t limit)
     int begun = epoll_before_wait(&self->epoll);
     if (begun || self->next < self->count)
         return begun < 0 ? -1 : 1;
+    if (self->ring == NULL && limit == 0 && PyDict_GET_SIZE(driver->in_flight) == 0)
+        return has_items(driver->ready); /* a loop that has neither slept nor begun anything needs no ring */
     if (self->ring == NULL && open_ring(self) < 0)
         return -1;
     if (self->ring == NULL)

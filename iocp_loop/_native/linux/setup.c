@@ -14,6 +14,7 @@
 #define POOL_COUNT_INCREMENTAL 16
 #define POOL_COUNT 256
 #define POOL_MEMORY (1U << 20)
+#define POOL_MAPPED (POOL_MEMORY + POOL_COUNT * sizeof(struct uring_buffer)) /* with the queue that lends them */
 
 static void *map_private(size_t size)
 {
@@ -108,12 +109,12 @@ static int lend_memory(uring *ring, int *step)
 
     *step = URING_STEP_MEMORY;
     ring->memory_size = POOL_MEMORY;
-    ring->memory = map_private(ring->memory_size);
-    ring->pool_ring_size = POOL_COUNT * sizeof(struct uring_buffer);
-    pool->ring = map_private(ring->pool_ring_size);
+    ring->memory = map_private(POOL_MAPPED);
+    if (ring->memory != NULL)
+        pool->ring = (struct uring_buffer *)(ring->memory + POOL_MEMORY); /* whole pages lie before it */
     ring->spent = calloc(POOL_COUNT, sizeof(uint16_t));
     pool->filled = calloc(POOL_COUNT_INCREMENTAL, sizeof(uint32_t));
-    if (ring->memory == NULL || pool->ring == NULL || ring->spent == NULL || pool->filled == NULL)
+    if (ring->memory == NULL || ring->spent == NULL || pool->filled == NULL)
         return -1;
 
     *step = URING_STEP_BUFFERS;
@@ -127,7 +128,7 @@ static int lend_memory(uring *ring, int *step)
     return pool_register(ring, POOL_COUNT, 0);
 }
 
-static int set_up(uring *ring, int *step)
+static int set_up(uring *ring, int check, int *step)
 {
     struct setup_params params = {
         .cq_entries = CQ_ENTRIES,
@@ -146,7 +147,7 @@ static int set_up(uring *ring, int *step)
         return -1;
     }
     *step = URING_STEP_OPCODES;
-    if (has_opcodes(ring->fd) < 0)
+    if (check && has_opcodes(ring->fd) < 0)
         return -1;
     *step = URING_STEP_MEMORY;
     if (map_queues(ring, &params) < 0)
@@ -166,7 +167,7 @@ uring *uring_open(int flags, int wake_fd, int epoll_fd, int *step)
     ring->wake_fd = wake_fd;
     ring->epoll_fd = epoll_fd;
     pthread_mutex_init(&ring->lock, NULL);
-    if (set_up(ring, step) < 0) {
+    if (set_up(ring, flags & URING_CHECK, step) < 0) {
         int error = errno;
         uring_close(ring, 0);
         errno = error;
@@ -191,12 +192,8 @@ void uring_close(uring *ring, int keep_memory)
         munmap(ring->sqes, ring->sqes_size);
     if (ring->rings != NULL)
         munmap(ring->rings, ring->rings_size);
-    if (!keep_memory) {
-        if (ring->pool.ring != NULL)
-            munmap(ring->pool.ring, ring->pool_ring_size);
-        if (ring->memory != NULL)
-            munmap(ring->memory, ring->memory_size);
-    }
+    if (!keep_memory && ring->memory != NULL)
+        munmap(ring->memory, POOL_MAPPED);
     free_structure(ring);
 }
 

@@ -36,6 +36,7 @@
 /* What uring_open is asked for. */
 #define URING_SHARED 1 /* any thread may use the ring; see uring_open */
 #define URING_PLAIN 2  /* no incremental buffers, as before Linux 6.12 */
+#define URING_CHECK 4  /* see whether the kernel has all operations; once in a process is enough */
 
 /* Where uring_open stopped. */
 enum uring_step {
@@ -96,7 +97,6 @@ typedef struct uring {
     struct uring_cqe *cqes;
 
     struct uring_pool pool;
-    size_t pool_ring_size;
     uint16_t *spent; /* numbers of the buffers in the batch that go back to the kernel with the next wait */
     unsigned spent_count;
 } uring;

@@ -49,6 +49,9 @@ static BOOL WINAPI on_console_event(DWORD event)
 /* Which signal of Python a closed console, a log-off and a shutdown are; 0: none, they end the process. */
 void iocp_set_closing_signal(int number) { InterlockedExchange(&closing_signal, number); }
 
+/* For tests, which run in no service: take this process for one, or no longer. */
+void iocp_set_service(int yes) { InterlockedExchange(&is_service, yes); }
+
 /* Let console events wake `port`, or no longer.  ERROR_NOT_ENOUGH_MEMORY where there is no room to note it. */
 long add_console_port(HANDLE port)
 {

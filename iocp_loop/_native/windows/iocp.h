@@ -71,6 +71,7 @@ typedef struct iocp_port {
 
 long iocp_start(void);
 void iocp_set_closing_signal(int number);
+void iocp_set_service(int yes); /* for tests */
 unsigned long iocp_error_of_status(unsigned long status, int socket);
 int iocp_has_wait_packets(void);
 long iocp_port_open(iocp_port *port, unsigned long concurrency);

@@ -57,16 +57,16 @@ class SocketRequests(IocpRequests):
 
     def _send_gathered(self, sub: Submission) -> None:
         """Send what is left of a SendAll, or the front of it, as much as a request may have."""
-        op = sub.op
-        if len(op.buffers) > lib.IOCP_GATHER_LIMIT:
-            op.buffers = [memoryview(b"".join(op.buffers))]
         room = LARGEST_SEND
-        sub.keep = views = []
-        for view in op.buffers:
+        views: list[memoryview] = []
+        for view in sub.op.buffers:
             views.append(memoryview(view)[:room])
             room -= views[-1].nbytes
             if not room:
                 break
+        if len(views) > lib.IOCP_GATHER_LIMIT:
+            views = [memoryview(b"".join(views))]
+        sub.keep = views
         pieces = [pointer_to(view) for view in views]
         if len(pieces) == 1:
             self._request(sub, lib.iocp_send, pieces[0], views[0].nbytes)

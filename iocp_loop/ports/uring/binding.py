@@ -48,7 +48,7 @@ def probe() -> str | None:
     if not hasattr(os, "eventfd"):
         return "this Python was built without os.eventfd, by which the ring is woken; take one that has it"
     try:
-        ring = open_ring(-1, -1, shared=False)
+        ring = open_ring(-1, -1, shared=False, check=True)
     except OSError as error:
         return error.strerror
     code = lib.uring_wait(ring, 0, 0)
@@ -70,13 +70,15 @@ def why_enter_failed(code: int) -> str:
     return _why_open_failed(lib.URING_STEP_SETUP, code)
 
 
-def open_ring(wake_fd: int, epoll_fd: int, *, shared: bool) -> Any:
+def open_ring(wake_fd: int, epoll_fd: int, *, shared: bool, check: bool = False) -> Any:
     """A new ring (``uring *``), for this thread or, if `shared`, for any.  OSError says why there is none.
 
     Writing to the eventfd `wake_fd` ends a wait in the ring, and so does an event of the epoll instance `epoll_fd`.
+    `check`: look whether the kernel has all operations, which `probe` does for all later rings.
     """
     step = ffi.new("int *")
-    ring = lib.uring_open(lib.URING_SHARED if shared else 0, wake_fd, epoll_fd, step)
+    flags = (lib.URING_SHARED if shared else 0) | (lib.URING_CHECK if check else 0)
+    ring = lib.uring_open(flags, wake_fd, epoll_fd, step)
     if ring == ffi.NULL:
         code = ffi.errno
         raise OSError(code, _why_open_failed(step[0], code))

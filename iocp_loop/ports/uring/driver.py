@@ -25,10 +25,11 @@ holds no file open, keeps what waits on a descriptor in order, and wakes everybo
 Who owns what
 -------------
 * The ring belongs to the thread that waits in it (``SINGLE_ISSUER`` and ``DEFER_TASKRUN`` make it much cheaper, and
-  the kernel answers every other thread with EEXIST).  It is made by the first ``wait``; when another thread takes over,
-  what the old queue still holds is delivered first, then a new ring is made and its requests are submitted again.  A
-  port for several threads (`concurrency` above 1) has a ring without these flags.  There a request is handed over by
-  whoever submits it, and is cancelled if that thread exits: ECANCELED that nobody asked for submits it again.
+  the kernel answers every other thread with EEXIST).  It is made by the first ``wait`` that sleeps or has anything
+  in flight; when another thread takes over, what the old queue still holds is delivered first, then a new ring is made
+  and its requests are submitted again.  A port for several threads (`concurrency` above 1) has a ring without these
+  flags.  There a request is handed over by whoever submits it, and is cancelled if that thread exits: ECANCELED that
+  nobody asked for submits it again.
 * No request is ever half done while it is in flight, which is what makes submitting again safe.
 * Memory that the kernel reads or writes hangs on `driver_data` of the operation, and the in-flight table holds the
   operation until its last completion.  The memory is held by a memoryview of our own, whatever becomes of the

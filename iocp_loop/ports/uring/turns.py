@@ -56,6 +56,8 @@ class PythonUringTurns(PythonPollTurns):
         if self._undispatched or length_hint(self._events):
             return  # an exception has ended the dispatch, or this is a run inside of it: it goes on first
         if self._ring is None:
+            if timeout is not None and timeout <= 0 and not self.in_flight:
+                return  # a loop that has neither slept nor begun anything needs no ring
             self._open_ring()
         if self._ring is None:
             super().wait(timeout)
