@@ -156,7 +156,7 @@ class SocketTransport(Connection):
         Each call may pause, and the rest is held; close, and it is dropped; or set a protocol, and it is that one's.
         """
         try:
-            while data and self.is_reading():
+            while data and self._takes_data():
                 if not self._buffered:
                     rest, data = data, data[:0]
                     self._received(bytes(rest), None)
@@ -181,6 +181,10 @@ class SocketTransport(Connection):
 
     def is_reading(self) -> bool:
         """False while paused or closing."""
+        return self._takes_data()
+
+    def _takes_data(self) -> bool:
+        # Apart from is_reading, which a subclass or an instance may replace: what it says moves no data.
         return not self._paused and self._state < CLOSING
 
     def pause_reading(self) -> None:
@@ -208,7 +212,7 @@ class SocketTransport(Connection):
 
     def _deliver_held(self) -> None:
         try:
-            while self._held and self.is_reading():
+            while self._held and self._takes_data():
                 (value, error), *rest = self._held
                 self._held = tuple(rest)
                 if self._buffered:
@@ -216,7 +220,7 @@ class SocketTransport(Connection):
                 else:
                     self._received(value, error)
         finally:
-            if self.is_reading():
+            if self._takes_data():
                 self._go_on_receiving()
 
     def _resume_receive(self) -> None:

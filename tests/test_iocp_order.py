@@ -325,6 +325,20 @@ async def test_a_future_of_a_closed_socket_is_cancelled(loop: Loop, pair: Pair, 
     assert all(future.cancelled() for future in futures)
 
 
+async def test_a_call_for_a_closed_socket_is_cancelled(loop: Loop, pair: Pair, listener: socket.socket) -> None:
+    calls: list[Any] = [
+        loop.sock_recv(pair[0], 10),
+        loop.sock_recv_into(pair[1], bytearray(10)),
+        loop.sock_accept(listener),
+    ]
+    tasks = [asyncio.create_task(call) for call in calls]
+    await asyncio.sleep(0.01)
+    for sock in (*pair, listener):
+        sock.close()
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), LIMIT)
+    assert [type(result) for result in results] == 3 * [asyncio.CancelledError]
+
+
 # -- datagrams that are too long -------------------------------------------------------------------
 
 

@@ -154,6 +154,10 @@ class Case(NamedTuple):
     size: int
 
 
+class NoAnswer(Exception):
+    """The server does not answer: its loop cannot do what it was asked for."""
+
+
 class Trace:
     """Reads the trace of one process, and counts."""
 
@@ -228,7 +232,10 @@ class Clients:
                 sock.sendall(self._message)
                 self._missing[sock] = len(self._message)
             while any(self._missing.values()):
-                for key, _ in self._selector.select(60):
+                ready = self._selector.select(60)
+                if not ready:
+                    raise NoAnswer
+                for key, _ in ready:
                     sock = key.fileobj
                     assert isinstance(sock, socket.socket)
                     self._missing[sock] -= len(sock.recv(1 << 20))
@@ -360,7 +367,11 @@ IO_CALL = re.compile(
 def show(python: WindowsPython, folder: Path, case: Case, options: argparse.Namespace) -> None:
     """Print the row of one case."""
     rounds = max(1, options.messages // case.connections)
-    runs = [count(python, folder, case, rounds) for _ in range(options.repeat)]
+    try:
+        runs = [count(python, folder, case, rounds) for _ in range(options.repeat)]
+    except NoAnswer:
+        print(f"| {case.mode} | {case.size} | {case.connections} | {case.loop} | no answer | | |", flush=True)
+        return
     every = statistics.median(calls.total() / messages for calls, _, messages in runs)
     io = statistics.median(
         sum(n for name, n in calls.items() if IO_CALL.match(name)) / messages for calls, _, messages in runs

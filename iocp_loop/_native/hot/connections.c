@@ -396,18 +396,6 @@ static int end_of_stream(const struct hot *hot, PyObject *self)
     return failed;
 }
 
-/* Whether `error`, of an operation, tells of a cancel. */
-static int was_cancelled(PyObject *error)
-{
-    if (!PyObject_TypeCheck(error, (PyTypeObject *)PyExc_OSError))
-        return 0;
-    PyObject *code = PyObject_GetAttrString(error, "errno");
-    int cancelled = code != NULL && PyLong_Check(code) && PyLong_AsLong(code) == ECANCELED;
-    Py_XDECREF(code);
-    PyErr_Clear();
-    return cancelled;
-}
-
 PyObject *stream_receive_ended(PyObject *self, PyObject *error)
 {
     const struct hot *hot = hot_of_stream(self);

@@ -427,6 +427,9 @@ PyObject *take_exception(void);
 /* 1 if the exception that is set is one that ends the loop: SystemExit or KeyboardInterrupt. */
 int ends_the_loop(void);
 
+/* Whether `error`, of an operation, tells of a cancel (operations.py has the same). */
+int was_cancelled(PyObject *error);
+
 /* self.METHOD(exception, message) with the exception that is set, which counts as being handled meanwhile, as in an
  * except clause: the log of debug mode shows it.  -1 if that fails, or if the exception is one that ends the loop. */
 int fail(PyObject *self, const char *method, const char *message);

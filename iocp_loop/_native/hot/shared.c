@@ -2,6 +2,8 @@
 
 #include "hot.h"
 
+#include <errno.h>
+
 #ifdef _WIN32
 #include <winsock2.h>
 #else
@@ -120,6 +122,17 @@ PyObject *take_exception(void)
 int ends_the_loop(void)
 {
     return PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
+}
+
+int was_cancelled(PyObject *error)
+{
+    if (!PyObject_TypeCheck(error, (PyTypeObject *)PyExc_OSError))
+        return 0;
+    PyObject *code = PyObject_GetAttrString(error, "errno");
+    int cancelled = code != NULL && PyLong_Check(code) && PyLong_AsLong(code) == ECANCELED;
+    Py_XDECREF(code);
+    PyErr_Clear();
+    return cancelled;
 }
 
 int fail(PyObject *self, const char *method, const char *message)

@@ -175,7 +175,11 @@ static int end_wait(SocketWait *self, PyObject *value, PyObject *error)
         failed = -1;
     else if (cancelled)
         failed = error == Py_None ? keep_value(self, op, value) : 0;
-    else {
+    else if (future != NULL && error != Py_None && was_cancelled(error)) { /* by nobody who awaits it */
+        done = PyObject_CallMethodNoArgs(future, hot->names.cancel);
+        failed = done == NULL ? -1 : 0;
+        Py_XDECREF(done);
+    } else {
         Py_XSETREF(self->value, error == Py_None ? Py_NewRef(value) : NULL);
         Py_XSETREF(self->error, error == Py_None ? NULL : Py_NewRef(error));
         if (future != NULL) {
