@@ -245,8 +245,10 @@ class Life(LifeBase):
         self._happens(_LOSE, exc)
 
     def _schedule_loss(self, exc: BaseException | None) -> None:
-        self._stop()
-        self._call_end_soon(self._call_connection_lost, exc)
+        try:
+            self._stop()
+        finally:  # whatever comes out of that (Ctrl-C, say): no later step leads there
+            self._call_end_soon(self._call_connection_lost, exc)
 
     def _call_connection_lost(self, exc: BaseException | None) -> None:
         try:

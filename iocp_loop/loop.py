@@ -164,6 +164,8 @@ class IocpEventLoop(
         except BaseException:
             transport.close()
             raise
+        finally:
+            del waiter  # it may have an exception, which has this frame
         return transport, protocol
 
     def _make_datagram_transport(

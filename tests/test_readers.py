@@ -444,6 +444,29 @@ async def test_a_call_that_is_awaited_already_is_refused_and_goes_on(loop: iocp_
     assert await asyncio.wait_for(first, 5) == b"abc"
 
 
+@pytest.mark.parametrize("kind", [readers.StreamReader, asyncio.StreamReader])
+async def test_a_call_that_goes_on_too_early_waits_again(kind: Any, loop: iocp_loop.IocpEventLoop) -> None:
+    reader = make_reader(kind)
+    call = reader.read(3)
+    future = call.send(None)
+    future._asyncio_future_blocking = False  # as a task has it
+    assert call.send(None) is future
+    reader.feed_data(b"abc")
+    with pytest.raises(StopIteration) as info:
+        call.send(None)
+    assert info.value.value == b"abc"
+
+
+@pytest.mark.parametrize("kind", [readers.StreamReader, asyncio.StreamReader])
+async def test_a_call_that_was_begun_in_a_wrong_way_can_be_begun(kind: Any, loop: iocp_loop.IocpEventLoop) -> None:
+    reader = make_reader(kind)
+    call = reader.read(3)
+    with pytest.raises(TypeError, match="just-started"):
+        call.send(1)
+    reader.feed_data(b"abc")
+    assert await call == b"abc"
+
+
 @pytest.mark.parametrize("way", ["send", "throw", "close"])
 @pytest.mark.parametrize("name", ["read", "readexactly"])
 async def test_a_call_that_runs_is_not_entered_again(loop: iocp_loop.IocpEventLoop, name: str, way: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import iocp_loop
+from iocp_loop import native
 
 from .certificates import client_context, server_context
 from .support import MUCH, WINDOWS, reset, runtime_pipe, tcp_pair, until
@@ -388,6 +389,35 @@ async def test_a_lost_connection_does_not_wait_for_the_collector(loop: Loop, nam
         await until(lambda: not any(reference() for reference in seen), 1)
     finally:
         gc.enable()
+    assert seen
+
+
+@pytest.mark.skipif(WINDOWS, reason="as above")
+@pytest.mark.skipif(native.hot is None, reason="the frames of the Python tier have the waiter too")
+async def test_a_connection_that_could_not_begin_does_not_wait_for_the_collector(loop: Loop) -> None:
+    seen: Seen = []
+    loop.set_exception_handler(lambda loop, context: None)
+
+    class Faulty(asyncio.Protocol):
+        def __init__(self) -> None:
+            seen.append(weakref.ref(self))
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            raise ZeroDivisionError
+
+    async def connect() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await loop.create_connection(Faulty, *server.sockets[0].getsockname())
+
+    server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+    gc.collect()
+    gc.disable()
+    try:
+        await connect()
+        await until(lambda: not any(reference() for reference in seen), 1)
+    finally:
+        gc.enable()
+    server.close()
     assert seen
 
 

@@ -216,6 +216,19 @@ async def test_the_loop_of_a_call_is_closed_already(loop: Loop, driver: str, end
     assert await loop.sock_recv(ends[0], 100) == b"hello"
 
 
+async def test_a_wait_that_goes_on_too_early_waits_again(loop: Loop, ends: Pair) -> None:
+    ours, peer = ends
+    call: Any = loop.sock_recv(ours, 10)
+    future = call.send(None)
+    future._asyncio_future_blocking = False  # as a task has it
+    assert call.send(None) is future
+    peer.send(b"abc")
+    await until(future.done)
+    with pytest.raises(StopIteration) as info:
+        call.send(None)
+    assert info.value.value == b"abc"
+
+
 async def test_two_wait_for_one_socket(loop: Loop, ends: Pair) -> None:
     first, second = await begin(loop, ends[0]), await begin(loop, ends[0])
     ends[1].send(b"one")

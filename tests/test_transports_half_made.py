@@ -6,6 +6,7 @@ They lead to an exception, and neither to a crash nor to anything that stays beh
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import socket
 from typing import Any
@@ -17,7 +18,7 @@ from iocp_loop import native
 from iocp_loop.operations import Receive
 from iocp_loop.transports import SocketTransport
 
-from .support import Recorder, closed, connected, turns, until
+from .support import LIMIT, Recorder, closed, connected, turns, until
 
 Loop = iocp_loop.IocpEventLoop
 Pair = tuple[socket.socket, socket.socket]
@@ -141,6 +142,59 @@ async def test_a_server_forgets_a_transport_that_could_not_be_made(loop: Loop, r
     assert not (server._clients if hasattr(server, "_clients") else server._active_count)
     server.close()
     await server.wait_closed()
+
+
+class Refusing(socket.socket):
+    """Can't be closed: its descriptor is gone already."""
+
+    def close(self) -> None:
+        super().close()
+        raise OSError(errno.EBADF, "on purpose")
+
+
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_server_forgets_a_connection_whose_end_fails(
+    raises: bool, loop: Loop, pair: Pair, reports: Reports
+) -> None:
+    """Every step of the end is taken, whatever comes out of the ones before; their exceptions are reported as one."""
+
+    class Odd(Recorder):
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            if raises:
+                raise OnPurpose
+
+    server = await loop.create_server(Recorder, "127.0.0.1", 0)
+    sock = Refusing(fileno=pair[0].detach())
+    sock.setblocking(False)
+    protocol: Any = Odd()
+    loop._make_socket_transport(sock, protocol, server=server)
+    await until(lambda: protocol.calls)
+    protocol.transport.close()
+    await until(lambda: reports)
+    assert not (server._clients if hasattr(server, "_clients") else server._active_count)  # type: ignore[attr-defined]
+    error = reports.pop()["exception"]
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EBADF
+    assert isinstance(error.__context__, OnPurpose) is raises
+    server.close()
+    await asyncio.wait_for(server.wait_closed(), LIMIT)
+
+
+async def test_the_end_comes_although_what_is_in_flight_can_not_be_stopped(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport: Any = protocol.transport
+    transport._file = loop.create_future()
+
+    def fail_file() -> None:
+        raise KeyboardInterrupt
+
+    transport._fail_file = fail_file
+    with pytest.raises(KeyboardInterrupt):
+        transport.abort()
+    await until(lambda: protocol.finished)
+    assert protocol.lost is None
+    transport._file = None
 
 
 async def test_a_listener_whose_parts_are_taken_away(loop: Loop) -> None:

@@ -440,6 +440,10 @@ int fail(PyObject *self, const char *method, const char *message);
 /* context.run(callable, *args), by the short way for a real Context. */
 PyObject *call_in_context(PyObject *context, PyObject *callable, PyObject *const *args, size_t count);
 
+/* Whether `future`, which is awaited, is not done: whoever goes on is too early, and is given it once more.  -1 with an
+ * exception. */
+int await_again(const struct hot *hot, PyObject *future);
+
 /* Enter or leave `context` if it is a real one.  1: it is; 0: it is something else, with a `run`; -1: error. */
 int enter_context(PyObject *context);
 

@@ -193,9 +193,32 @@ static int stop(const struct hot *hot, PyObject *self)
     return is_none(stream->file) ? 0 : done_with(PyObject_CallMethodNoArgs(self, hot->names.fail_file));
 }
 
+/* Steps that are taken all, whichever fails.  The exception that is on its way after one, which follows upon `error`, that of
+ * an earlier one (taken over), or NULL. */
+static PyObject *error_after(PyObject *error, int failed)
+{
+    if (!failed)
+        return error;
+    PyObject *later = take_exception();
+    if (error != NULL)
+        PyException_SetContext(later, error);
+    return later;
+}
+
+/* After the last of them: 0, or -1 with `error`, which is taken over. */
+static int raise_error(PyObject *error)
+{
+    if (error == NULL)
+        return 0;
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+    return -1;
+}
+
 static int schedule_loss(const struct hot *hot, PyObject *self, PyObject *exception)
 {
-    return stop(hot, self) < 0 ? -1 : call_end_soon(hot, self, hot->names.call_connection_lost, exception);
+    PyObject *error = error_after(NULL, stop(hot, self) < 0);
+    return raise_error(error_after(error, call_end_soon(hot, self, hot->names.call_connection_lost, exception) < 0));
 }
 
 PyObject *stream_lose_connection(PyObject *self, PyObject *exception) { return let_happen(self, LOSE, exception); }
@@ -272,17 +295,15 @@ PyObject *stream_call_connection_lost(PyObject *self, PyObject *exception)
     if (hot == NULL)
         return NULL;
     struct stream *stream = stream_of(self);
-    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *error = NULL;
-    if (protocol == NULL || done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_lost, exception)) < 0)
-        error = take_exception();
+    PyObject *protocol = take_field(self, &stream->protocol, "_protocol"), *error;
+    error = error_after(NULL, protocol == NULL
+                                  || done_with(PyObject_CallMethodOneArg(protocol, hot->names.connection_lost, exception)) < 0);
     Py_XDECREF(protocol);
     /* It may keep the transport, and then only the collector would free the two. */
     put_reference(self, &stream->protocol, Py_NewRef(Py_None));
-    int failed = happens(hot, self, TOLD, NULL) < 0 || leave_server(hot, self) < 0;
-    if (error != NULL && !failed)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
-    if (failed || PyErr_Occurred())
+    error = error_after(error, happens(hot, self, TOLD, NULL) < 0);
+    error = error_after(error, leave_server(hot, self) < 0);
+    if (raise_error(error) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

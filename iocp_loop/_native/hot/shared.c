@@ -180,6 +180,16 @@ int complete_operation(const struct hot *hot, PyObject *op, PyObject *value, PyO
     return done == NULL ? -1 : 0;
 }
 
+int await_again(const struct hot *hot, PyObject *future)
+{
+    PyObject *done = PyObject_CallMethodNoArgs(future, hot->names.done);
+    int is_done = done == NULL ? -1 : PyObject_IsTrue(done);
+    Py_XDECREF(done);
+    if (is_done == 0 && PyObject_SetAttr(future, hot->names.future_blocking, Py_True) < 0)
+        return -1;
+    return is_done < 0 ? -1 : !is_done;
+}
+
 int enter_context(PyObject *context)
 {
     if (!PyContext_CheckExact(context))

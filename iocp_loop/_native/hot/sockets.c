@@ -284,8 +284,12 @@ static PySendResult wait_send(SocketWait *self, PyObject *ignored, PyObject **re
 {
     const struct hot *hot = self->hot;
     *result = NULL;
-    if (self->begun)
-        return answer(self, result);
+    if (self->begun) {
+        int early = self->value != NULL || self->error != NULL || self->future == NULL ? 0 : await_again(hot, self->future);
+        if (early > 0)
+            *result = Py_NewRef(self->future);
+        return early > 0 ? PYGEN_NEXT : early < 0 ? PYGEN_ERROR : answer(self, result);
+    }
     self->begun = 1;
     SocketCalls *calls = (SocketCalls *)Py_XNewRef(self->calls);
     PyObject *future = NULL;

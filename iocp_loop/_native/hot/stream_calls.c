@@ -231,10 +231,22 @@ static PySendResult begin(struct call *self, PyObject **result)
 
 static PySendResult go_on(struct call *self, PyObject **result)
 {
-    PyObject *waiter = Py_NewRef(self->waiter), *done;
-    stop_waiting(self);
-    done = PyObject_CallMethodNoArgs(waiter, self->hot->names.result);
+    PyObject *waiter = Py_NewRef(self->waiter), *done = PyObject_CallMethodNoArgs(waiter, self->hot->names.result), *error;
+    if (done == NULL) {
+        error = take_exception();
+        int early = await_again(self->hot, waiter);
+        if (early > 0) {
+            Py_DECREF(error);
+            *result = waiter;
+            WRITE(self->progress, WAITING);
+            return PYGEN_NEXT;
+        }
+        if (early == 0)
+            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
     Py_DECREF(waiter);
+    stop_waiting(self);
     if (done == NULL)
         return PYGEN_ERROR;
     Py_DECREF(done);
@@ -277,10 +289,12 @@ static PySendResult call_send(PyObject *object, PyObject *value, PyObject **resu
         what = send_to_coroutine(self, value, result);
         break;
     case NEW:
-        if (value == Py_None)
-            what = begin(self, result);
-        else
+        if (value != Py_None) { /* it has not begun by that */
             PyErr_SetString(PyExc_TypeError, "can't send non-None value to a just-started coroutine");
+            WRITE(self->progress, NEW);
+            return PYGEN_ERROR;
+        }
+        what = begin(self, result);
         break;
     case WAITING:
         what = go_on(self, result);

@@ -120,6 +120,7 @@ class UringDriver(FileRequests, UringTurns, PollDriver):
         if reason is not None:
             raise DriverUnavailable(reason)
         self._ring = None
+        self._place = -1  # a descriptor that is kept for the ring: it is to be had when there are no others any more
         self._without_ring = False  # it was refused: this is driver poll from then on
         self._shared = concurrency > 1
         self._memory: Any = b""  # the pool, as one buffer
@@ -131,13 +132,15 @@ class UringDriver(FileRequests, UringTurns, PollDriver):
         self._uncancelled: list[Operation] = []  # ... or for the request that cancels theirs
         self._lines: dict[tuple[int, ...], deque[Operation]] = {}
         super().__init__(concurrency)
-        if self._shared:
-            try:
+        try:
+            if self._shared:
                 self._open_ring()
-            except BaseException:
-                self.closed = True
-                self._close_poller()
-                raise
+            else:
+                self._place = os.dup(self._waker.fileno())
+        except BaseException:
+            self.closed = True
+            self._close_poller()
+            raise
 
     def _watch_waker(self) -> None:
         if self._without_ring:  # else the ring polls the waker by itself
@@ -253,6 +256,7 @@ class UringDriver(FileRequests, UringTurns, PollDriver):
     def _open_ring(self) -> None:
         """Make the ring of this thread and submit what belongs into it, in place of an older ring if there is one."""
         old = self._ring
+        self._give_place_up()
         try:
             ring = open_ring(self._waker.fileno(), self._epoll_fd, shared=self._shared)
         except OSError as error:
@@ -276,6 +280,11 @@ class UringDriver(FileRequests, UringTurns, PollDriver):
                 self._go_on(op)
             elif op.state is IN_FLIGHT and not self._waits_in_line(op):
                 self._move_file_request(op, old is not None)
+
+    def _give_place_up(self) -> None:
+        place, self._place = self._place, -1
+        if place >= 0:
+            os.close(place)
 
     def _ring_failed(self, code: int) -> None:
         """The kernel refuses a wait in the ring, with errno `code`."""
@@ -466,6 +475,7 @@ class UringDriver(FileRequests, UringTurns, PollDriver):
                     ResourceWarning,
                     stacklevel=3,
                 )
+        self._give_place_up()
         super()._release(timeout)
         self._unsubmitted.clear()
         self._uncancelled.clear()
@@ -488,6 +498,8 @@ class UringDriver(FileRequests, UringTurns, PollDriver):
 
     def __del__(self) -> None:
         # Nobody closed it.  The kernel ends what is in flight, in its own time.
+        if getattr(self, "_place", -1) >= 0:
+            self._give_place_up()
         if getattr(self, "_ring", None) is not None:  # there is none where the constructor refused
             leak(*self._requests_with_memory())
             ring, self._ring = self._ring, None
