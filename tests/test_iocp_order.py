@@ -331,6 +331,7 @@ async def test_a_call_for_a_closed_socket_is_cancelled(loop: Loop, pair: Pair, l
         loop.sock_recv_into(pair[1], bytearray(10)),
         loop.sock_accept(listener),
     ]
+    pair[1].setblocking(False)
     tasks = [asyncio.create_task(call) for call in calls]
     await asyncio.sleep(0.01)
     for sock in (*pair, listener):

@@ -5,6 +5,7 @@ Tests of the drivers' contract that are marked `every_poller` run on them as wel
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
@@ -137,3 +138,26 @@ def test_a_hang_up_is_told_to_who_sends_as_well(no_leak: None) -> None:
         ((_, error),) = rig.completions(sending)
         assert isinstance(error, (BrokenPipeError, ConnectionResetError))
     rig.driver.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "eventfd") or not hasattr(select, "epoll"), reason="wakers of other kinds are read")
+def test_a_wake_costs_no_read(no_leak: None) -> None:
+    """The poller tells of each write to the eventfd once, also where nobody has read the one before."""
+    driver: Any = PollDriver()
+    rig = Rig(driver)
+    for _ in range(3):
+        woken = driver.wakes
+        with in_thread(lambda: until_woken(driver)):
+            driver.wait(LIMIT)
+        driver.dispatch()
+        assert driver.wakes > woken
+    assert os.eventfd_read(driver._waker.fileno()) == driver.wakes
+    assert rig.nothing_comes()
+    driver.close()
+
+
+def until_woken(driver: Any) -> None:
+    woken = driver.wakes
+    while driver.wakes == woken:
+        driver.wake()
+        time.sleep(0.001)

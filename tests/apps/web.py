@@ -121,7 +121,9 @@ async def uvicorn(folder: Path) -> None:
     for http in ("httptools", "h11"):
         port = free_port()
         files = {"ssl_certfile": str(folder / "cert.pem"), "ssl_keyfile": str(folder / "key.pem")}
-        server = library.Server(library.Config(asgi, port=port, http=http, log_level="warning", **files))
+        # Longer than any pause between two requests, or it closes a connection that httpx is about to use.
+        config = library.Config(asgi, port=port, http=http, log_level="warning", timeout_keep_alive=int(LIMIT), **files)
+        server = library.Server(config)
         serving = asyncio.create_task(server.serve())
         await until_it_accepts(port)
         async with httpx.AsyncClient(verify=client_tls, timeout=LIMIT) as client:

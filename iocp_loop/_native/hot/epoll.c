@@ -76,7 +76,7 @@ int epoll_wait_for_events(Driver *driver, int64_t limit)
 /* The poller is being closed, and its descriptor will soon be something else. */
 static PyObject *forget_poller(EpollTurns *self, PyObject *ignored)
 {
-    self->fd = -1;
+    self->fd = self->quiet_waker = -1;
     self->next = self->count = self->looked_at = 0;
     Py_RETURN_NONE;
 }
@@ -239,6 +239,8 @@ static int deliver_to(EpollTurns *self, PyObject *watch, struct epoll_event even
 static int deliver(EpollTurns *self, struct epoll_event event)
 {
     int fd = event.data.fd, failed;
+    if (fd == self->quiet_waker)
+        return 0;
     PyObject *watch = watch_of(self, fd);
     if (watch != NULL) {
         failed = deliver_to(self, watch, event);
@@ -276,7 +278,7 @@ PyObject *epoll_new(PyTypeObject *type, const struct verbs *verbs)
 {
     EpollTurns *self = (EpollTurns *)driver_new(type, verbs);
     if (self != NULL)
-        self->fd = -1;
+        self->fd = self->quiet_waker = -1;
     return (PyObject *)self;
 }
 
@@ -340,6 +342,7 @@ static PyMethodDef epoll_turns_methods[] = {
 
 static PyMemberDef epoll_turns_members[] = {
     {"_epoll_fd", T_INT, offsetof(EpollTurns, fd), 0, NULL},
+    {"_quiet_waker", T_INT, offsetof(EpollTurns, quiet_waker), 0, NULL},
     {"_watches", T_OBJECT_EX, offsetof(EpollTurns, watches), 0, NULL},
     {"_new", T_OBJECT_EX, offsetof(EpollTurns, fresh), 0, NULL},
     {"_unarmed_poller", T_BOOL, offsetof(EpollTurns, unarmed), 0, NULL},

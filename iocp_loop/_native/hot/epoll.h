@@ -24,6 +24,7 @@ struct socket_watch {
 typedef struct EpollTurns {
     Driver driver;
     int fd; /* of the epoll instance */
+    int quiet_waker; /* the descriptor of the waker, where nobody has to read what was written to it; or -1 */
     PyObject *watches, *fresh;
     struct socket_watch *sockets; /* by descriptor */
     int sockets_room;

@@ -40,7 +40,7 @@ from ..accepting import accept_now
 from ..driver import Driver, cancelled_error
 from ..receiving import AGAIN, SCRATCH_SIZE, receive_datagrams, receive_for_stream
 from .calls import ATTEMPTS, may_block, receive_from, start_connect
-from .pollers import EpollPoller, SelectorPoller, make_poller, make_waker
+from .pollers import EDGES, EpollPoller, EventfdWaker, SelectorPoller, make_poller, make_waker
 from .turns import PollTurns
 
 __all__ = ["PollDriver"]
@@ -112,7 +112,13 @@ class PollDriver(PollTurns, Driver):
         self._watch_waker()
 
     def _watch_waker(self) -> None:
-        self._poller.watch(self._waker.fileno(), 0, READABLE)
+        fd = self._waker.fileno()
+        if EDGES and isinstance(self._poller, EpollPoller) and isinstance(self._waker, EventfdWaker):
+            self._poller.watch(fd, 0, READABLE | EDGES)  # of each write, whatever the count: nobody has to read it
+            self._quiet_waker = fd
+        else:
+            self._poller.watch(fd, 0, READABLE)
+            self._quiet_waker = -1
 
     def _close_poller(self) -> None:
         self._forget_poller()
@@ -267,7 +273,7 @@ class PollDriver(PollTurns, Driver):
     def _dispatch_other(self, fd: int, watch: _Watch | None, events: int) -> None:
         """Whatever is not plain data for the one stream that receives on a descriptor."""
         if watch is None:
-            if fd == self._waker.fileno():
+            if fd == self._waker.fileno() != self._quiet_waker:
                 self._waker.drain()
             return
         if fd in self._new:

@@ -15,7 +15,10 @@ import socket
 
 from ...operations import READABLE, WRITABLE
 
-__all__ = ["EpollPoller", "EventfdWaker", "SelectorPoller", "SocketWaker", "make_poller", "make_waker"]
+__all__ = ["EDGES", "EpollPoller", "EventfdWaker", "SelectorPoller", "SocketWaker", "make_poller", "make_waker"]
+
+#: With an event, of epoll: tell of each change, and not as long as the event holds.
+EDGES = getattr(select, "EPOLLET", 0)
 
 
 class EpollPoller:
@@ -117,8 +120,10 @@ class EventfdWaker:
         return self._fd
 
     def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: then a wake is on its way already
+        try:
             os.eventfd_write(self._fd, 1)
+        except BlockingIOError:  # full: then a wake is on its way already
+            pass
 
     def drain(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -41,6 +41,7 @@ class PythonPollTurns(_Base):
         def _receive_data(self, op: ops.ReceiveStream) -> int: ...
 
     _epoll_fd = -1
+    _quiet_waker = -1  # the descriptor of the waker, where nobody has to read what was written to it
 
     def _use_poller(self) -> None:
         """The poller is new.  The native turn waits for it itself, and driver uring polls it."""
