@@ -78,6 +78,19 @@ async def test_a_transport_whose_proactor_was_taken_away(loop: Loop, pair: Pair)
 
 
 @natively
+async def test_what_is_no_operation_is_not_dropped(loop: Loop, pair: Pair) -> None:
+    protocol = await connected(loop, pair)
+    transport: Any = protocol.transport
+    driver: Any = loop._proactor.driver
+    for name in ("drop", "_cancel_alone"):
+        if hasattr(driver, name):
+            with pytest.raises(TypeError, match="an operation is expected"):
+                getattr(driver, name)("x")
+    await closed(protocol)
+    assert transport.is_closing()
+
+
+@natively
 @pytest.mark.parametrize("name", ["_kept", "_lines"])
 async def test_a_proactor_whose_tables_were_replaced(name: str, loop: Loop, pair: Pair) -> None:
     proactor: Any = loop._proactor

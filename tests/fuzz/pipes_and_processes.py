@@ -103,7 +103,8 @@ class _Reader(asyncio.Protocol):
 
     def _go_on(self) -> None:
         self.resting = False
-        self.transport.resume_reading()
+        if self.transport is not None:  # as above
+            self.transport.resume_reading()
 
     def eof_received(self) -> None:
         self.stage.check(self.calls == ["made"], f"the end of a pipe after {self.calls}")

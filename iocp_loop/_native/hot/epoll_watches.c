@@ -228,6 +228,11 @@ static int is_alone(const struct hot *hot, PyObject *watch, PyObject *op)
 int land_alone(EpollTurns *self, PyObject *op)
 {
     const struct hot *hot = self->driver.hot;
+    PyTypeObject *operation = ((PyTypeObject *)hot->kinds.receive_stream)->tp_base;
+    if (!PyObject_TypeCheck(op, operation)) {
+        PyErr_Format(PyExc_TypeError, "an operation is expected, not %R", op);
+        return -1;
+    }
     PyObject *number = SLOT(op, hot->operation.fd); /* borrowed */
     PyObject *watch = number == NULL || self->fd < 0 ? NULL : watch_of(self, (descriptor)PyLong_AsLong(number));
     if (watch == NULL || SLOT(op, hot->operation.state) != hot->states.in_flight || !is_alone(hot, watch, op)) {
