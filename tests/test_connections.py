@@ -453,7 +453,11 @@ def test_the_short_way_ends_as_asyncios(loop: Loop, listener: socket.socket, ref
         cases += [((host, 65536), {}), ((host, -1), {})]
     if sys.version_info >= (3, 12):
         cases += [((host, port), {"all_errors": True}), (refused, {"all_errors": True})]
-    stock = asyncio.ProactorEventLoop() if sys.platform == "win32" else asyncio.SelectorEventLoop()
+    stock: asyncio.AbstractEventLoop
+    if sys.platform == "win32":
+        stock = asyncio.ProactorEventLoop()
+    else:
+        stock = asyncio.SelectorEventLoop()
     with contextlib.closing(stock):
         for args, options in cases:
             assert how_it_ends(loop, *args, **options) == how_it_ends(stock, *args, **options), (args, options)
