@@ -16,7 +16,7 @@ import pytest
 
 import iocp_loop
 
-from .support import WINDOWS, Echo, Recorder, listening_socket, tcp_pair, until
+from .support import WINDOWS, Echo, Recorder, listening_socket, run_python, tcp_pair, until
 
 Loop = iocp_loop.IocpEventLoop
 
@@ -573,3 +573,30 @@ async def test_a_blocking_socket_is_not_connected_by_the_short_way(loop: Loop, s
         sock.settimeout(0.2)
         with pytest.raises(TimeoutError):
             await loop.sock_connect(sock, silent)
+
+
+def test_a_create_connection_that_was_replaced_before_is_heard() -> None:
+    done = run_python(
+        """
+        import asyncio
+
+        whole = asyncio.BaseEventLoop.create_connection
+
+        async def traced(self, *args, **options):
+            print("traced")
+            return await whole(self, *args, **options)
+
+        asyncio.BaseEventLoop.create_connection = traced
+        import iocp_loop
+
+        async def main():
+            async def nothing(reader, writer):
+                writer.close()
+
+            async with await asyncio.start_server(nothing, "127.0.0.1", 0) as server:
+                await asyncio.open_connection(*server.sockets[0].getsockname())
+
+        iocp_loop.run(main())
+        """
+    )
+    assert done.stdout.split() == ["traced"]

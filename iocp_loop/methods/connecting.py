@@ -75,5 +75,7 @@ def _short_way(whole: Any) -> Callable[..., Any]:
     return cast("Callable[..., Any]", function)
 
 
-if not TYPE_CHECKING:  # what it takes is for the running Python to say, and for the type checker typeshed
+# What it takes is for the running Python to say, and for the type checker typeshed.  Where somebody has put another in
+# its place (tools that trace do), that one is heard, for each connection.
+if not TYPE_CHECKING and getattr(asyncio.BaseEventLoop.create_connection, "__kwdefaults__", None):
     ConnectingMethods.create_connection = _short_way(asyncio.BaseEventLoop.create_connection)
